@@ -1,0 +1,1 @@
+"""Generations and leases: who may write."""

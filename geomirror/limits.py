@@ -1,0 +1,148 @@
+"""Every bound, with its unit and the relations between bounds asserted.
+
+Cores receive a `Limits` value; the simulator passes `SIMULATION`, whose small segments and epochs
+make rings wrap and backlogs overflow within seconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from geomirror.environment import MS, SECOND
+
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
+TIB = 1 << 40
+
+BLOCK_BYTES = 4 * KIB
+"""The canonical block: the unit of epochs, digests and undo. Not a limit: part of the formats."""
+SECTOR_BYTES = 512
+"""Volume sizes are multiples of this; the last block of a volume may be short."""
+FRAME_RAW_BYTES_MAX = 64 * KIB
+"""Raw data in one data frame. zstd level 1 silently loses prefix matches above 64 KiB."""
+REGION_BYTES = 64 * KIB
+"""One bit of a dirty bitmap: 2 MiB of RAM per TiB."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The bounds of one node. Names end in their unit and in `_max` or `_min`."""
+
+    segment_bytes: int = 64 * MIB
+    """Journal segment. Preallocated by writing zeros; the unit of recycling."""
+    record_payload_bytes_max: int = 4 * MIB
+    """Payload of one journal record; longer writes are split inside their batch."""
+    journal_bytes_min: int = 256 * MIB
+    """Smallest journal: four segments."""
+    spare_segments_max: int = 2
+    """Zeroed segments kept ready, so that no write waits for preallocation."""
+
+    dirty_bytes_max: int = 256 * MIB
+    """Undestaged data; beyond it writers wait for the local disk, never for a link."""
+    dirty_entries_max: int = 262_144
+    """Undestaged index entries (about 100 bytes of RAM each)."""
+    destage_age_ns_max: int = 30 * SECOND
+    """Oldest undestaged epoch before a destage pass starts."""
+    zero_run_blocks_min: int = 64
+    """A zero or trim run of at least this many blocks is one extent instead of single entries."""
+
+    epoch_age_ns: int = 250 * MS
+    """Age at which an open epoch is sealed."""
+    epoch_bytes_max: int = 16 * MIB
+    """Size at which an open epoch is sealed early."""
+    epoch_entries_max: int = 1 << 20
+    """Entries in one epoch table (40 bytes each); bounds memory against a hostile peer."""
+    fold_bytes_max: int = 256 * MIB
+    """Raw bytes of one fold."""
+    fold_backlog_fraction: float = 0.25
+    """Backlog, as a part of the journal, at which a peer's unsent epochs are folded."""
+    bitmap_backlog_fraction: float = 0.90
+    """Backlog, as a part of the journal, at which a peer goes to its dirty bitmap."""
+    mode_dwell_ns_min: int = 30 * SECOND
+    """Shortest stay in FOLD, BITMAP or RESYNC: a jittery link must not flip modes for ever."""
+
+    undo_bytes_max: int = 4 * GIB
+    """Undo kept per resource; the oldest passes are dropped first."""
+    undo_pass_bytes_max: int = 256 * MIB
+    """Before-images of one pass; a larger pass leaves a labelled gap in the undo."""
+
+    window_bytes_min: int = 16 * MIB
+    """Smallest window of bytes sent and not yet received by a peer."""
+    credit_bytes: int = 64 * MIB
+    """Receiver's pool of spooled frames of incomplete epochs, node-wide."""
+    acknowledge_delay_ns: int = 20 * MS
+    """Longest wait before an acknowledgement is sent."""
+    acknowledge_bytes: int = 1 * MIB
+    """Bytes received after which an acknowledgement is sent at once."""
+    message_bytes_max: int = 1 * MIB
+    """One control message."""
+    queue_bytes_max: int = 4 * MIB
+    """Frames waiting in one connection's own queue."""
+
+    hello_interval_ns: int = 150 * MS
+    """Heartbeat on the control connection; adaptive to the RTT."""
+    hello_misses_max: int = 5
+    """Silent intervals before a path counts as dead; 3 give a false alarm every 30 min at 2 % loss."""
+    reconnect_interval_ns: int = 1 * SECOND
+    """Between attempts to connect beside a silent connection, with 20 % jitter."""
+    reconnect_interval_ns_max: int = 15 * SECOND
+    """Between attempts after a minute of failures."""
+    data_connections: int = 4
+    """Data connections of a node pair."""
+    data_connections_max: int = 8
+    """Upper bound when rate x RTT asks for more than one send buffer each."""
+
+    nbd_payload_bytes_max: int = 32 * MIB
+    """Payload of one NBD request."""
+    nbd_connections_max: int = 64
+    """Connections of one export."""
+    nbd_queued_bytes_max: int = 64 * MIB
+    """Writes that wait for journal room, and replies that wait for a client, per connection."""
+    reader_pin_ns_max: int = 60 * SECOND
+    """How long a reader of a secondary may hold back applying before it gets EIO."""
+
+    peers_max: int = 64
+    """Nodes in a network."""
+    resources_max: int = 256
+    """Resources on a node."""
+    volumes_max: int = 64
+    """Volumes in a resource."""
+    volume_bytes_max: int = 64 * TIB
+    """Size of a volume."""
+
+    def __post_init__(self) -> None:
+        assert self.segment_bytes % (4 * KIB) == 0
+        assert self.record_payload_bytes_max * 2 <= self.segment_bytes
+        assert self.record_payload_bytes_max % BLOCK_BYTES == 0
+        # Three segments: one being written, one pinned by a reader, one to go on with.
+        assert self.journal_bytes_min >= 4 * self.segment_bytes
+        # Two epochs per peer may be in flight while a third is open; none may fill the journal.
+        assert self.epoch_bytes_max * 3 <= self.journal_bytes_min
+        assert self.fold_backlog_fraction < self.bitmap_backlog_fraction < 1.0
+        assert FRAME_RAW_BYTES_MAX <= self.queue_bytes_max
+        assert self.window_bytes_min >= FRAME_RAW_BYTES_MAX
+        assert self.hello_misses_max >= 3
+        assert self.data_connections <= self.data_connections_max
+
+
+PRODUCTION = Limits()
+
+SIMULATION = Limits(
+    segment_bytes=256 * KIB,
+    record_payload_bytes_max=32 * KIB,
+    journal_bytes_min=1 * MIB,
+    dirty_bytes_max=256 * KIB,
+    dirty_entries_max=512,
+    destage_age_ns_max=3 * SECOND,
+    zero_run_blocks_min=4,
+    epoch_bytes_max=64 * KIB,
+    fold_bytes_max=256 * KIB,
+    mode_dwell_ns_min=2 * SECOND,
+    undo_bytes_max=4 * MIB,
+    undo_pass_bytes_max=1 * MIB,
+    window_bytes_min=128 * KIB,
+    credit_bytes=512 * KIB,
+    acknowledge_bytes=64 * KIB,
+    volume_bytes_max=64 * MIB,
+)

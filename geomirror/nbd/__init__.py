@@ -1,0 +1,1 @@
+"""The block device front end: an NBD server and a small client."""

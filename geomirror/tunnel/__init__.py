@@ -1,0 +1,1 @@
+"""The encrypted overlay: identity, membership, enrolment, mutual TLS links."""

@@ -1,0 +1,1 @@
+"""What is on disk, on both sides: journal, dirty index, images, undo."""

@@ -1,0 +1,1 @@
+"""Between sites: epochs, frames, sessions, and the replica state machines."""
