@@ -53,8 +53,14 @@ class Limits:
     """Size at which an open epoch is sealed early."""
     epoch_entries_max: int = 1 << 20
     """Entries in one epoch table (40 bytes each); bounds memory against a hostile peer."""
-    fold_bytes_max: int = 256 * MIB
-    """Raw bytes of one fold."""
+    fold_bytes_max: int = 32 * MIB
+    """Raw bytes of one fold: its frames are held in RAM until the peer has them durable."""
+    fold_epochs_max: int = 1024
+    """Epochs of one fold; bounds the time of one merge."""
+    resync_read_bytes_max: int = 4 * MIB
+    """Data read by one step of a resync."""
+    resync_run_bytes_max: int = 1 * GIB
+    """Range looked at by one step of a resync; holes in it cost nothing."""
     fold_backlog_fraction: float = 0.25
     """Backlog, as a part of the journal, at which a peer's unsent epochs are folded."""
     bitmap_backlog_fraction: float = 0.90
@@ -121,6 +127,8 @@ class Limits:
         assert self.epoch_bytes_max * 3 <= self.journal_bytes_min
         assert self.fold_backlog_fraction < self.bitmap_backlog_fraction < 1.0
         assert FRAME_RAW_BYTES_MAX <= self.queue_bytes_max
+        # An EPOCH record (40 bytes an entry) must fit in one segment.
+        assert self.epoch_entries_max * 40 + 16 * KIB <= self.segment_bytes
         assert self.window_bytes_min >= FRAME_RAW_BYTES_MAX
         assert self.hello_misses_max >= 3
         assert self.data_connections <= self.data_connections_max
@@ -137,7 +145,11 @@ SIMULATION = Limits(
     destage_age_ns_max=3 * SECOND,
     zero_run_blocks_min=4,
     epoch_bytes_max=64 * KIB,
+    epoch_entries_max=4096,
     fold_bytes_max=256 * KIB,
+    fold_epochs_max=16,
+    resync_read_bytes_max=64 * KIB,
+    resync_run_bytes_max=512 * KIB,
     mode_dwell_ns_min=2 * SECOND,
     undo_bytes_max=4 * MIB,
     undo_pass_bytes_max=1 * MIB,

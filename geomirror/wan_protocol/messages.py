@@ -1,0 +1,250 @@
+"""Every control message of the WAN protocol, with its fields. Bodies are MessagePack (msgspec).
+
+Added fields come last and have defaults: a peer of the previous version omits or ignores them.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from geomirror.errors import RemoteProtocolError
+
+PROTOCOL_VERSION = 1
+PROTOCOL_VERSION_MIN = 1
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=False):
+    """Base of all messages: a tagged array on the wire."""
+
+
+class Hello(Message, frozen=True):
+    """First message on every connection, both ways."""
+
+    version: int
+    version_min: int
+    features: list[str]
+    node: str
+    incarnation: bytes
+    """16 random bytes, new at each start of the daemon."""
+    link: bytes
+    """16 random bytes chosen by the dialling side: names the set that this connection joins."""
+    role: str
+    """`control` or `data`."""
+    index: int
+    """Number of the data connection, from 0."""
+    wall_ns: int
+
+
+class Ping(Message, frozen=True):
+    """Heartbeat; answered at once. Any packet counts as a sign of life."""
+
+    now_ns: int
+
+
+class Pong(Message, frozen=True):
+    """Answer to a `Ping`."""
+
+    now_ns: int
+    """The ping's `now_ns`, unchanged."""
+
+
+class Goodbye(Message, frozen=True):
+    """The sender stops in an orderly way."""
+
+    reason: str
+
+
+class Call(Message, frozen=True):
+    """A request from one node to another (the command line is forwarded with it)."""
+
+    number: int
+    method: str
+    parameters: bytes
+    """JSON."""
+
+
+class Reply(Message, frozen=True):
+    """Answer to a `Call`."""
+
+    number: int
+    error_code: int
+    """0, or a wire code of `errors.py`."""
+    error_text: str
+    result: bytes
+    """JSON."""
+
+
+class GenerationEntry(Message, frozen=True):
+    """One history: who made it from which point of its parent."""
+
+    identity: bytes
+    token: int
+    """Fencing token: grows with every promotion."""
+    parent: bytes
+    parent_epoch: int
+    parent_hash: bytes
+    reason: str
+    """`created`, `promoted`, `forced` or `rewound`."""
+    by: str
+    wall_ns: int
+
+
+class VolumeInfo(Message, frozen=True):
+    """A volume as both sides must agree on it."""
+
+    index: int
+    name: str
+    size_bytes: int
+
+
+class SessionOpen(Message, frozen=True):
+    """Primary to secondary: opens or resumes the session of a resource on this link."""
+
+    session: int
+    resource: bytes
+    """Resource id, 16 bytes."""
+    name: str
+    chain: list[GenerationEntry]
+    """Generation chain, oldest first."""
+    volumes: list[VolumeInfo]
+    epoch: int
+    """Last sealed epoch."""
+    chain_hash: bytes
+    incarnation: bytes = b""
+    """New at each start of the primary: frames spooled from an older one are forgotten, because
+    another start may cut the same epoch into other frames."""
+
+
+class SessionAccept(Message, frozen=True):
+    """Secondary to primary: where to go on."""
+
+    session: int
+    generation: bytes
+    """Generation of the position below; 16 zero bytes while blank."""
+    durable_epoch: int
+    durable_hash: bytes
+    applied_epoch: int
+    data_state: str
+    """`blank`, `inconsistent` or `consistent`."""
+    spooled_epoch: int
+    """Epoch of which frames are already here, 0 for none."""
+    spooled_frames: bytes
+    """Bitmap of them, bit 0 of byte 0 is frame 0."""
+    credit_bytes: int
+    """Frame body bytes that may be sent in this session before the next grant, in total."""
+
+
+class SessionRefuse(Message, frozen=True):
+    """Either side: the session cannot be; nothing was changed."""
+
+    session: int
+    error_code: int
+    error_text: str
+
+
+class EpochCommit(Message, frozen=True):
+    """Primary to secondary: the epoch's frames are these and their table has this hash."""
+
+    session: int
+    epoch: int
+    first_epoch: int
+    generation: bytes
+    first_lsn: int
+    end_lsn: int
+    wall_ns: int
+    frames: int
+    entries: int
+    raw_bytes: int
+    chain_hash: bytes
+    table_hash: bytes = b""
+    """Folds only: the chain hash that starts from 32 zero bytes over the fold's own table."""
+    is_mark: bool = False
+
+
+class Acknowledge(Message, frozen=True):
+    """Secondary to primary: cumulative, never goes back within a session."""
+
+    session: int
+    received_epoch: int
+    durable_epoch: int
+    durable_hash: bytes
+    applied_epoch: int
+    missing_epoch: int
+    """Epoch that the bitmap below is about, 0 for none."""
+    missing_frames: bytes
+    """Bitmap of frames to be sent again."""
+    received_bytes: int
+    """Frame body bytes received in this session so far; opens the window."""
+    credit_bytes: int
+
+
+class ResyncBegin(Message, frozen=True):
+    """Primary to secondary: a plain resync follows; until its end the image is Inconsistent."""
+
+    session: int
+    generation: bytes
+    epoch: int
+    """Every epoch after this one is streamed; copied blocks hold this epoch's content or newer."""
+    chain_hash: bytes
+    total_bytes: int
+    number: int
+    """Serial number of the resync: frames and acknowledgements of an older one are ignored."""
+
+
+class ResyncEnd(Message, frozen=True):
+    """Primary to secondary: all blocks are copied; consistent from `epoch` on."""
+
+    session: int
+    number: int
+    epoch: int
+    frames: int
+
+
+class ResyncAcknowledge(Message, frozen=True):
+    """Secondary to primary: frames [0, frames) are durable in the image."""
+
+    session: int
+    number: int
+    frames: int
+    received_bytes: int
+    missing_frames: list[int]
+    credit_bytes: int = 0
+    is_finished: bool = False
+    """The end epoch of the resync is durable at the secondary: nothing of it is needed again."""
+
+
+AnyMessage = (
+    Hello
+    | Ping
+    | Pong
+    | Goodbye
+    | Call
+    | Reply
+    | SessionOpen
+    | SessionAccept
+    | SessionRefuse
+    | EpochCommit
+    | Acknowledge
+    | ResyncBegin
+    | ResyncEnd
+    | ResyncAcknowledge
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(AnyMessage)
+
+
+def encode_message(message: Message) -> bytes:
+    """The MessagePack body of a message."""
+    return _encoder.encode(message)
+
+
+def decode_message(body: bytes | memoryview) -> AnyMessage:
+    """Decode and check the types of one message.
+
+    :raises RemoteProtocolError: not MessagePack, an unknown tag, or a field of a wrong type.
+    """
+    try:
+        return _decoder.decode(body)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise RemoteProtocolError(f"control message refused: {error}") from error
