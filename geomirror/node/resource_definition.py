@@ -1,4 +1,4 @@
-"""What a resource *is*, as its members agree on it: the versioned state that `resource create` makes.
+"""What a resource *is*, as its members agree on it: the state that `resource create` makes.
 
 The primary owns the definition and pushes it to the secondaries; a member replaces its copy only
 by one of a higher version.
@@ -11,7 +11,7 @@ import re
 import msgspec
 
 from geomirror.errors import UsageError
-from geomirror.limits import PRODUCTION, SECTOR_BYTES
+from geomirror.limits import GIB, PRODUCTION, SECTOR_BYTES, Limits
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
 """Names of resources, nodes and sites: safe in a path, in a URI and in a metric label."""
@@ -30,7 +30,7 @@ class ResourceDefinition(msgspec.Struct, forbid_unknown_fields=True):
 
     name: str
     resource_id: str
-    """16 bytes in hexadecimal; never reused, so a deleted and recreated name is another resource."""
+    """16 bytes in hexadecimal, never reused: a name created again is another resource."""
     version: int
     """Grows with every change; the highest version wins."""
     primary: str
@@ -116,3 +116,12 @@ def check_volume_size(name: str, size_bytes: int) -> None:
         raise UsageError(f"volume {name}: size {size_bytes} is not a multiple of {SECTOR_BYTES}")
     if size_bytes > PRODUCTION.volume_bytes_max:
         raise UsageError(f"volume {name}: over {PRODUCTION.volume_bytes_max} bytes")
+
+
+def default_journal_bytes(size_bytes: int, free_bytes: int, limits: Limits) -> int:
+    """Journal size when none is asked for: the volumes' size within 1–64 GiB, half of the free
+    space at most, and never under the smallest journal that works.
+    """
+    wanted = min(max(size_bytes, GIB), 64 * GIB)
+    bounded = max(min(wanted, free_bytes // 2), limits.journal_bytes_min)
+    return bounded - bounded % limits.segment_bytes
