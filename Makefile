@@ -1,0 +1,52 @@
+# Every command of the project. The environment lives in .venv and is made by the first target that
+# needs it; nothing outside this directory is changed, except Debian packages that `make test`
+# installs when it may (root).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SEEDS ?= 100
+
+help:  ## show the commands
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/.ready: pyproject.toml deploy/setup_environment.sh
+	PYTHON="$(PYTHON)" sh deploy/setup_environment.sh $(VENV)
+
+setup: $(VENV)/.ready  ## create or refresh .venv
+
+demo: $(VENV)/.ready  ## three sites on this machine, a real image, flaps and kills; about 90 s
+	$(BIN)/geomirror demo --report build/demo/report.json
+
+test: $(VENV)/.ready  ## everything CI runs: lint, types, tests, fixed and fresh simulation seeds
+	sh deploy/setup_test_tools.sh
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+check: $(VENV)/.ready  ## quick: lint, types and the tests that start no process
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q -m "not system and not interop"
+
+sim: $(VENV)/.ready  ## SEEDS=n fresh simulation seeds
+	$(BIN)/python -m tests.sim --seeds $(SEEDS)
+
+bench: $(VENV)/.ready  ## the numbers of docs/measurements.md, short rounds
+	$(BIN)/python -m bench --short
+
+bench-full: $(VENV)/.ready  ## the same with all rounds
+	$(BIN)/python -m bench
+
+soak: $(VENV)/.ready  ## simulation and lab for an hour
+	$(BIN)/python -m tests.sim --seconds 3600
+
+format: $(VENV)/.ready  ## rewrite the code in its one format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove .venv and build
+	rm -rf $(VENV) build
+
+.PHONY: help setup demo test check sim bench bench-full soak format clean
