@@ -1,0 +1,191 @@
+"""Merging epoch tables: one table that has the effect of several, the newest entry of a block wins.
+
+```
+ older  ████ZERO████████████   D   D        DATA counts one block, ZERO is a run
+ newer      D     ▒▒zero▒▒▒▒▒▒▒▒▒▒▒
+ merged ████D█████▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒
+```
+Everything is interval arithmetic on arrays: a zero run of 4 GiB costs as much as one of 8 KiB, and
+no Python object is made per entry. The result is canonical (`epoch_table.is_canonical`), adjacent
+ZERO runs of equal flags are joined.
+Deliberately not here: contents. Addresses and digests are carried along, never looked at.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from geomirror.volume.epoch_table import (
+    KIND_ZERO,
+    Table,
+    empty_table,
+    is_canonical,
+)
+
+_VOLUME_SHIFT = 46
+"""A key is volume << 46 | block, within an i64; volumes of up to 2**46 blocks stay apart."""
+_BLOCK_MASK = (1 << _VOLUME_SHIFT) - 1
+RUN_BLOCKS_MAX = (1 << 32) - 1
+"""An entry's count is a u32; a longer run (16 TiB) is several entries."""
+
+_Keys = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """Disjoint ascending zero runs [start, end) with their age (index of the table) and flags."""
+
+    start: _Keys
+    end: _Keys
+    age: _Keys
+    flags: npt.NDArray[np.uint8]
+
+    def take(self, chosen: npt.NDArray[np.int64] | npt.NDArray[np.bool_]) -> _Runs:
+        return _Runs(self.start[chosen], self.end[chosen], self.age[chosen], self.flags[chosen])
+
+
+def merge_tables(tables: Sequence[Table]) -> Table:
+    """One canonical table equal in effect to applying `tables` one after the other.
+
+    A single table is returned as it is, so that folding one epoch cannot change its chain hash.
+
+    :param tables: canonical tables, oldest first.
+    """
+    filled = [table for table in tables if len(table)]
+    if len(filled) <= 1:
+        return filled[0] if filled else empty_table()
+    entries = np.concatenate(filled)
+    age = np.repeat(np.arange(len(filled), dtype=np.int64), [len(table) for table in filled])
+    assert int(entries["block"].max()) <= _BLOCK_MASK - RUN_BLOCKS_MAX
+    single = entries["count"] == 1
+    keys = keys_of(entries)
+    if bool(single.all()):
+        kept, _ = _newest(keys)
+        return _join_zero_runs(entries[kept], keys[kept])
+
+    runs = _overlay_all(entries, keys, age, single, len(filled))
+    single_keys = keys[single]
+    newest, single_keys = _newest(single_keys)
+    singles = entries[single][newest]
+    single_age = age[single][newest]
+    # A single block stands if no newer run covers it; then it splits the run, if there is one.
+    at = np.searchsorted(runs.start, single_keys, side="right") - 1
+    inside = (at >= 0) & (single_keys < runs.end[np.maximum(at, 0)])
+    stands = ~inside | (single_age > runs.age[np.maximum(at, 0)])
+    singles, single_keys, inside = singles[stands], single_keys[stands], inside[stands]
+    runs = _split(runs, single_keys[inside])
+
+    merged = np.concatenate([singles, _run_entries(runs)])
+    merged_keys = np.concatenate([single_keys, runs.start])
+    order = np.argsort(merged_keys, kind="stable")
+    return _join_zero_runs(merged[order], merged_keys[order])
+
+
+def keys_of(entries: Table) -> _Keys:
+    """volume << 46 | block of each entry: one sortable integer."""
+    keys = entries["volume"].astype(np.int64) << _VOLUME_SHIFT
+    return keys | entries["block"].astype(np.int64)
+
+
+def _newest(keys: _Keys) -> tuple[_Keys, _Keys]:
+    """Indices of the last occurrence of each key, by ascending key, and those keys."""
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    is_last = np.append(ordered[1:] != ordered[:-1], np.ones(min(len(keys), 1), dtype=bool))
+    return order[is_last], ordered[is_last]
+
+
+def _overlay_all(
+    entries: Table, keys: _Keys, age: _Keys, single: npt.NDArray[np.bool_], tables: int
+) -> _Runs:
+    """The newest run at each point, over the runs of all tables; overlaid as a binary tree."""
+    chosen = np.flatnonzero(~single)
+    start = keys[chosen]
+    end = start + entries["count"][chosen].astype(np.int64)
+    everything = _Runs(start, end, age[chosen], entries["flags"][chosen])
+    bounds = np.searchsorted(everything.age, np.arange(tables + 1))
+    layers = [
+        everything.take(np.arange(low, high))
+        for low, high in itertools.pairwise(bounds)
+        if high > low
+    ]
+    while len(layers) > 1:
+        pairs = [_overlay(*layers[i : i + 2]) for i in range(0, len(layers) - 1, 2)]
+        layers = pairs + layers[len(pairs) * 2 :]
+    return layers[0]
+
+
+def _overlay(older: _Runs, newer: _Runs) -> _Runs:
+    """The runs of both, older ones only where no newer one is."""
+    points = np.unique(np.concatenate([older.start, older.end, newer.start, newer.end]))
+    left = points[:-1]
+    owner = np.full(len(left), -1, dtype=np.int64)
+    for layer, first in ((older, 0), (newer, len(older.start))):
+        at = np.searchsorted(layer.start, left, side="right") - 1
+        covered = (at >= 0) & (left < layer.end[np.maximum(at, 0)])
+        owner[covered] = at[covered] + first
+    changes = np.append(True, owner[1:] != owner[:-1])
+    heads = np.flatnonzero(changes)
+    tails = np.append(heads[1:], len(left))
+    used = owner[heads] >= 0
+    heads, tails = heads[used], tails[used]
+    origin = owner[heads]
+    both_age = np.concatenate([older.age, newer.age])
+    both_flags = np.concatenate([older.flags, newer.flags])
+    return _Runs(points[heads], points[tails], both_age[origin], both_flags[origin])
+
+
+def _split(runs: _Runs, holes: _Keys) -> _Runs:
+    """Cut one block out of the runs at each hole; every hole lies in a run."""
+    # The k-th smallest start belongs to the k-th smallest end, empty pieces included.
+    start = np.sort(np.concatenate([runs.start, holes + 1]))
+    end = np.sort(np.concatenate([runs.end, holes]))
+    kept = start < end
+    start, end = start[kept], end[kept]
+    origin = np.searchsorted(runs.start, start, side="right") - 1
+    return _Runs(start, end, runs.age[origin], runs.flags[origin])
+
+
+def _run_entries(runs: _Runs) -> Table:
+    entries = empty_table(len(runs.start))
+    entries["volume"] = runs.start >> _VOLUME_SHIFT
+    entries["block"] = runs.start & _BLOCK_MASK
+    entries["count"] = runs.end - runs.start
+    entries["kind"] = KIND_ZERO
+    entries["flags"] = runs.flags
+    return entries
+
+
+def _join_zero_runs(entries: Table, keys: _Keys) -> Table:
+    """Join adjacent ZERO entries with equal flags; `entries` ascending and not overlapping."""
+    zero = entries["kind"] == KIND_ZERO
+    end = keys + entries["count"].astype(np.int64)
+    joins = zero[1:] & zero[:-1] & (keys[1:] == end[:-1])
+    joins &= entries["flags"][1:] == entries["flags"][:-1]
+    if not bool(joins.any()):
+        assert is_canonical(entries)
+        return entries
+    heads = np.flatnonzero(np.append(True, ~joins))
+    tails = np.append(heads[1:], len(entries)) - 1
+    blocks = end[tails] - keys[heads]
+    joined = entries[heads]
+    if int(blocks.max()) > RUN_BLOCKS_MAX:
+        joined, blocks = _split_long(joined, blocks)
+    joined["count"] = blocks
+    assert is_canonical(joined)
+    return joined
+
+
+def _split_long(entries: Table, blocks: _Keys) -> tuple[Table, _Keys]:
+    """Give each run of more than `RUN_BLOCKS_MAX` blocks as many entries as it needs."""
+    parts = -(-blocks // RUN_BLOCKS_MAX)
+    first = np.repeat(np.cumsum(parts) - parts, parts)
+    skipped = (np.arange(len(first)) - first) * RUN_BLOCKS_MAX
+    split = np.repeat(entries, parts)
+    split["block"] += skipped.astype(np.uint64)
+    return split, np.minimum(np.repeat(blocks, parts) - skipped, RUN_BLOCKS_MAX)
