@@ -108,6 +108,27 @@ class Limits:
     reader_pin_ns_max: int = 60 * SECOND
     """How long a reader of a secondary may hold back applying before it gets EIO."""
 
+    handshake_ns_max: int = 5 * SECOND
+    """TLS handshake of an accepted connection; a stranger cannot hold a socket longer."""
+    handshakes_max: int = 128
+    """Accepted connections not yet authenticated; one more ends the oldest of them."""
+    dial_ns_max: int = 10 * SECOND
+    """Reaching and authenticating a peer, all of its addresses together."""
+    join_line_bytes_max: int = 64 * KIB
+    """One line of the join exchange; a welcome carries every member of the network."""
+    join_exchange_ns_max: int = 10 * SECOND
+    """A whole join exchange."""
+    join_connections_max: int = 8
+    """Join exchanges at a time."""
+    join_failures_max: int = 10
+    """Refused tokens per source address within a minute; then its further attempts are refused."""
+    token_text_bytes_max: int = 2 * KIB
+    """A printed join token."""
+    token_records_max: int = 1024
+    """Tokens kept at the authority, used ones included, for the audit."""
+    endpoints_max: int = 8
+    """Endpoints of one node."""
+
     peers_max: int = 64
     """Nodes in a network."""
     resources_max: int = 256
@@ -132,6 +153,8 @@ class Limits:
         assert self.window_bytes_min >= FRAME_RAW_BYTES_MAX
         assert self.hello_misses_max >= 3
         assert self.data_connections <= self.data_connections_max
+        # The largest member entry is under 1 KiB (endpoints_max names of at most 64 bytes dominate).
+        assert self.peers_max * KIB <= self.join_line_bytes_max
 
 
 PRODUCTION = Limits()
