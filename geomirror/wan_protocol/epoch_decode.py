@@ -1,0 +1,160 @@
+"""Checks one FRAME body of a peer and takes it apart (`docs/wire_format.md`).
+
+The receiver believes nothing: lengths and counts are bounded before anything is allocated, blocks
+must be ascending and lie inside their volume, and digests are computed here. What the frame's hash
+rejects may be asked for again (`BadFrameError`); anything else that is wrong closes the session.
+Deliberately not here: whether the blocks belong to the epoch; the commit's hash decides that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import xxhash
+import zstandard
+
+from geomirror.errors import BadFrameError, LimitExceededError, RemoteProtocolError
+from geomirror.limits import BLOCK_BYTES, FRAME_RAW_BYTES_MAX, Limits
+from geomirror.volume.epoch_table import (
+    FLAG_PUNCH,
+    KIND_DATA,
+    KIND_ZERO,
+    Table,
+    empty_table,
+    is_canonical,
+)
+from geomirror.volume.store import Buffer
+from geomirror.wan_protocol.epoch_encode import (
+    CODEC_RAW,
+    CODEC_ZSTD,
+    ENTRIES_MAX,
+    FRAME_ENTRY,
+    FRAME_HEADER,
+    RUN_BLOCKS_MAX,
+    frame_hash,
+)
+from geomirror.wan_protocol.frame import FRAME_BODY_BYTES_MAX
+
+_ENTRY = np.dtype(
+    [("volume", "<u2"), ("kind", "u1"), ("flags", "u1"), ("count", "<u4"), ("block", "<u8")]
+)
+assert _ENTRY.itemsize == FRAME_ENTRY.size
+_MASK_64 = (1 << 64) - 1
+_BLOCK_MAX = 1 << 52
+
+
+@dataclass(frozen=True)
+class DecodedFrame:
+    """Checked content of a frame."""
+
+    table: Table = field(repr=False)
+    """Canonical: DATA entries of one block each with their digest; `address` is the offset of the
+    content in `data`. ZERO runs have address 0."""
+    data: bytes = field(repr=False)
+    """Contents of the DATA blocks, in order."""
+
+
+def decode_frame(body: Buffer, limits: Limits, volume_bytes: Mapping[int, int]) -> DecodedFrame:
+    """Check and decompress a frame; nothing is kept.
+
+    :param volume_bytes: size in bytes of each volume of the resource, by index.
+    :raises BadFrameError: the content is not what was sent; ask for the frame again.
+    :raises LimitExceededError: a count or a length is over its limit.
+    :raises RemoteProtocolError: unknown codec or kind, wrong order, outside of the volume.
+    """
+    view = memoryview(body)
+    if len(view) < FRAME_HEADER.size:
+        raise RemoteProtocolError(f"frame of {len(view)} bytes has no header")
+    if len(view) > FRAME_BODY_BYTES_MAX:
+        raise LimitExceededError(f"frame of {len(view)} bytes, at most {FRAME_BODY_BYTES_MAX}")
+    header = bytes(view[: FRAME_HEADER.size])
+    codec, flags, count, raw_bytes, expected, _base = FRAME_HEADER.unpack(header)
+    if codec not in (CODEC_RAW, CODEC_ZSTD) or flags != 0:
+        raise RemoteProtocolError(f"frame with codec {codec} and flags {flags} was not negotiated")
+    if raw_bytes > FRAME_RAW_BYTES_MAX or count > min(ENTRIES_MAX, limits.epoch_entries_max):
+        raise LimitExceededError(f"frame announces {count} entries and {raw_bytes} bytes of data")
+    data_at = FRAME_HEADER.size + count * FRAME_ENTRY.size
+    if count == 0 or data_at > len(view):
+        raise RemoteProtocolError(f"frame of {len(view)} bytes cannot have {count} entries")
+    entries = view[FRAME_HEADER.size : data_at]
+    data = _decompress(codec, view[data_at:], raw_bytes)
+    if frame_hash(header, entries, data) != expected:
+        raise BadFrameError("frame does not match its hash")
+    return DecodedFrame(_expand(np.frombuffer(entries, dtype=_ENTRY), data, volume_bytes), data)
+
+
+def _decompress(codec: int, wire: memoryview, raw_bytes: int) -> bytes:
+    if codec == CODEC_RAW:
+        if len(wire) != raw_bytes:
+            raise RemoteProtocolError(f"raw frame has {len(wire)} bytes, announced {raw_bytes}")
+        return bytes(wire)
+    try:
+        # python-zstandard allocates what the stream itself announces: that is checked first.
+        parameters = zstandard.get_frame_parameters(wire)
+        if parameters.content_size != raw_bytes or parameters.window_size > FRAME_RAW_BYTES_MAX:
+            raise BadFrameError(
+                f"compressed data announces {parameters.content_size} bytes, frame {raw_bytes}"
+            )
+        data: bytes = zstandard.ZstdDecompressor().decompress(
+            wire, max_output_size=raw_bytes, allow_extra_data=False
+        )
+    except zstandard.ZstdError as error:
+        raise BadFrameError(f"frame does not decompress: {error}") from error
+    if len(data) != raw_bytes:
+        raise BadFrameError(f"frame decompresses to {len(data)} bytes, announced {raw_bytes}")
+    return data
+
+
+def _expand(
+    entries: np.ndarray[tuple[int], np.dtype[np.void]],
+    data: bytes,
+    volume_bytes: Mapping[int, int],
+) -> Table:
+    """One table entry per DATA block, with digests; every entry checked against its volume."""
+    rows: list[tuple[int, int, int, int, int, int, int, int]] = []
+    offset = 0
+    view = memoryview(data)
+    for volume, kind, flags, count, block in entries.tolist():
+        size = volume_bytes.get(volume)
+        if size is None:
+            raise RemoteProtocolError(f"frame names volume {volume}, which is not there")
+        blocks = (size + BLOCK_BYTES - 1) // BLOCK_BYTES
+        if count == 0 or block > _BLOCK_MAX or block + count > blocks:
+            raise RemoteProtocolError(
+                f"frame names blocks {block} + {count} of volume {volume}, it has {blocks}"
+            )
+        if kind == KIND_ZERO and flags & ~FLAG_PUNCH == 0:
+            rows.append((volume, kind, flags, count, block, 0, 0, 0))
+            continue
+        if kind != KIND_DATA or flags != 0 or count > RUN_BLOCKS_MAX:
+            raise RemoteProtocolError(f"frame entry of kind {kind}, flags {flags}, count {count}")
+        for number in range(block, block + count):
+            length = min(BLOCK_BYTES, size - number * BLOCK_BYTES)
+            content = view[offset : offset + length]
+            if len(content) != length:
+                raise RemoteProtocolError("frame has less data than its entries need")
+            low, high = _digest(content)
+            rows.append((volume, KIND_DATA, 0, 1, number, offset, low, high))
+            offset += length
+    if offset != len(data):
+        raise RemoteProtocolError(f"frame has {len(data)} bytes of data, its entries {offset}")
+    table = empty_table(len(rows))
+    table[:] = rows
+    if not is_canonical(table):
+        raise RemoteProtocolError("frame entries are not ascending")
+    return table
+
+
+def _digest(content: memoryview) -> tuple[int, int]:
+    digest = xxhash.xxh3_128_intdigest(content)
+    zeros = _ZERO_DIGEST
+    if len(content) != BLOCK_BYTES:
+        zeros = xxhash.xxh3_128_intdigest(bytes(len(content)))
+    if digest == zeros:
+        raise RemoteProtocolError("frame has a block of zeros as data; they are sent as runs")
+    return digest & _MASK_64, digest >> 64
+
+
+_ZERO_DIGEST = xxhash.xxh3_128_intdigest(bytes(BLOCK_BYTES))
