@@ -1,0 +1,108 @@
+"""`resources.json`: the definitions that this node keeps, and who has confirmed them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from geomirror.errors import IntegrityError, NotFoundError, StorageError
+from geomirror.node.paths import write_file_atomic
+from geomirror.node.resource_definition import ResourceDefinition
+
+FORMAT = 1
+
+
+class ResourceEntry(msgspec.Struct, forbid_unknown_fields=True):
+    """One resource as this node remembers it."""
+
+    definition: ResourceDefinition
+    state: Literal["creating", "active", "deleting"] = "creating"
+    """`creating` is undone at the next start; `deleting` waits for secondaries to forget it."""
+    is_forced: bool = False
+    """`--force`: secondaries overwrite a backing that holds data."""
+    keep_data: bool = False
+    """While deleting: secondaries keep their images."""
+    confirmed: dict[str, int] = {}
+    """Primary only: member -> version of the definition that it has, 0 when it has forgotten."""
+
+    def pending_peers(self) -> list[str]:
+        """Secondaries that have not confirmed the newest state."""
+        wanted = 0 if self.state == "deleting" else self.definition.version
+        return [n for n in self.definition.secondaries if self.confirmed.get(n, -1) != wanted]
+
+
+class _File(msgspec.Struct, forbid_unknown_fields=True):
+    format: int
+    resources: list[ResourceEntry]
+
+
+class DefinitionStore:
+    """All entries, by resource id; every change is durable before it returns."""
+
+    def __init__(self, path: Path) -> None:
+        """Load the file; an absent one is empty.
+
+        :raises IntegrityError: it is not what this version writes.
+        """
+        self._path = path
+        self._entries: dict[str, ResourceEntry] = {}
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise StorageError.from_os(error, operation="read", path=str(path)) from error
+        try:
+            found = msgspec.json.decode(data, type=_File)
+        except msgspec.MsgspecError as error:
+            raise IntegrityError(f"{path}: {error}") from error
+        if found.format != FORMAT:
+            raise IntegrityError(f"{path}: format {found.format}, this version knows {FORMAT}")
+        self._entries = {entry.definition.resource_id: entry for entry in found.resources}
+
+    def entries(self) -> list[ResourceEntry]:
+        """All entries, by name."""
+        return sorted(self._entries.values(), key=lambda entry: entry.definition.name)
+
+    def find(self, name: str) -> ResourceEntry | None:
+        """The live (not deleting) entry of a name."""
+        for entry in self._entries.values():
+            if entry.definition.name == name and entry.state != "deleting":
+                return entry
+        return None
+
+    def get(self, name: str) -> ResourceEntry:
+        """The live entry of a name.
+
+        :raises NotFoundError: there is none on this node.
+        """
+        entry = self.find(name)
+        if entry is None:
+            raise NotFoundError(
+                f'no resource "{name}" on this node', hint='see "geomirror resource list"'
+            )
+        return entry
+
+    def by_id(self, resource_id: str) -> ResourceEntry | None:
+        """The entry of an id, in any state."""
+        return self._entries.get(resource_id)
+
+    def put(self, entry: ResourceEntry) -> None:
+        """Add or replace an entry; durable at return.
+
+        :raises StorageError: nothing changed on disk.
+        """
+        self._entries[entry.definition.resource_id] = entry
+        self.save()
+
+    def remove(self, resource_id: str) -> None:
+        """Forget an entry; durable at return."""
+        self._entries.pop(resource_id, None)
+        self.save()
+
+    def save(self) -> None:
+        """Write everything; needed after an entry was changed in place."""
+        file = _File(FORMAT, self.entries())
+        write_file_atomic(self._path, msgspec.json.format(msgspec.json.encode(file), indent=1))

@@ -1,0 +1,78 @@
+"""What the node expects of a running resource. `ReplicaService` is the real one; tests use a small
+one of their own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from geomirror.node.context import NodeContext
+from geomirror.node.resource_definition import ResourceDefinition
+
+if TYPE_CHECKING:
+    from geomirror.nbd.server_io import Export
+    from geomirror.wan_protocol.messages import Message
+
+
+class Service(Protocol):
+    """One resource on this node."""
+
+    definition: ResourceDefinition
+
+    @property
+    def role(self) -> str:
+        """`primary` or `secondary`."""
+
+    async def start(self) -> None:
+        """Begin to serve."""
+
+    async def stop(self) -> None:
+        """Seal, flush, close."""
+
+    def exports(self) -> dict[str, Export]:
+        """NBD exports by name: `RES/VOLUME`, and `RES` for the first volume."""
+
+    def status(self) -> dict[str, Any]:
+        """The resource's object of `status --json`."""
+
+    def position(self) -> dict[str, Any]:
+        """Where the resource is now."""
+
+    async def wait(self, kind: str, timeout_s: float) -> None:
+        """Until every peer has all that is completed now."""
+
+    def pause(self, peer: str | None) -> None:
+        """Stop sending to a peer, or to all."""
+
+    def resume(self, peer: str | None) -> None:
+        """Go on sending."""
+
+    def set_definition(self, definition: ResourceDefinition) -> None:
+        """Take over a changed definition."""
+
+    def link_up(self, peer: str) -> None:
+        """The link to a member is there, and the member knows the resource."""
+
+    def link_down(self, peer: str) -> None:
+        """The link to a member is gone."""
+
+    def message(self, peer: str, session: int, message: Message) -> None:
+        """A message of this resource's session."""
+
+    def frame(
+        self, peer: str, session: int, epoch: int, sequence: int, is_resync: bool, body: bytes
+    ) -> None:
+        """A data frame of this resource's session."""
+
+    def writable(self, peer: str) -> None:
+        """The link's queues have room again."""
+
+
+class ServiceFactory(Protocol):
+    """Makes services; both calls block and run on a worker thread."""
+
+    def create(self, definition: ResourceDefinition, node: NodeContext) -> Service:
+        """Make the state on disk."""
+
+    def open(self, definition: ResourceDefinition, node: NodeContext) -> Service:
+        """Recover the state on disk."""
