@@ -18,12 +18,11 @@ import zstandard
 from geomirror.errors import BadFrameError, LimitExceededError, RemoteProtocolError
 from geomirror.limits import BLOCK_BYTES, FRAME_RAW_BYTES_MAX, Limits
 from geomirror.volume.epoch_table import (
+    ENTRY,
     FLAG_PUNCH,
     KIND_DATA,
     KIND_ZERO,
     Table,
-    empty_table,
-    is_canonical,
 )
 from geomirror.volume.store import Buffer
 from geomirror.wan_protocol.epoch_encode import (
@@ -56,55 +55,78 @@ class DecodedFrame:
     """Contents of the DATA blocks, in order."""
 
 
-def decode_frame(body: Buffer, limits: Limits, volume_bytes: Mapping[int, int]) -> DecodedFrame:
-    """Check and decompress a frame; nothing is kept.
+class FrameDecoder:
+    """Checks and decompresses the frames of one resource; not to be shared between threads.
 
     :param volume_bytes: size in bytes of each volume of the resource, by index.
-    :raises BadFrameError: the content is not what was sent; ask for the frame again.
-    :raises LimitExceededError: a count or a length is over its limit.
-    :raises RemoteProtocolError: unknown codec or kind, wrong order, outside of the volume.
     """
-    view = memoryview(body)
-    if len(view) < FRAME_HEADER.size:
-        raise RemoteProtocolError(f"frame of {len(view)} bytes has no header")
-    if len(view) > FRAME_BODY_BYTES_MAX:
-        raise LimitExceededError(f"frame of {len(view)} bytes, at most {FRAME_BODY_BYTES_MAX}")
-    header = bytes(view[: FRAME_HEADER.size])
-    codec, flags, count, raw_bytes, expected, _base = FRAME_HEADER.unpack(header)
-    if codec not in (CODEC_RAW, CODEC_ZSTD) or flags != 0:
-        raise RemoteProtocolError(f"frame with codec {codec} and flags {flags} was not negotiated")
-    if raw_bytes > FRAME_RAW_BYTES_MAX or count > min(ENTRIES_MAX, limits.epoch_entries_max):
-        raise LimitExceededError(f"frame announces {count} entries and {raw_bytes} bytes of data")
-    data_at = FRAME_HEADER.size + count * FRAME_ENTRY.size
-    if count == 0 or data_at > len(view):
-        raise RemoteProtocolError(f"frame of {len(view)} bytes cannot have {count} entries")
-    entries = view[FRAME_HEADER.size : data_at]
-    data = _decompress(codec, view[data_at:], raw_bytes)
-    if frame_hash(header, entries, data) != expected:
-        raise BadFrameError("frame does not match its hash")
-    return DecodedFrame(_expand(np.frombuffer(entries, dtype=_ENTRY), data, volume_bytes), data)
 
+    def __init__(self, limits: Limits, volume_bytes: Mapping[int, int]) -> None:
+        self._limits = limits
+        self._volume_bytes = volume_bytes
+        # Kept, because making one costs as much as decompressing a frame.
+        self._decompressor = zstandard.ZstdDecompressor()
 
-def _decompress(codec: int, wire: memoryview, raw_bytes: int) -> bytes:
-    if codec == CODEC_RAW:
-        if len(wire) != raw_bytes:
-            raise RemoteProtocolError(f"raw frame has {len(wire)} bytes, announced {raw_bytes}")
-        return bytes(wire)
-    try:
-        # python-zstandard allocates what the stream itself announces: that is checked first.
-        parameters = zstandard.get_frame_parameters(wire)
-        if parameters.content_size != raw_bytes or parameters.window_size > FRAME_RAW_BYTES_MAX:
-            raise BadFrameError(
-                f"compressed data announces {parameters.content_size} bytes, frame {raw_bytes}"
+    def decode(self, body: Buffer) -> DecodedFrame:
+        """Check and decompress a frame; nothing of `body` is kept.
+
+        :raises BadFrameError: the content is not what was sent; ask for the frame again.
+        :raises LimitExceededError: a count or a length is over its limit.
+        :raises RemoteProtocolError: unknown codec or kind, wrong order, outside of the volume.
+        """
+        view = memoryview(body)
+        if len(view) < FRAME_HEADER.size:
+            raise RemoteProtocolError(f"frame of {len(view)} bytes has no header")
+        if len(view) > FRAME_BODY_BYTES_MAX:
+            raise LimitExceededError(f"frame of {len(view)} bytes, at most {FRAME_BODY_BYTES_MAX}")
+        header = bytes(view[: FRAME_HEADER.size])
+        codec, flags, count, raw_bytes, expected, _base = FRAME_HEADER.unpack(header)
+        if codec not in (CODEC_RAW, CODEC_ZSTD) or flags != 0:
+            raise RemoteProtocolError(
+                f"frame with codec {codec} and flags {flags} was not negotiated"
             )
-        data: bytes = zstandard.ZstdDecompressor().decompress(
-            wire, max_output_size=raw_bytes, allow_extra_data=False
+        if raw_bytes > FRAME_RAW_BYTES_MAX or count > min(
+            ENTRIES_MAX, self._limits.epoch_entries_max
+        ):
+            raise LimitExceededError(
+                f"frame announces {count} entries and {raw_bytes} bytes of data"
+            )
+        data_at = FRAME_HEADER.size + count * FRAME_ENTRY.size
+        if count == 0 or data_at > len(view):
+            raise RemoteProtocolError(f"frame of {len(view)} bytes cannot have {count} entries")
+        entries = view[FRAME_HEADER.size : data_at]
+        data = self._decompress(codec, view[data_at:], raw_bytes)
+        if frame_hash(header, entries, data) != expected:
+            raise BadFrameError("frame does not match its hash")
+        return DecodedFrame(
+            _expand(np.frombuffer(entries, dtype=_ENTRY), data, self._volume_bytes), data
         )
-    except zstandard.ZstdError as error:
-        raise BadFrameError(f"frame does not decompress: {error}") from error
-    if len(data) != raw_bytes:
-        raise BadFrameError(f"frame decompresses to {len(data)} bytes, announced {raw_bytes}")
-    return data
+
+    def _decompress(self, codec: int, wire: memoryview, raw_bytes: int) -> bytes:
+        if codec == CODEC_RAW:
+            if len(wire) != raw_bytes:
+                raise RemoteProtocolError(f"raw frame has {len(wire)} bytes, announced {raw_bytes}")
+            return bytes(wire)
+        try:
+            # python-zstandard allocates what the stream itself announces: that is checked first.
+            parameters = zstandard.get_frame_parameters(wire)
+            if parameters.content_size != raw_bytes or parameters.window_size > FRAME_RAW_BYTES_MAX:
+                raise BadFrameError(
+                    f"compressed data announces {parameters.content_size} bytes, frame {raw_bytes}"
+                )
+            data: bytes = self._decompressor.decompress(
+                wire, max_output_size=raw_bytes, allow_extra_data=False
+            )
+        except zstandard.ZstdError as error:
+            raise BadFrameError(f"frame does not decompress: {error}") from error
+        if len(data) != raw_bytes:
+            raise BadFrameError(f"frame decompresses to {len(data)} bytes, announced {raw_bytes}")
+        return data
+
+
+def decode_frame(body: Buffer, limits: Limits, volume_bytes: Mapping[int, int]) -> DecodedFrame:
+    """Decode a single frame; as `FrameDecoder.decode`."""
+    return FrameDecoder(limits, volume_bytes).decode(body)
 
 
 def _expand(
@@ -116,6 +138,7 @@ def _expand(
     rows: list[tuple[int, int, int, int, int, int, int, int]] = []
     offset = 0
     view = memoryview(data)
+    after = (-1, 0)
     for volume, kind, flags, count, block in entries.tolist():
         size = volume_bytes.get(volume)
         if size is None:
@@ -125,6 +148,9 @@ def _expand(
             raise RemoteProtocolError(
                 f"frame names blocks {block} + {count} of volume {volume}, it has {blocks}"
             )
+        if (volume, block) < after:
+            raise RemoteProtocolError("frame entries are not ascending")
+        after = (volume, block + count)
         if kind == KIND_ZERO and flags & ~FLAG_PUNCH == 0:
             rows.append((volume, kind, flags, count, block, 0, 0, 0))
             continue
@@ -140,11 +166,7 @@ def _expand(
             offset += length
     if offset != len(data):
         raise RemoteProtocolError(f"frame has {len(data)} bytes of data, its entries {offset}")
-    table = empty_table(len(rows))
-    table[:] = rows
-    if not is_canonical(table):
-        raise RemoteProtocolError("frame entries are not ascending")
-    return table
+    return np.array(rows, dtype=ENTRY)
 
 
 def _digest(content: memoryview) -> tuple[int, int]:

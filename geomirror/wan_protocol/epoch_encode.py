@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -91,25 +91,24 @@ class FrameBuilder:
         self._compressor = zstandard.ZstdCompressor(
             level=level, write_checksum=False, write_dict_id=False
         )
-        self._entries: list[tuple[int, int, int, int, int]] = []
+        self._entries: list[bytes] = []
         self._parts: list[Buffer] = []
-        self._data_bytes = 0
 
-    def add_data(self, volume: int, block: int, content: Buffer) -> None:
-        """Add one block; `content` is 1 to 4096 bytes and is kept until the frame is full."""
-        length = len(content)
-        assert 0 < length <= BLOCK_BYTES
-        is_full = self._data_bytes + length > FRAME_RAW_BYTES_MAX
-        last = self._entries[-1] if self._entries else None
-        is_run = last is not None and last[:3] == (volume, KIND_DATA, 0)
-        if last is not None and is_run and last[4] + last[3] == block and not is_full:
-            self._entries[-1] = (volume, KIND_DATA, 0, last[3] + 1, last[4])
-        else:
-            if is_full or len(self._entries) >= ENTRIES_MAX:
+    def add_run(self, volume: int, block: int, contents: Sequence[Buffer]) -> None:
+        """Add adjacent blocks, one content each: 4096 bytes, or less at a volume's end.
+
+        Contents are kept until their frame is full.
+        """
+        at = 0
+        while at < len(contents):
+            room = RUN_BLOCKS_MAX - len(self._parts)
+            if room == 0 or len(self._entries) >= ENTRIES_MAX:
                 self.flush()
-            self._entries.append((volume, KIND_DATA, 0, 1, block))
-        self._parts.append(content)
-        self._data_bytes += length
+                continue
+            taken = contents[at : at + room]
+            self._entries.append(FRAME_ENTRY.pack(volume, KIND_DATA, 0, len(taken), block + at))
+            self._parts += taken
+            at += len(taken)
 
     def add_zero(self, volume: int, block: int, count: int, flags: int) -> None:
         """Add a run of `count` zero blocks."""
@@ -117,7 +116,7 @@ class FrameBuilder:
             part = min(count, RUN_COUNT_MAX)
             if len(self._entries) >= ENTRIES_MAX:
                 self.flush()
-            self._entries.append((volume, KIND_ZERO, flags, part, block))
+            self._entries.append(FRAME_ENTRY.pack(volume, KIND_ZERO, flags, part, block))
             block += part
             count -= part
 
@@ -126,7 +125,7 @@ class FrameBuilder:
         if not self._entries:
             return
         data = b"".join(self._parts)
-        entries = b"".join(FRAME_ENTRY.pack(*entry) for entry in self._entries)
+        entries = b"".join(self._entries)
         codec, wire = CODEC_RAW, data
         if data:
             packed = self._compressor.compress(data)
@@ -137,7 +136,7 @@ class FrameBuilder:
         header = FRAME_HEADER.pack(codec, 0, len(self._entries), len(data), digest, 0)
         self.frames.append(b"".join((header, entries, wire)))
         self.raw_bytes += len(data)
-        self._entries, self._parts, self._data_bytes = [], [], 0
+        self._entries, self._parts = [], []
 
 
 class EncodeJob:
@@ -214,17 +213,25 @@ class EncodeJob:
         """Content of each DATA entry of the window, in the window's order."""
         rows = np.flatnonzero(window["kind"] == KIND_DATA)
         entries = window[rows]
-        addresses = entries["address"].astype(np.int64)
-        lengths = self._lengths(entries)
+        order = np.argsort(entries["address"], kind="stable")
+        starts = entries["address"][order].astype(np.int64)
+        ends = starts + self._lengths(entries)[order]
+        read_bytes = min(READ_BYTES_MAX, self._limits.segment_bytes)
+        # One read per group: near each other, and none over a multiple of `read_bytes`, so that it
+        # stays in one segment (a record never crosses from one to the next).
+        is_cut = starts[1:] - ends[:-1] > READ_GAP_BYTES_MAX
+        is_cut |= starts[1:] // read_bytes != starts[:-1] // read_bytes
+        cuts = [0, *(np.flatnonzero(is_cut) + 1).tolist(), len(rows)]
         contents: list[Buffer] = [b""] * len(rows)
-        order = np.argsort(addresses, kind="stable")
-        for span in _spans(addresses, lengths, order, self._limits.segment_bytes):
-            start = int(addresses[span[0]])
-            end = int(addresses[span[-1]] + lengths[span[-1]])
-            view = memoryview(self._read(start, end - start))
-            for row in span:
-                offset = int(addresses[row]) - start
-                contents[row] = view[offset : offset + int(lengths[row])]
+        for first, last in itertools.pairwise(cuts):
+            if first == last:
+                continue
+            base = int(starts[first])
+            view = memoryview(self._read(base, int(ends[last - 1]) - base))
+            offsets = (starts[first:last] - base).tolist()
+            stops = (ends[first:last] - base).tolist()
+            for row, offset, stop in zip(order[first:last].tolist(), offsets, stops, strict=True):
+                contents[row] = view[offset:stop]
         return contents
 
     def _lengths(self, entries: Table) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
@@ -237,38 +244,20 @@ class EncodeJob:
 
 
 def _add_window(builder: FrameBuilder, window: Table, contents: list[Buffer]) -> None:
+    """Add the entries of a window run by run."""
+    is_data = window["kind"] == KIND_DATA
+    is_joined = is_data[1:] & is_data[:-1] & (window["volume"][1:] == window["volume"][:-1])
+    is_joined &= window["block"][1:] == window["block"][:-1] + np.uint64(1)
+    starts = np.concatenate(([0], np.flatnonzero(~is_joined) + 1))
+    counts = np.diff(starts, append=len(window)).tolist()
+    heads = window[starts][["volume", "kind", "flags", "count", "block"]].tolist()
     at = 0
-    for volume, kind, flags, count, block in window[
-        ["volume", "kind", "flags", "count", "block"]
-    ].tolist():
+    for (volume, kind, flags, zeros, block), count in zip(heads, counts, strict=True):
         if kind == KIND_DATA:
-            builder.add_data(volume, block, contents[at])
-            at += 1
+            builder.add_run(volume, block, contents[at : at + count])
+            at += count
         else:
-            builder.add_zero(volume, block, count, flags)
-
-
-def _spans(
-    addresses: np.ndarray[tuple[int], np.dtype[np.int64]],
-    lengths: np.ndarray[tuple[int], np.dtype[np.int64]],
-    order: np.ndarray[tuple[int], np.dtype[np.int64]],
-    segment_bytes: int,
-) -> Iterable[list[int]]:
-    """Rows grouped so that each group is one read: near, in one segment, bounded."""
-    span: list[int] = []
-    start = end = 0
-    for row in order.tolist():
-        address, length = int(addresses[row]), int(lengths[row])
-        is_near = address - end <= READ_GAP_BYTES_MAX and address + length - start <= READ_BYTES_MAX
-        if span and is_near and address // segment_bytes == start // segment_bytes:
-            span.append(row)
-        else:
-            if span:
-                yield span
-            span, start = [row], address
-        end = max(end, address + length)
-    if span:
-        yield span
+            builder.add_zero(volume, block, zeros, flags)
 
 
 def encode_blocks(
@@ -291,16 +280,15 @@ def encode_blocks(
             builder.add_zero(volume, first, content, 0)
             continue
         view = memoryview(content)
-        run = 0
-        for number in range((len(view) + BLOCK_BYTES - 1) // BLOCK_BYTES):
-            part = view[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]
-            if part == zero[: len(part)]:
-                run += 1
-                continue
-            builder.add_zero(volume, first + number - run, run, 0)
-            run = 0
-            builder.add_data(volume, first + number, part)
-        count = (len(view) + BLOCK_BYTES - 1) // BLOCK_BYTES
-        builder.add_zero(volume, first + count - run, run, 0)
+        parts = [view[at : at + BLOCK_BYTES] for at in range(0, len(view), BLOCK_BYTES)]
+        numbered = enumerate(parts, first)
+        for is_zero, run in itertools.groupby(
+            numbered, lambda item: item[1] == zero[: len(item[1])]
+        ):
+            blocks = list(run)
+            if is_zero:
+                builder.add_zero(volume, blocks[0][0], len(blocks), 0)
+            else:
+                builder.add_run(volume, blocks[0][0], [part for _, part in blocks])
     builder.flush()
     return builder.frames
