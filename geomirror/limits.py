@@ -72,6 +72,8 @@ class Limits:
     """Undo kept per resource; the oldest passes are dropped first."""
     undo_pass_bytes_max: int = 256 * MIB
     """Before-images of one pass; a larger pass leaves a labelled gap in the undo."""
+    undo_passes_max: int = 4096
+    """Undo files kept per resource: bounds the start, which reads the table of each (50 us)."""
 
     window_bytes_min: int = 16 * MIB
     """Smallest window of bytes sent and not yet received by a peer."""
@@ -103,6 +105,8 @@ class Limits:
     """Payload of one NBD request."""
     nbd_connections_max: int = 64
     """Connections of one export."""
+    nbd_requests_max: int = 4096
+    """Requests in flight of one connection; clients use 16 to 256. Beyond it reading pauses."""
     nbd_queued_bytes_max: int = 64 * MIB
     """Writes that wait for journal room, and replies that wait for a client, per connection."""
     reader_pin_ns_max: int = 60 * SECOND

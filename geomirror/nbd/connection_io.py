@@ -1,0 +1,395 @@
+"""One client's connection: bytes from the event loop to the cores, replies back in batches.
+
+Everything that one socket read brings is submitted in one call, and everything that is answered
+meanwhile leaves in one write. Replies that come later are gathered until the next turn of the loop.
+It runs on the standard event loop and on uvloop.
+
+Reading stops while any hold is set: the export asked for it, the client does not take its replies,
+too much is in flight, or the connection is ending.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import mmap
+import socket
+from collections.abc import Iterable, Sequence
+from typing import cast
+
+from geomirror.errors import GeomirrorError, RefusedError, RemoteProtocolError
+from geomirror.limits import Limits
+from geomirror.nbd import structured
+from geomirror.nbd.constants import CMD_BLOCK_STATUS, CMD_FLAG_REQ_ONE, CMD_READ
+from geomirror.nbd.negotiation import BUFFER_BYTES, Negotiation, Phase
+from geomirror.nbd.protocol import Buffer, Export, Request
+from geomirror.nbd.request_parser import RequestParser, buffer_bytes
+
+HANDSHAKE_S_MAX = 30.0
+"""A client that has not attached by then is dropped: it holds one of the connection slots."""
+DRAIN_S_MAX = 10.0
+"""How long an ending connection waits for its replies to be made and to be taken."""
+_JOIN_BYTES_MAX = 64 << 10
+"""Larger buffers are written by themselves: copying them costs more than a system call."""
+
+
+class _Hold(enum.IntFlag):
+    EXPORT = 1
+    REPLIES = 2
+    IN_FLIGHT = 4
+    ENDING = 8
+
+
+class Registry:
+    """What a connection needs of its server; `NbdServer` implements it."""
+
+    limits: Limits
+
+    def resolve(self, name: str) -> Export | None:
+        """The export of a name."""
+        raise NotImplementedError
+
+    def names(self) -> list[tuple[str, str]]:
+        """(name, description) of all exports."""
+        raise NotImplementedError
+
+    def admit(self, connection: NbdConnection, export: Export) -> None:
+        """Count a connection against its export's limit, or raise `RefusedError`."""
+        raise NotImplementedError
+
+    def connected(self, connection: NbdConnection) -> bool:
+        """A client connected; False to turn it away."""
+        raise NotImplementedError
+
+    def disconnected(self, connection: NbdConnection, error: Exception | None) -> None:
+        """A connection is over, whatever it was."""
+        raise NotImplementedError
+
+
+class NbdConnection(asyncio.BufferedProtocol):
+    """Protocol of one client; also the `ReplySink` of its export."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._limits = registry.limits
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._negotiation: Negotiation | None = Negotiation(
+            registry.resolve, registry.names, self._attach
+        )
+        self._handshake = memoryview(bytearray(BUFFER_BYTES))
+        self._handshake_used = 0
+        self._parser: RequestParser | None = None
+        self._is_structured = False
+        self._handle: object = None
+        self._holds = 0
+        self._in_flight = 0
+        self._in_flight_max = registry.limits.nbd_requests_max
+        self._read_bytes_max = registry.limits.nbd_queued_bytes_max // 2
+        self._out: list[Buffer] = []
+        self._is_batching = False
+        self._is_scheduled = False
+        self._error: Exception | None = None
+        self.export: Export | None = None
+        self.is_closed = False
+
+    # ---- transport side
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Send the hello, or turn the client away when there are too many."""
+        self._transport = cast(asyncio.Transport, transport)
+        if not self._registry.connected(self):
+            self._transport.abort()
+            return
+        sock = transport.get_extra_info("socket")
+        if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._transport.set_write_buffer_limits(high=self._limits.nbd_queued_bytes_max // 2)
+        self._timer = self._loop.call_later(HANDSHAKE_S_MAX, self._transport.abort)
+        self._negotiate()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Where the next bytes go."""
+        if self._parser is not None:
+            return self._parser.writable()
+        return self._handshake[self._handshake_used :]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Bytes have arrived."""
+        if self._parser is not None:
+            self._parser.received(nbytes)
+            self._process()
+        else:
+            self._handshake_used += nbytes
+            self._negotiate()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client is gone: nobody else notices."""
+        self.is_closed = True
+        self._out.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+        export, self._parser = self.export, None
+        if export is not None:
+            export.close(self._handle)
+        self._registry.disconnected(self, self._error or exc)
+
+    def pause_writing(self) -> None:
+        """The client does not take its replies: take no more requests from it."""
+        self._hold(_Hold.REPLIES)
+
+    def resume_writing(self) -> None:
+        """The client takes its replies again."""
+        self._release(_Hold.REPLIES)
+
+    # ---- handshake
+
+    def _negotiate(self) -> None:
+        negotiation, transport = self._negotiation, self._transport
+        assert negotiation is not None
+        assert transport is not None
+        try:
+            used = negotiation.receive(self._handshake[: self._handshake_used])
+        except (RemoteProtocolError, RefusedError) as error:
+            self._drop(error)
+            return
+        rest = bytes(self._handshake[used : self._handshake_used])
+        self._handshake[: len(rest)] = rest
+        self._handshake_used = len(rest)
+        if negotiation.output:
+            transport.write(bytes(negotiation.output))
+            negotiation.output.clear()
+        if negotiation.phase is Phase.CLOSED:
+            transport.close()
+        elif negotiation.phase is Phase.TRANSMISSION:
+            self._begin_transmission(negotiation, rest)
+
+    def _attach(self, export: Export) -> None:
+        self._registry.admit(self, export)
+        self._handle = export.open(self)
+        self.export = export
+
+    def _begin_transmission(self, negotiation: Negotiation, rest: bytes) -> None:
+        export = negotiation.export
+        assert export is not None
+        assert self._timer is not None
+        self._timer.cancel()
+        self._timer = None
+        payload_bytes_max = min(export.maximum_payload, self._limits.nbd_payload_bytes_max)
+        # Anonymous memory instead of a bytearray: pages that no request reaches cost nothing.
+        memory = memoryview(mmap.mmap(-1, buffer_bytes(payload_bytes_max)))
+        self._parser = RequestParser(
+            memory,
+            size_bytes=negotiation.size_bytes,
+            payload_bytes_max=payload_bytes_max,
+            minimum_block=export.minimum_block,
+            is_read_only=export.is_read_only,
+            is_structured=negotiation.is_structured,
+            has_allocation_context=negotiation.has_allocation_context,
+        )
+        self._is_structured = negotiation.is_structured
+        self._negotiation = None
+        self._handshake = memoryview(b"")
+        if rest:
+            self._parser.writable()[: len(rest)] = rest
+            self._parser.received(len(rest))
+            self._process()
+
+    # ---- requests
+
+    def _process(self) -> None:
+        """Serve everything complete, as far as no hold is set."""
+        parser, export = self._parser, self.export
+        if parser is None or self._is_batching:
+            return
+        assert export is not None
+        self._is_batching = True
+        try:
+            while not self._holds:
+                requests = parser.take(self._read_bytes_max, self._in_flight_max - self._in_flight)
+                if parser.asides:
+                    self._answer_asides(parser)
+                elif not requests:
+                    break
+                if requests:
+                    self._in_flight += len(requests)
+                    export.submit(self._handle, requests, self)
+                if self._is_full():
+                    # Only with room for more has `take` emptied the buffer to receive into.
+                    self._hold(_Hold.IN_FLIGHT)
+                if self._out:
+                    self._write_out()
+        except RemoteProtocolError as error:
+            self._drop(error)
+        finally:
+            self._is_batching = False
+        if parser.is_disconnected:
+            self.end()
+
+    def _is_full(self) -> bool:
+        parser = self._parser
+        return self._in_flight >= self._in_flight_max or (
+            parser is not None and parser.read_bytes >= self._read_bytes_max
+        )
+
+    def _answer_asides(self, parser: RequestParser) -> None:
+        """Refusals, requests of length 0, CACHE and BLOCK_STATUS never reach the export."""
+        for request, error in parser.asides:
+            if error:
+                self._out.append(self._error_reply(request.cookie, error, "refused"))
+            elif request.command == CMD_BLOCK_STATUS:
+                self._out.append(self._block_status(request))
+            elif request.command == CMD_READ and self._is_structured:
+                self._out.append(structured.empty_chunk(request.cookie))
+            else:
+                self._out.append(structured.success_reply(request.cookie))
+        parser.asides.clear()
+
+    def _block_status(self, request: Request) -> bytes:
+        assert self.export is not None
+        is_one = bool(request.flags & CMD_FLAG_REQ_ONE)
+        try:
+            extents = self.export.block_status(request.offset, request.length)
+        except GeomirrorError as error:
+            return structured.error_chunk(request.cookie, error.nbd_errno, str(error))
+        return structured.block_status_chunk(
+            request.cookie, structured.fit_extents(extents, request.length, is_one=is_one)
+        )
+
+    # ---- replies (ReplySink)
+
+    def reply(self, request_cookie: int, error: int = 0) -> None:
+        """Answer a request; a READ only with an error."""
+        self._in_flight -= 1
+        parser = self._parser
+        if parser is None:
+            return
+        if error:
+            parser.finish_read(request_cookie)
+            self._out.append(self._error_reply(request_cookie, error, ""))
+        else:
+            self._out.append(structured.success_reply(request_cookie))
+        if not self._is_batching and not self._is_scheduled:
+            self._schedule()
+
+    def reply_many(self, cookies: Iterable[int]) -> None:
+        """Answer many requests that are no READs with success."""
+        cookies = list(cookies)
+        self._in_flight -= len(cookies)
+        if self._parser is None or not cookies:
+            return
+        self._out.append(structured.success_replies(cookies))
+        if not self._is_batching and not self._is_scheduled:
+            self._schedule()
+
+    def reply_read(
+        self, cookie: int, offset: int, buffers: Sequence[Buffer], error: int = 0
+    ) -> None:
+        """Answer a READ with all its bytes, or with an error."""
+        if error:
+            self.reply(cookie, error)
+            return
+        self._in_flight -= 1
+        parser = self._parser
+        if parser is None:
+            return
+        length = parser.finish_read(cookie)
+        assert length == sum(map(len, buffers)), "not the bytes that were asked for"
+        if self._is_structured:
+            self._out.append(structured.data_header(cookie, offset, length))
+        else:
+            self._out.append(structured.success_reply(cookie))
+        self._out.extend(buffers)
+        if not self._is_batching and not self._is_scheduled:
+            self._schedule()
+
+    def pause_reading(self) -> None:
+        """The export asks for no further requests."""
+        self._hold(_Hold.EXPORT)
+
+    def resume_reading(self) -> None:
+        """The export takes requests again."""
+        self._release(_Hold.EXPORT)
+
+    def _error_reply(self, cookie: int, error: int, message: str) -> bytes:
+        if self._is_structured:
+            return structured.error_chunk(cookie, error, message)
+        return structured.simple_error(cookie, error)
+
+    def _schedule(self) -> None:
+        self._is_scheduled = True
+        self._loop.call_soon(self._later)
+
+    def _later(self) -> None:
+        """The turn after replies were made outside a batch, or after a hold was released."""
+        self._is_scheduled = False
+        if self.is_closed:
+            return
+        if self._out:
+            self._write_out()
+        if self._holds & _Hold.IN_FLIGHT and not self._is_full():
+            self._release(_Hold.IN_FLIGHT)
+        if self._holds & _Hold.ENDING:
+            self._close_when_answered()
+        else:
+            self._process()
+
+    def _write_out(self) -> None:
+        """Hand all gathered replies to the transport, small ones joined."""
+        out, transport = self._out, self._transport
+        assert transport is not None
+        self._out = []
+        if max(map(len, out)) < _JOIN_BYTES_MAX:
+            transport.write(b"".join(out))
+            return
+        small: list[Buffer] = []
+        for buffer in out:
+            if len(buffer) < _JOIN_BYTES_MAX:
+                small.append(buffer)
+                continue
+            if small:
+                transport.write(b"".join(small))
+                small = []
+            transport.write(buffer)
+        if small:
+            transport.write(b"".join(small))
+
+    # ---- holds and the end
+
+    def _hold(self, reason: _Hold) -> None:
+        was, self._holds = self._holds, self._holds | int(reason)
+        if not was and self._transport is not None and not self._transport.is_closing():
+            self._transport.pause_reading()
+
+    def _release(self, reason: _Hold) -> None:
+        was, self._holds = self._holds, self._holds & ~int(reason)
+        if not was or self._holds or self.is_closed:
+            return
+        assert self._transport is not None
+        if not self._transport.is_closing():
+            self._transport.resume_reading()
+        # Requests that are already in the buffer would wait for the next received byte.
+        if not self._is_scheduled:
+            self._schedule()
+
+    def end(self) -> None:
+        """Take no further requests, finish those in flight, then close. Safe to call again."""
+        if self.is_closed or self._holds & _Hold.ENDING:
+            return
+        assert self._transport is not None
+        self._hold(_Hold.ENDING)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_later(DRAIN_S_MAX, self._transport.abort)
+        self._close_when_answered()
+
+    def _close_when_answered(self) -> None:
+        if self._in_flight == 0 and not self._out and self._transport is not None:
+            self._transport.close()
+
+    def _drop(self, error: Exception) -> None:
+        """The client broke the protocol, or cannot be told why it is refused."""
+        self._error = error
+        assert self._transport is not None
+        self._transport.abort()

@@ -1,0 +1,287 @@
+"""Handshake phase of the server: a client's options in, replies and one attached export out.
+
+    FLAGS ──> OPTIONS ──┬─ GO, EXPORT_NAME ──> TRANSMISSION
+                        └─ ABORT ────────────> CLOSED
+
+An option is looked at only when all of its data is here, and its data is bounded before that; an
+option that we do not know, or that is wrong, costs the client an error reply and nothing else.
+EXPORT_NAME cannot carry an error, so it ends the connection instead.
+
+TLS is not offered here: the embedded overlay encrypts between nodes, and a TCP export beyond
+loopback belongs behind it.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from collections.abc import Callable
+
+from geomirror.errors import GeomirrorError, LimitExceededError, RefusedError, RemoteProtocolError
+from geomirror.nbd import constants as c
+from geomirror.nbd.protocol import Export
+
+_HELLO = struct.pack(
+    ">QQH", c.HELLO_MAGIC, c.OPTION_MAGIC, c.FLAG_FIXED_NEWSTYLE | c.FLAG_NO_ZEROES
+)
+_OPTION = struct.Struct(">QII")
+_REPLY = struct.Struct(">QIII")
+BUFFER_BYTES = _OPTION.size + c.OPTION_BYTES_MAX
+"""What a connection must be able to hold while it negotiates."""
+
+
+class Phase(enum.Enum):
+    """Where a handshake is."""
+
+    FLAGS = enum.auto()
+    OPTIONS = enum.auto()
+    TRANSMISSION = enum.auto()
+    CLOSED = enum.auto()
+
+
+class _RefusedOption(Exception):
+    """An option gets an error reply; never leaves this module."""
+
+    def __init__(self, reply: int, message: str) -> None:
+        super().__init__(message)
+        self.reply = reply
+        self.message = message
+
+
+class Negotiation:
+    """One client's handshake.
+
+    :param resolve: export of a name (the empty name is the default export), or None.
+    :param names: (name, description) of the exports to list.
+    :param attach: opens an export for this connection; its `GeomirrorError` refuses the option.
+    """
+
+    def __init__(
+        self,
+        resolve: Callable[[str], Export | None],
+        names: Callable[[], list[tuple[str, str]]],
+        attach: Callable[[Export], None],
+    ) -> None:
+        self._resolve = resolve
+        self._names = names
+        self._attach = attach
+        self._is_fixed = False
+        self._wants_zeroes = True
+        self._option_count = 0
+        self._context_export: str | None = None
+        self.output = bytearray(_HELLO)
+        """Bytes to send; the caller empties it."""
+        self.phase = Phase.FLAGS
+        self.export: Export | None = None
+        self.size_bytes = 0
+        """The export's size as this client was told; fixed for the connection."""
+        self.is_structured = False
+        self.has_allocation_context = False
+
+    def receive(self, data: memoryview) -> int:
+        """Consume whole steps from the beginning of `data`; returns how many bytes.
+
+        :raises RemoteProtocolError: the client breaks the protocol; close the connection.
+        :raises RefusedError: EXPORT_NAME cannot be granted; close the connection.
+        """
+        used = 0
+        while self.phase in (Phase.FLAGS, Phase.OPTIONS):
+            step = (
+                self._receive_flags(data[used:])
+                if self.phase is Phase.FLAGS
+                else self._receive_option(data[used:])
+            )
+            if step == 0:
+                break
+            used += step
+        return used
+
+    def _receive_flags(self, data: memoryview) -> int:
+        if len(data) < 4:
+            return 0
+        flags = int.from_bytes(data[:4], "big")
+        if flags & ~(c.FLAG_FIXED_NEWSTYLE | c.FLAG_NO_ZEROES):
+            raise RemoteProtocolError(f"unknown NBD client flags {flags:#x}")
+        self._is_fixed = bool(flags & c.FLAG_FIXED_NEWSTYLE)
+        self._wants_zeroes = not flags & c.FLAG_NO_ZEROES
+        self.phase = Phase.OPTIONS
+        return 4
+
+    def _receive_option(self, data: memoryview) -> int:
+        if len(data) < _OPTION.size:
+            return 0
+        magic, option, length = _OPTION.unpack_from(data)
+        if magic != c.OPTION_MAGIC:
+            raise RemoteProtocolError(f"NBD option magic is {magic:#x}")
+        if length > c.OPTION_BYTES_MAX:
+            raise LimitExceededError(
+                f"NBD option {option} announces {length} bytes, over {c.OPTION_BYTES_MAX}"
+            )
+        if not self._is_fixed and option != c.OPT_EXPORT_NAME:
+            raise RemoteProtocolError(f"NBD option {option} without fixed newstyle")
+        end: int = _OPTION.size + length
+        if len(data) < end:
+            return 0
+        self._option_count += 1
+        if self._option_count > c.OPTIONS_MAX:
+            raise LimitExceededError(f"more than {c.OPTIONS_MAX} NBD options")
+        body = bytes(data[_OPTION.size : end])
+        if option == c.OPT_EXPORT_NAME:
+            self._export_name(body)
+            return end
+        try:
+            self._answer(option, body)
+        except _RefusedOption as refused:
+            self._reply(option, refused.reply, refused.message.encode()[: c.NAME_BYTES_MAX])
+        return end
+
+    def _answer(self, option: int, body: bytes) -> None:
+        if option == c.OPT_ABORT:
+            self._reply(option, c.REP_ACK)
+            self.phase = Phase.CLOSED
+        elif option == c.OPT_LIST:
+            self._list(body)
+        elif option in (c.OPT_INFO, c.OPT_GO):
+            self._info(option, body)
+        elif option == c.OPT_STRUCTURED_REPLY:
+            if body:
+                raise _RefusedOption(c.REP_ERR_INVALID, "STRUCTURED_REPLY takes no data")
+            self.is_structured = True
+            self._reply(option, c.REP_ACK)
+        elif option in (c.OPT_LIST_META_CONTEXT, c.OPT_SET_META_CONTEXT):
+            self._meta_context(option, body)
+        else:
+            raise _RefusedOption(c.REP_ERR_UNSUP, f"option {option} is not supported")
+
+    def _list(self, body: bytes) -> None:
+        if body:
+            raise _RefusedOption(c.REP_ERR_INVALID, "LIST takes no data")
+        for name, description in self._names():
+            encoded = name.encode()
+            details = description.encode()[: c.NAME_BYTES_MAX]
+            self._reply(
+                c.OPT_LIST, c.REP_SERVER, struct.pack(">I", len(encoded)) + encoded + details
+            )
+        self._reply(c.OPT_LIST, c.REP_ACK)
+
+    def _info(self, option: int, body: bytes) -> None:
+        name, at = _take_string(body, 0)
+        count = int.from_bytes(body[at : at + 2], "big")
+        if len(body) != at + 2 + 2 * count:
+            raise _RefusedOption(c.REP_ERR_INVALID, "count of info requests does not fit")
+        wanted = set(struct.unpack_from(f">{count}H", body, at + 2))
+        export = self._find(name)
+        if option == c.OPT_GO:
+            self._open(export)
+            self.has_allocation_context &= name == self._context_export
+        self.size_bytes = export.size_bytes
+        head = struct.pack(">HQH", c.INFO_EXPORT, export.size_bytes, self._export_flags(export))
+        self._reply(option, c.REP_INFO, head)
+        for kind, value in _descriptions(export):
+            if kind in wanted:
+                self._reply(option, c.REP_INFO, struct.pack(">H", kind) + value)
+        self._reply(option, c.REP_ACK)
+        if option == c.OPT_GO:
+            self.phase = Phase.TRANSMISSION
+
+    def _export_name(self, body: bytes) -> None:
+        name = _decode(body)
+        export = self._resolve(name) if name is not None else None
+        if export is None:
+            raise RemoteProtocolError(f'NBD client wants the unknown export "{body[:100]!r}"')
+        self._attach(export)
+        self.export = export
+        self.has_allocation_context &= name == self._context_export
+        self.size_bytes = export.size_bytes
+        self.output += struct.pack(">QH", export.size_bytes, self._export_flags(export))
+        if self._wants_zeroes:
+            self.output += bytes(124)
+        self.phase = Phase.TRANSMISSION
+
+    def _meta_context(self, option: int, body: bytes) -> None:
+        is_set = option == c.OPT_SET_META_CONTEXT
+        if is_set:
+            # A SET that fails also undoes the one before it.
+            self.has_allocation_context = False
+            if not self.is_structured:
+                raise _RefusedOption(c.REP_ERR_INVALID, "structured replies come first")
+        name, at = _take_string(body, 0)
+        count = int.from_bytes(body[at : at + 4], "big")
+        at += 4
+        queries: list[str] = []
+        while at < len(body):
+            query, at = _take_string(body, at)
+            queries.append(query)
+        if at != len(body) or len(queries) != count:
+            raise _RefusedOption(c.REP_ERR_INVALID, "query count does not fit")
+        self._find(name)
+        matches = c.ALLOCATION_CONTEXT in queries
+        if not is_set:
+            matches = matches or not queries or "base:" in queries
+        if matches:
+            # In LIST the id is reserved and must be 0.
+            number = struct.pack(">I", c.ALLOCATION_CONTEXT_ID if is_set else 0)
+            self._reply(option, c.REP_META_CONTEXT, number + c.ALLOCATION_CONTEXT.encode())
+        self._reply(option, c.REP_ACK)
+        if is_set:
+            self.has_allocation_context, self._context_export = matches, name
+
+    def _find(self, name: str) -> Export:
+        export = self._resolve(name)
+        if export is None:
+            raise _RefusedOption(c.REP_ERR_UNKNOWN, f'no export is named "{name[:200]}"')
+        return export
+
+    def _open(self, export: Export) -> None:
+        try:
+            self._attach(export)
+        except RefusedError as error:
+            raise _RefusedOption(c.REP_ERR_POLICY, str(error)) from error
+        except GeomirrorError as error:
+            raise _RefusedOption(c.REP_ERR_SHUTDOWN, str(error)) from error
+        self.export = export
+
+    def _export_flags(self, export: Export) -> int:
+        flags = c.EXPORT_HAS_FLAGS | c.EXPORT_SEND_FLUSH | c.EXPORT_SEND_FUA | c.EXPORT_SEND_CACHE
+        if export.is_read_only:
+            flags |= c.EXPORT_READ_ONLY
+        else:
+            flags |= c.EXPORT_SEND_TRIM | c.EXPORT_SEND_WRITE_ZEROES | c.EXPORT_SEND_FAST_ZERO
+        if export.is_multi_conn:
+            flags |= c.EXPORT_CAN_MULTI_CONN
+        if self.is_structured:
+            flags |= c.EXPORT_SEND_DF
+        return flags
+
+    def _reply(self, option: int, kind: int, data: bytes = b"") -> None:
+        self.output += _REPLY.pack(c.OPTION_REPLY_MAGIC, option, kind, len(data)) + data
+
+
+def _descriptions(export: Export) -> list[tuple[int, bytes]]:
+    """The (info type, value) pairs that a client may ask for."""
+    sizes = (export.minimum_block, export.preferred_block, export.maximum_payload)
+    return [
+        (c.INFO_NAME, export.name.encode()[: c.NAME_BYTES_MAX]),
+        (c.INFO_DESCRIPTION, export.description.encode()[: c.NAME_BYTES_MAX]),
+        (c.INFO_BLOCK_SIZE, struct.pack(">III", *sizes)),
+    ]
+
+
+def _decode(data: bytes) -> str | None:
+    """A name or query, or None when it is too long or not UTF-8."""
+    if len(data) > c.NAME_BYTES_MAX:
+        return None
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def _take_string(data: bytes, at: int) -> tuple[str, int]:
+    """The string at `at`, a u32 length and that many bytes of UTF-8, and where it ends."""
+    start = at + 4
+    end = start + int.from_bytes(data[at:start], "big")
+    text = _decode(data[start:end])
+    if end > len(data) or text is None:
+        raise _RefusedOption(c.REP_ERR_INVALID, "a name is cut off, too long or not UTF-8")
+    return text, end

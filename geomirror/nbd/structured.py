@@ -1,0 +1,105 @@
+"""Encoding of replies, simple and structured; and the rules of a block status reply.
+
+Error texts go only into structured chunks; a simple reply has room for the number alone.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+from geomirror.nbd.constants import (
+    ALLOCATION_CONTEXT_ID,
+    EXTENTS_MAX,
+    NAME_BYTES_MAX,
+    REPLY_BLOCK_STATUS,
+    REPLY_ERROR,
+    REPLY_FLAG_DONE,
+    REPLY_NONE,
+    REPLY_OFFSET_DATA,
+    SIMPLE_REPLY_MAGIC,
+    STRUCTURED_REPLY_MAGIC,
+    wire_error,
+)
+
+_SIMPLE = struct.Struct(">IIQ")
+_CHUNK = struct.Struct(">IHHQI")
+_DATA_CHUNK = struct.Struct(">IHHQIQ")
+_ERROR = struct.Struct(">IH")
+_SUCCESS_PREFIX = struct.pack(">II", SIMPLE_REPLY_MAGIC, 0)
+_COOKIE = struct.Struct(">Q")
+
+
+def success_reply(cookie: int) -> bytes:
+    """Simple reply without an error; a READ's data follows it."""
+    return _SUCCESS_PREFIX + _COOKIE.pack(cookie)
+
+
+def success_replies(cookies: Sequence[int]) -> bytes:
+    """Simple replies without an error, one after the other."""
+    pack = _COOKIE.pack
+    return _SUCCESS_PREFIX + _SUCCESS_PREFIX.join([pack(cookie) for cookie in cookies])
+
+
+def simple_error(cookie: int, error: int) -> bytes:
+    """Simple reply with an errno."""
+    return _SIMPLE.pack(SIMPLE_REPLY_MAGIC, wire_error(error), cookie)
+
+
+def data_header(cookie: int, offset: int, length: int) -> bytes:
+    """Header of the only content chunk of a READ, DONE included; `length` data bytes follow.
+
+    One chunk serves every READ, so DF is honoured without looking at it.
+    """
+    return _DATA_CHUNK.pack(
+        STRUCTURED_REPLY_MAGIC, REPLY_FLAG_DONE, REPLY_OFFSET_DATA, cookie, length + 8, offset
+    )
+
+
+def empty_chunk(cookie: int) -> bytes:
+    """A successful reply without content: the answer to a READ of nothing."""
+    return _CHUNK.pack(STRUCTURED_REPLY_MAGIC, REPLY_FLAG_DONE, REPLY_NONE, cookie, 0)
+
+
+def error_chunk(cookie: int, error: int, message: str = "") -> bytes:
+    """Structured reply with an errno and a text, DONE included."""
+    text = message.encode()[:NAME_BYTES_MAX]
+    head = _CHUNK.pack(
+        STRUCTURED_REPLY_MAGIC, REPLY_FLAG_DONE, REPLY_ERROR, cookie, _ERROR.size + len(text)
+    )
+    return head + _ERROR.pack(wire_error(error), len(text)) + text
+
+
+def block_status_chunk(cookie: int, extents: Sequence[tuple[int, int]]) -> bytes:
+    """`base:allocation` extents of `fit_extents`, DONE included."""
+    flat = [number for extent in extents for number in extent]
+    body = struct.pack(f">I{len(flat)}I", ALLOCATION_CONTEXT_ID, *flat)
+    return (
+        _CHUNK.pack(STRUCTURED_REPLY_MAGIC, REPLY_FLAG_DONE, REPLY_BLOCK_STATUS, cookie, len(body))
+        + body
+    )
+
+
+def fit_extents(
+    extents: Sequence[tuple[int, int]], length: int, *, is_one: bool
+) -> list[tuple[int, int]]:
+    """Bring an export's (length, flags) list into what the protocol allows.
+
+    Equal neighbours are merged, empty extents dropped, the rest is cut at `length`, at
+    `EXTENTS_MAX` extents, or after the first when the client asked for one only.
+    """
+    fitted: list[tuple[int, int]] = []
+    left = length
+    for extent_bytes, flags in extents:
+        taken = min(extent_bytes, left)
+        if taken <= 0:
+            continue
+        left -= taken
+        if fitted and fitted[-1][1] == flags:
+            fitted[-1] = (fitted[-1][0] + taken, flags)
+        elif len(fitted) == (1 if is_one else EXTENTS_MAX):
+            break
+        else:
+            fitted.append((taken, flags))
+    assert fitted, "an export described no byte"
+    return fitted
