@@ -1,0 +1,86 @@
+"""One volume's image: its backing file seen as canonical 4 KiB blocks.
+
+```
+ ┌──────┬──────┬──────┬───┐
+ │  0   │  1   │  2   │ 3 │   size_bytes is a multiple of 512, so the last block may be short:
+ └──────┴──────┴──────┴───┘   its content is the bytes that exist
+```
+Invariant: only apply writes here, and only from sealed epochs (I14).
+Deliberately not here: which block goes where and when (`apply`), what overrides it (`dirty_index`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from geomirror.limits import BLOCK_BYTES, MIB
+from geomirror.volume.store import Buffer, File
+
+WRITE_RUN_BYTES_MAX = 4 * MIB
+"""Adjacent blocks that go out in one system call (1024 buffers, the kernel's IOV_MAX)."""
+
+
+class Image:
+    """The backing file of one volume. Every call blocks; failures are `StorageError`."""
+
+    def __init__(self, index: int, name: str, size_bytes: int, file: File) -> None:
+        self.index = index
+        self.name = name
+        self.size_bytes = size_bytes
+        self.file = file
+        self.block_count = -(-size_bytes // BLOCK_BYTES)
+
+    def block_bytes(self, block: int) -> int:
+        """Bytes that exist of a block: 4096, or fewer for the last one."""
+        assert 0 <= block < self.block_count
+        return min(BLOCK_BYTES, self.size_bytes - block * BLOCK_BYTES)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes; the range lies in the volume."""
+        assert 0 <= offset <= offset + length <= self.size_bytes
+        return self.file.pread(length, offset)
+
+    def read_block(self, block: int) -> bytes:
+        """The content of one block."""
+        return self.file.pread(self.block_bytes(block), block * BLOCK_BYTES)
+
+    def data_ranges(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """The (offset, length) parts of a range that may hold anything but zeros, ascending."""
+        assert 0 <= offset <= offset + length <= self.size_bytes
+        return self.file.data_ranges(length, offset)
+
+    def write_blocks(self, blocks: Sequence[tuple[int, Buffer]]) -> None:
+        """Write whole blocks, ascending by number, adjacent ones in one call. Not durable yet.
+
+        :param blocks: (first block, content of that block and of those that follow it).
+        """
+        run: list[Buffer] = []
+        first = following = run_bytes = 0
+        for block, content in blocks:
+            count = -(-len(content) // BLOCK_BYTES)
+            assert len(content) == (count - 1) * BLOCK_BYTES + self.block_bytes(block + count - 1)
+            assert block >= following, "blocks are not ascending"
+            if block != following or run_bytes + len(content) > WRITE_RUN_BYTES_MAX:
+                if run:
+                    self.file.pwritev(run, first * BLOCK_BYTES)
+                run, first, run_bytes = [], block, 0
+            run.append(content)
+            run_bytes += len(content)
+            following = block + count
+        if run:
+            self.file.pwritev(run, first * BLOCK_BYTES)
+
+    def zero(self, first_block: int, count: int, *, punch: bool) -> None:
+        """Make `count` blocks read as zeros, freeing their space with `punch`. Not durable yet."""
+        assert 0 <= first_block < first_block + count <= self.block_count
+        offset = first_block * BLOCK_BYTES
+        length = min(count * BLOCK_BYTES, self.size_bytes - offset)
+        self.file.zero(length, offset, punch=punch)
+
+    def fdatasync(self) -> None:
+        """Make everything written durable."""
+        self.file.fdatasync()
+
+    def close(self) -> None:
+        """Release the backing file; nothing is synced."""
+        self.file.close()
