@@ -18,7 +18,7 @@ from geomirror.node.resource_definition import ResourceDefinition, default_journ
 from geomirror.node.service import Service, ServiceFactory
 
 if TYPE_CHECKING:
-    from geomirror.nbd.server_io import Export
+    from geomirror.nbd.protocol import Export
 
 _log = structlog.get_logger(component="resources")
 

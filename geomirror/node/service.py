@@ -10,7 +10,7 @@ from geomirror.node.context import NodeContext
 from geomirror.node.resource_definition import ResourceDefinition
 
 if TYPE_CHECKING:
-    from geomirror.nbd.server_io import Export
+    from geomirror.nbd.protocol import Export
     from geomirror.wan_protocol.messages import Message
 
 
