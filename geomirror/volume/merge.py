@@ -33,16 +33,16 @@ _BLOCK_MASK = (1 << _VOLUME_SHIFT) - 1
 RUN_BLOCKS_MAX = (1 << 32) - 1
 """An entry's count is a u32; a longer run (16 TiB) is several entries."""
 
-_Keys = npt.NDArray[np.int64]
+Keys = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class _Runs:
     """Disjoint ascending zero runs [start, end) with their age (index of the table) and flags."""
 
-    start: _Keys
-    end: _Keys
-    age: _Keys
+    start: Keys
+    end: Keys
+    age: Keys
     flags: npt.NDArray[np.uint8]
 
     def take(self, chosen: npt.NDArray[np.int64] | npt.NDArray[np.bool_]) -> _Runs:
@@ -86,13 +86,13 @@ def merge_tables(tables: Sequence[Table]) -> Table:
     return _join_zero_runs(merged[order], merged_keys[order])
 
 
-def keys_of(entries: Table) -> _Keys:
+def keys_of(entries: Table) -> Keys:
     """volume << 46 | block of each entry: one sortable integer."""
     keys = entries["volume"].astype(np.int64) << _VOLUME_SHIFT
     return keys | entries["block"].astype(np.int64)
 
 
-def _newest(keys: _Keys) -> tuple[_Keys, _Keys]:
+def _newest(keys: Keys) -> tuple[Keys, Keys]:
     """Indices of the last occurrence of each key, by ascending key, and those keys."""
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
@@ -101,7 +101,7 @@ def _newest(keys: _Keys) -> tuple[_Keys, _Keys]:
 
 
 def _overlay_all(
-    entries: Table, keys: _Keys, age: _Keys, single: npt.NDArray[np.bool_], tables: int
+    entries: Table, keys: Keys, age: Keys, single: npt.NDArray[np.bool_], tables: int
 ) -> _Runs:
     """The newest run at each point, over the runs of all tables; overlaid as a binary tree."""
     chosen = np.flatnonzero(~single)
@@ -140,7 +140,7 @@ def _overlay(older: _Runs, newer: _Runs) -> _Runs:
     return _Runs(points[heads], points[tails], both_age[origin], both_flags[origin])
 
 
-def _split(runs: _Runs, holes: _Keys) -> _Runs:
+def _split(runs: _Runs, holes: Keys) -> _Runs:
     """Cut one block out of the runs at each hole; every hole lies in a run."""
     # The k-th smallest start belongs to the k-th smallest end, empty pieces included.
     start = np.sort(np.concatenate([runs.start, holes + 1]))
@@ -161,7 +161,7 @@ def _run_entries(runs: _Runs) -> Table:
     return entries
 
 
-def _join_zero_runs(entries: Table, keys: _Keys) -> Table:
+def _join_zero_runs(entries: Table, keys: Keys) -> Table:
     """Join adjacent ZERO entries with equal flags; `entries` ascending and not overlapping."""
     zero = entries["kind"] == KIND_ZERO
     end = keys + entries["count"].astype(np.int64)
@@ -181,7 +181,7 @@ def _join_zero_runs(entries: Table, keys: _Keys) -> Table:
     return joined
 
 
-def _split_long(entries: Table, blocks: _Keys) -> tuple[Table, _Keys]:
+def _split_long(entries: Table, blocks: Keys) -> tuple[Table, Keys]:
     """Give each run of more than `RUN_BLOCKS_MAX` blocks as many entries as it needs."""
     parts = -(-blocks // RUN_BLOCKS_MAX)
     first = np.repeat(np.cumsum(parts) - parts, parts)

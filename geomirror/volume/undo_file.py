@@ -1,0 +1,298 @@
+"""One undo file: the old contents of every block that an apply pass changes.
+
+```
+ header 64 │ chunk │ chunk │ … │ table, 24 bytes an entry │ chunk table, 16 │ footer 32
+```
+Chunks are zstd frames of at most 256 KiB raw; a DATA entry of n blocks points at n × 4096 bytes in
+the concatenation of all raw chunks, and may span chunks. The format is in `docs/disk_format.md`.
+A file is written under a temporary name, synced, then renamed: under its final name it is complete,
+so one that does not verify there is damage, never a torn write.
+Deliberately not here: which files there are and what they mean together (`undo`).
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+import zstandard
+
+from geomirror.errors import IntegrityError
+from geomirror.limits import BLOCK_BYTES, KIB
+from geomirror.volume.merge import Keys, keys_of
+from geomirror.volume.store import Buffer, File
+from geomirror.volume.zero_blocks import ZERO_BLOCK, zero_mask
+
+CHUNK_BYTES = 256 * KIB
+"""Raw bytes of a chunk: what reading one old block costs to decompress."""
+COMPRESSION_LEVEL = 1
+KIND_DATA = 0
+KIND_ZERO = 1
+FLAG_GAP = 1
+VERSION = 1
+
+_MAGIC = b"GMUNDO1\0"
+_FOOTER_MAGIC = b"GMUNDOE\0"
+_HEADER = struct.Struct("<8sII16sQQIIQ")
+_FOOTER = struct.Struct("<QQQ8s")
+_ENTRY = np.dtype(
+    [
+        ("volume", "<u2"),
+        ("kind", "u1"),
+        ("reserved", "u1"),
+        ("count", "<u4"),
+        ("block", "<u8"),
+        ("position", "<u8"),
+    ]
+)
+_CHUNK = np.dtype([("raw", "<u4"), ("stored", "<u4"), ("check", "<u8")])
+assert _HEADER.size == 64
+assert _FOOTER.size == 32
+assert _ENTRY.itemsize == 24
+assert _CHUNK.itemsize == 16
+
+_Array = npt.NDArray[np.void]
+
+
+@dataclass(frozen=True)
+class PassInfo:
+    """One apply pass of which undo is kept: it led from `from_epoch` to `to_epoch`."""
+
+    name: str
+    generation: bytes
+    """Of `to_epoch`; 16 bytes."""
+    from_epoch: int
+    """Exclusive: the state that the file restores."""
+    to_epoch: int
+    """Inclusive."""
+    is_gap: bool
+    """The before-images were not kept: nothing before `to_epoch` can be restored any more."""
+    raw_bytes: int
+    """Old contents held, uncompressed; zeros count nothing."""
+    stored_bytes: int
+    """Size of the file."""
+
+
+class UndoWriter:
+    """Writes one undo file in bounded memory: entries ascending by (volume, block)."""
+
+    def __init__(self, file: File) -> None:
+        self._file = file
+        self._compressor = zstandard.ZstdCompressor(level=COMPRESSION_LEVEL)
+        self._pending = bytearray()
+        self._chunks: list[tuple[int, int, int]] = []
+        self._end = _HEADER.size
+        self._tables: list[_Array] = []
+        self.raw_bytes = 0
+
+    def add_blocks(self, volume: int, blocks: Keys, data: Buffer) -> None:
+        """Add the old contents of `blocks`; all-zero ones are noted as ZERO.
+
+        :param data: 4096 bytes for each block, ascending; a short last one is padded.
+        """
+        assert len(blocks) == -(-len(data) // BLOCK_BYTES)
+        if len(data) % BLOCK_BYTES:
+            data = bytes(data) + bytes(-len(data) % BLOCK_BYTES)
+        zero = zero_mask(data)
+        entries = np.zeros(len(blocks), dtype=_ENTRY)
+        entries["volume"], entries["block"], entries["count"] = volume, blocks, 1
+        entries["kind"] = np.where(zero, KIND_ZERO, KIND_DATA)
+        self._tables.append(_joined(entries))
+        if bool(zero.any()):
+            rows = np.frombuffer(data, dtype=np.uint8).reshape(len(blocks), BLOCK_BYTES)
+            data = rows[~zero].tobytes()
+        self._pending += data
+        self.raw_bytes += len(data)
+        if len(self._pending) >= CHUNK_BYTES:
+            whole = len(self._pending) // CHUNK_BYTES * CHUNK_BYTES
+            self._write_chunks(memoryview(self._pending)[:whole])
+            self._pending = self._pending[whole:]
+
+    def add_zero(self, volume: int, block: int, count: int) -> None:
+        """Note that `count` blocks from `block` on read as zeros."""
+        entry = np.zeros(1, dtype=_ENTRY)
+        entry[0] = (volume, KIND_ZERO, 0, count, block, 0)
+        self._tables.append(entry)
+
+    def _write_chunks(self, data: memoryview) -> None:
+        for position in range(0, len(data), CHUNK_BYTES):
+            raw = data[position : position + CHUNK_BYTES]
+            stored = self._compressor.compress(raw)
+            self._file.pwritev([stored], self._end)
+            self._chunks.append((len(raw), len(stored), xxhash.xxh3_64_intdigest(raw)))
+            self._end += len(stored)
+
+    def finish(
+        self, generation: bytes, from_epoch: int, to_epoch: int, *, is_gap: bool = False
+    ) -> int:
+        """Write what is pending, both tables, footer and header, and fdatasync.
+
+        :returns: size of the file in bytes.
+        """
+        assert len(generation) == 16
+        assert from_epoch < to_epoch
+        self._write_chunks(memoryview(self._pending))
+        table = _joined(np.concatenate([np.zeros(0, dtype=_ENTRY), *self._tables]))
+        held = np.where(table["kind"] == KIND_DATA, table["count"].astype(np.uint64), 0)
+        held *= np.uint64(BLOCK_BYTES)
+        table["position"] = np.where(held > 0, np.cumsum(held) - held, 0)
+        tables = table.tobytes() + np.array(self._chunks, dtype=_CHUNK).tobytes()
+        footer = _FOOTER.pack(
+            self._end,
+            self._end + table.nbytes,
+            xxhash.xxh3_64_intdigest(tables),
+            _FOOTER_MAGIC,
+        )
+        flags = FLAG_GAP if is_gap else 0
+        counts = (len(self._chunks), len(table))
+        fields = (_MAGIC, VERSION, flags, generation, from_epoch, to_epoch, *counts)
+        check = xxhash.xxh3_64_intdigest(_HEADER.pack(*fields, 0)[:-8])
+        self._file.pwritev([tables, footer], self._end)
+        self._file.pwritev([_HEADER.pack(*fields, check)], 0)
+        self._file.fdatasync()
+        return self._end + len(tables) + len(footer)
+
+
+def _joined(entries: _Array) -> _Array:
+    """Join adjacent entries of one kind (positions are not set yet); counts stay below 2**32."""
+    if len(entries) < 2:
+        return entries
+    end = keys_of(entries) + entries["count"].astype(np.int64)
+    breaks = (keys_of(entries)[1:] != end[:-1]) | (entries["kind"][1:] != entries["kind"][:-1])
+    # Entries of 2**31 blocks (8 TiB) and more come from runs alone; they are left as they are.
+    long = entries["count"] >= 1 << 31
+    breaks |= long[1:] | long[:-1]
+    heads = np.flatnonzero(np.append(True, breaks))
+    joined = entries[heads]
+    counts = np.add.reduceat(entries["count"].astype(np.int64), heads)
+    if int(counts.max()) >= 1 << 32:
+        return entries
+    joined["count"] = counts
+    return joined
+
+
+class UndoReader:
+    """Reads one undo file. The table (24 bytes a run) is in memory, chunks are read when asked.
+
+    :raises IntegrityError: header, footer or tables are not as they were written.
+    """
+
+    def __init__(self, file: File, name: str) -> None:
+        self._file = file
+        self._name = name
+        info = read_header(file, name)
+        chunk_count, entry_count = _HEADER.unpack(file.pread(_HEADER.size, 0))[6:8]
+        size = info.stored_bytes
+        if size < _HEADER.size + _FOOTER.size:
+            raise self._damaged("is too short")
+        start, chunk_start, check, magic = _FOOTER.unpack(
+            file.pread(_FOOTER.size, size - _FOOTER.size)
+        )
+        end = size - _FOOTER.size
+        sizes = (entry_count * _ENTRY.itemsize, chunk_count * _CHUNK.itemsize)
+        is_laid_out = start + sizes[0] == chunk_start and chunk_start + sizes[1] == end
+        if magic != _FOOTER_MAGIC or start < _HEADER.size or not is_laid_out:
+            raise self._damaged("has a damaged footer")
+        tables = file.pread(end - start, start)
+        if xxhash.xxh3_64_intdigest(tables) != check:
+            raise self._damaged("has a damaged table")
+        self._table: _Array = np.frombuffer(tables[: sizes[0]], dtype=_ENTRY)
+        self._keys: Keys = keys_of(self._table)
+        self._chunks: _Array = np.frombuffer(tables[sizes[0] :], dtype=_CHUNK)
+        stored = self._chunks["stored"].astype(np.int64)
+        self._offsets = _HEADER.size + np.cumsum(stored) - stored
+        raw_bytes = int(self._chunks["raw"].sum(dtype=np.int64))
+        if _HEADER.size + int(stored.sum()) != start or not self._is_covered(raw_bytes):
+            raise self._damaged("has tables that contradict each other")
+        self.info = replace(info, raw_bytes=raw_bytes)
+
+    def _is_covered(self, raw_bytes: int) -> bool:
+        """Whether chunks have legal sizes and every DATA entry lies within them."""
+        raw = self._chunks["raw"]
+        if len(raw) and (int(raw.max()) > CHUNK_BYTES or bool(np.any(raw[:-1] != CHUNK_BYTES))):
+            return False
+        data = self._table[self._table["kind"] == KIND_DATA]
+        end = data["position"] + data["count"].astype(np.uint64) * np.uint64(BLOCK_BYTES)
+        return not len(data) or int(end.max()) <= raw_bytes
+
+    def verify(self) -> None:
+        """Read and check every chunk.
+
+        :raises IntegrityError: a chunk is damaged.
+        """
+        for index in range(len(self._chunks)):
+            self._chunk(index)
+
+    def entries(self) -> list[tuple[int, int, int, int]]:
+        """(volume, kind, first block, count) of each run, ascending."""
+        return [
+            (int(e["volume"]), int(e["kind"]), int(e["block"]), int(e["count"]))
+            for e in self._table
+        ]
+
+    def read_block(self, volume: int, block: int) -> bytes | None:
+        """The old content, 4096 bytes (a short last block padded), or None: not in this pass.
+
+        :raises IntegrityError: the chunk that holds it is damaged.
+        """
+        if not len(self._keys):
+            return None
+        wanted = np.zeros(1, dtype=_ENTRY)
+        wanted["volume"], wanted["block"] = volume, block
+        key = int(keys_of(wanted)[0])
+        at = int(np.searchsorted(self._keys, key, side="right")) - 1
+        if at < 0 or key >= int(self._keys[at]) + int(self._table[at]["count"]):
+            return None
+        entry = self._table[at]
+        if entry["kind"] == KIND_ZERO:
+            return ZERO_BLOCK
+        position = int(entry["position"]) + (key - int(self._keys[at])) * BLOCK_BYTES
+        # Chunks hold a whole number of blocks, so no block spans two.
+        index, offset = divmod(position, CHUNK_BYTES)
+        return self._chunk(index)[offset : offset + BLOCK_BYTES]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _chunk(self, index: int) -> bytes:
+        chunk = self._chunks[index]
+        stored = self._file.pread(int(chunk["stored"]), int(self._offsets[index]))
+        try:
+            # The size in the frame is trusted by the library: it is compared before it allocates.
+            if zstandard.frame_content_size(stored) != int(chunk["raw"]):
+                raise self._damaged(f"has a damaged chunk {index}")
+            raw = zstandard.ZstdDecompressor().decompress(stored)
+        except zstandard.ZstdError as error:
+            raise self._damaged(f"has a damaged chunk {index}") from error
+        if xxhash.xxh3_64_intdigest(raw) != int(chunk["check"]):
+            raise self._damaged(f"has a damaged chunk {index}")
+        return raw
+
+    def _damaged(self, what: str) -> IntegrityError:
+        return _damage(self._name, what)
+
+
+def read_header(file: File, name: str) -> PassInfo:
+    """What pass the file is of; nothing beyond its header is looked at.
+
+    :raises IntegrityError: the header is damaged.
+    """
+    header = file.pread(_HEADER.size, 0)
+    magic, version, flags, generation, from_epoch, to_epoch, _, _, check = _HEADER.unpack(header)
+    if magic != _MAGIC or version != VERSION:
+        raise _damage(name, "has an unknown header")
+    if check != xxhash.xxh3_64_intdigest(header[:-8]) or from_epoch >= to_epoch:
+        raise _damage(name, "has a damaged header")
+    is_gap = bool(flags & FLAG_GAP)
+    return PassInfo(name, generation, from_epoch, to_epoch, is_gap, 0, file.size())
+
+
+def _damage(name: str, what: str) -> IntegrityError:
+    return IntegrityError(
+        f"undo file {name} {what}",
+        hint='earlier states cannot be restored from it; "geomirror timeline" shows what is left',
+    )

@@ -1,0 +1,172 @@
+"""Applying epochs: the image is the target, the undo is the past, and crashes change neither."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from geomirror.limits import BLOCK_BYTES, KIB, MIB
+from geomirror.volume.epoch_table import FLAG_PUNCH
+from geomirror.volume.undo import UndoStore
+from tests.volume import apply_support
+from tests.volume.apply_support import GENERATION, LIMITS, Change, World, content_of, restored
+from tests.volume.memory_store import MemoryStore
+
+
+def noise(seed: int, length: int = BLOCK_BYTES) -> bytes:
+    return random.Random(seed).randbytes(length)
+
+
+def small_world() -> World:
+    """Two volumes, the second with a short last block; data at their beginning, holes behind."""
+    sizes = [1 * MIB, 300 * KIB + 512]
+    world = World(sizes, lambda v: noise(v, 100 * KIB).ljust(sizes[v], b"\0"))
+    world.epoch([(0, 3, noise(10), 0), (0, 4, noise(11), 0), (1, 75, noise(12, 512), 0)])
+    world.epoch([(0, 4, noise(13), 0), (0, 100, 90, FLAG_PUNCH), (1, 0, 76, 0)])
+    world.epoch([(0, 0, 70, 0), (0, 110, noise(14), 0), (1, 75, noise(15, 512), 0)])
+    return world
+
+
+def random_world(seed: int, epochs: int = 4) -> World:
+    rng = random.Random(seed)
+    sizes = [rng.randrange(20, 400) * BLOCK_BYTES, rng.randrange(20, 100) * BLOCK_BYTES + 1536]
+    world = World(sizes, lambda v: noise(seed + v, sizes[v] // 2).ljust(sizes[v], b"\0"))
+    for _ in range(epochs):
+        changes: list[Change] = []
+        for volume, size in enumerate(sizes):
+            block, blocks = 0, -(-size // BLOCK_BYTES)
+            while (block := block + rng.choice((0, 0, 0, 1, 2, 9))) < blocks:
+                if rng.random() < 0.15:
+                    count = min(rng.randrange(1, 100), blocks - block)
+                    changes.append((volume, block, count, rng.randrange(2)))
+                    block += count
+                elif rng.random() < 0.7:
+                    length = min(BLOCK_BYTES, size - block * BLOCK_BYTES)
+                    changes.append((volume, block, rng.randbytes(length), 0))
+                    block += 1
+                else:
+                    block += rng.randrange(60)
+        world.epoch(changes or [(0, 0, noise(seed), 0)])
+    return world
+
+
+def test_epochs_are_applied_as_one_and_the_undo_gives_the_old_state_back() -> None:
+    world, store = small_world(), MemoryStore()
+    world.create_images(store)
+    images, undo = world.images(store), UndoStore(store, LIMITS)
+    job = world.job(images, undo, 0, 2)
+    job.run()
+    assert content_of(images) == world.states[2]
+    assert restored(images, undo, 0) == world.states[0]
+    world.job(images, undo, 2, 3).run()
+    assert content_of(images) == world.states[3]
+    assert restored(images, undo, 0) == world.states[0]
+    assert restored(images, undo, 2) == world.states[2]
+    assert (undo.horizon(3), undo.horizon(2)) == (0, 0)
+    assert job.bytes_written == 2 * BLOCK_BYTES, "two of the three data blocks were superseded"
+    assert job.undo_bytes == undo.passes()[0].stored_bytes
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_epochs_are_applied_and_undone_exactly(seed: int) -> None:
+    world, store = random_world(seed), MemoryStore()
+    world.create_images(store)
+    images, undo = world.images(store), UndoStore(store, LIMITS)
+    world.job(images, undo, 0, 1).run()
+    world.job(images, undo, 1, 4).run()
+    assert content_of(images) == world.states[4]
+    assert restored(images, undo, 1) == world.states[1]
+    assert restored(images, undo, 0) == world.states[0]
+
+
+def test_the_undo_is_durable_before_the_first_image_block_changes() -> None:
+    world, store = small_world(), MemoryStore()
+    world.create_images(store)
+    images, undo = world.images(store), UndoStore(store, LIMITS)
+    store.operations.clear()
+    world.job(images, undo, 0, 3).run()
+    changes = [
+        index
+        for index, (name, file, _, _) in enumerate(store.operations)
+        if file.startswith("volumes/") and name in ("pwritev", "zero", "punch")
+    ]
+    before = [name for name, *_ in store.operations[: changes[0]]]
+    assert before[-3:] == ["fdatasync", "rename", "sync_directory"]
+    synced = [file for name, file, *_ in store.operations[changes[-1] :] if name == "fdatasync"]
+    assert synced == ["volumes/0.img", "volumes/1.img"]
+
+
+def test_adjacent_blocks_are_read_and_written_with_few_calls() -> None:
+    world, store = World([8 * MIB], lambda _: noise(1, 8 * MIB)), MemoryStore()
+    world.epoch([(0, block, noise(block), 0) for block in range(256, 768)])
+    world.create_images(store)
+    images, undo = world.images(store), UndoStore(store, LIMITS)
+    store.operations.clear()
+    world.job(images, undo, 0, 1, with_undo=False).run()
+    assert [op[0] for op in store.operations] == ["pwritev", "fdatasync"]
+    assert world.journal.reads <= 12, "2 MiB in segments of 256 KiB"
+    store.operations.clear()
+    world.job(images, undo, 0, 1).run()
+    reads = [op for op in store.operations if op[0] == "pread"]
+    assert [op[3] for op in reads] == [1 * MIB, 1 * MIB]
+
+
+def test_a_plain_resync_keeps_no_undo() -> None:
+    world, store = small_world(), MemoryStore()
+    world.create_images(store)
+    images, undo = world.images(store), UndoStore(store, LIMITS)
+    world.job(images, undo, 0, 3, with_undo=False).run()
+    assert content_of(images) == world.states[3]
+    assert undo.passes() == []
+
+
+def test_holes_under_a_large_trim_cost_neither_reads_nor_undo() -> None:
+    size = 64 * MIB
+    world, store = World([size], lambda _: noise(1, 128 * KIB).ljust(size, b"\0")), MemoryStore()
+    world.epoch([(0, 0, size // BLOCK_BYTES, FLAG_PUNCH)])
+    world.create_images(store)
+    images, undo = world.images(store), UndoStore(store, LIMITS)
+    store.operations.clear()
+    world.job(images, undo, 0, 1).run()
+    assert sum(op[3] for op in store.operations if op[0] == "pread") == 128 * KIB
+    entries = undo.reader(0, 1).entries()
+    assert entries == [(0, 0, 0, 32), (0, 1, 32, size // BLOCK_BYTES - 32)]
+
+
+def test_a_pass_too_large_to_undo_leaves_a_gap_and_is_applied_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world, store = random_world(7), MemoryStore()
+    world.create_images(store)
+    images = world.images(store)
+    undo = UndoStore(store, LIMITS)
+    world.job(images, undo, 0, 1).run()
+    monkeypatch.setattr(apply_support, "LIMITS", replace(LIMITS, undo_pass_bytes_max=4096))
+    world.job(images, undo, 1, 3).run()
+    assert content_of(images) == world.states[3]
+    assert [(each.from_epoch, each.to_epoch, each.is_gap) for each in undo.passes()] == [
+        (1, 3, True)
+    ]
+    assert undo.horizon(3) == 3
+    assert undo.pending_pass(1) == (1, 3), "a gap still says which pass may be half applied"
+
+
+def test_an_undo_file_that_exists_is_used_and_not_made_from_a_half_applied_image() -> None:
+    world, store = small_world(), MemoryStore()
+    world.create_images(store)
+    images = world.images(store)
+    undo = UndoStore(store, LIMITS)
+    world.job(images, undo, 0, 2).run()
+    # The crash came before the checkpoint: the same pass again, over its own result.
+    again = UndoStore(store, LIMITS)
+    assert again.pending_pass(0) == (0, 2)
+    assert again.next_counter == 2
+    job = world.job(images, again, 0, 2)
+    job.run()
+    assert content_of(images) == world.states[2]
+    assert restored(images, again, 0) == world.states[0]
+    assert len(again.passes()) == 1
+    assert again.find(0, 2, GENERATION) is not None
+    assert again.find(0, 2, bytes(16)) is None, "the same numbers of another history"
