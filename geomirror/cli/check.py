@@ -1,0 +1,76 @@
+"""`geomirror check`: a monitoring plug-in (Nagios, Icinga, Sensu, Checkmk)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import rich_click as click
+
+from geomirror.cli.common import App, DurationType, json_option, pass_app, print_json
+from geomirror.errors import GeomirrorError
+
+WORDS = ("OK", "WARNING", "CRITICAL", "UNKNOWN")
+OK, WARNING, CRITICAL, UNKNOWN = range(4)
+
+
+@click.command()
+@click.argument("name", metavar="RES")
+@click.option("--warn-rpo", type=DurationType(), default="60", show_default=True, metavar="SECONDS")
+@click.option(
+    "--crit-rpo", type=DurationType(), default="300", show_default=True, metavar="SECONDS"
+)
+@json_option
+@pass_app
+def check(app: App, name: str, warn_rpo: float, crit_rpo: float) -> int:
+    """Judge a resource as a Nagios plug-in: exit 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN.
+
+    The RPO is the age of the oldest write that a peer would lose if this site were gone now.
+    """
+    try:
+        found = app.call("status", {"name": name}, timeout_s=10)["resources"]
+        code, text = judge(found[0], warn_rpo, crit_rpo)
+    except GeomirrorError as error:
+        found, code, text = [], UNKNOWN, str(error)
+    if app.is_json:
+        print_json({"name": name, "code": code, "state": WORDS[code].lower(), "text": text})
+    else:
+        click.echo(f"{WORDS[code]} - {name}: {text}{performance(found)}")
+    return code
+
+
+def judge(resource: dict[str, Any], warn_rpo_s: float, crit_rpo_s: float) -> tuple[int, str]:
+    """Code and reason for one resource of `status --json`; the worst peer counts."""
+    if resource.get("error"):
+        return CRITICAL, resource["error"]["message"]
+    worst, reasons = OK, []
+    for peer in resource["peers"]:
+        code, reason = _judge_peer(peer, warn_rpo_s, crit_rpo_s)
+        worst = max(worst, code)
+        if code:
+            reasons.append(reason)
+    if not resource["peers"]:
+        return WARNING, "there is no other copy"
+    return worst, "; ".join(reasons) or f"{len(resource['peers'])} peers within the RPO"
+
+
+def _judge_peer(peer: dict[str, Any], warn_rpo_s: float, crit_rpo_s: float) -> tuple[int, str]:
+    rpo_s, node = peer.get("rpo_seconds"), peer["node"]
+    if peer.get("disk_state") not in ("uptodate", "consistent", "outdated"):
+        return CRITICAL, f"{node} has no usable copy ({peer.get('disk_state')})"
+    if rpo_s is None:
+        return WARNING, f"{node}: RPO is not known"
+    text = f"{node} is {rpo_s:.1f} s behind"
+    if rpo_s >= crit_rpo_s:
+        return CRITICAL, text
+    return (WARNING, text) if rpo_s >= warn_rpo_s else (OK, text)
+
+
+def performance(resources: list[dict[str, Any]]) -> str:
+    """Performance data after the bar, as plug-ins give it."""
+    values = [
+        f"rpo_{peer['node']}={peer['rpo_seconds']:.3f}s lag_{peer['node']}={peer['lag']['bytes']}B"
+        for resource in resources
+        for peer in resource.get("peers", [])
+        if peer.get("rpo_seconds") is not None and peer.get("lag")
+    ]
+    return " | " + " ".join(values) if values else ""
