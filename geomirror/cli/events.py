@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import rich_click as click
@@ -22,7 +23,7 @@ def events(app: App, follow: bool, count: int) -> None:
 
 
 def _is_terminal() -> bool:
-    return click.get_text_stream("stdout").isatty()
+    return sys.stdout.isatty()
 
 
 def _line(event: dict[str, Any]) -> str:

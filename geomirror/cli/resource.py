@@ -144,8 +144,7 @@ def parse_backings(texts: tuple[str, ...]) -> dict[str, dict[str, str]]:
 
 def _created(result: dict[str, Any]) -> str:
     lines = [f'resource "{result["resource"]["name"]}" is served:']
-    for volume in result["resource"]["volumes"]:
-        lines.append(f"  {volume['nbd_uri']}")
+    lines += [f"  {volume['nbd_uri']}" for volume in result["resource"]["volumes"]]
     if result["pending"]:
         nodes = ", ".join(result["pending"])
         lines.append(f"pending: {nodes}; told as soon as the link is up (geomirror link list)")

@@ -1,0 +1,84 @@
+"""The closing sentences of `status`: what the state is, what it means, what to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from geomirror.cli.units import format_bytes, format_seconds
+
+
+@dataclass(frozen=True)
+class Advice:
+    """One finding about a resource, in plain sentences."""
+
+    state: str
+    meaning: str
+    action: str
+
+
+def advise(resource: dict[str, Any], node: str) -> list[Advice]:
+    """Findings about one resource of `status --json`, the gravest first; never empty."""
+    name = resource["name"]
+    if resource["error"]:
+        return [_not_served(resource)]
+    if resource["state"] == "opening":
+        return [Advice("opening", "The journal is being recovered.", "Wait a moment.")]
+    found = [finding for peer in resource["peers"] for finding in _about_peer(resource, peer)]
+    if found:
+        return found
+    if resource["role"] == "secondary":
+        meaning = "This is a copy: its volumes are read-only here, at the epoch shown."
+        return [Advice("healthy", meaning, "Nothing to do.")]
+    if not resource["peers"]:
+        meaning = f'There is no other copy: losing {node} loses "{name}".'
+        return [Advice("alone", meaning, "Create resources with --secondary NODE.")]
+    behind = max((peer.get("rpo_seconds") or 0.0) for peer in resource["peers"])
+    meaning = f"Every peer has a usable copy, at most {format_seconds(behind)} old."
+    return [Advice("healthy", meaning, "Nothing to do.")]
+
+
+def _not_served(resource: dict[str, Any]) -> Advice:
+    error = resource["error"]
+    meaning = f"The resource is not served: {error['message']}."
+    return Advice("failed", meaning, error["hint"] or "See the daemon's log.")
+
+
+def _about_peer(resource: dict[str, Any], peer: dict[str, Any]) -> list[Advice]:
+    node, state, disk = peer["node"], peer["state"], peer.get("disk_state")
+    found = []
+    if state == "pending":
+        reason = f" ({peer['pending']})" if peer.get("pending") else ""
+        meaning = f"{node} does not know of this resource yet{reason}; there is no copy there."
+        action = f'Start its daemon, or see "geomirror link list" for the way to {node}.'
+        return [Advice("pending", meaning, action)]
+    if disk == "inconsistent":
+        meaning = f"{node} is being filled; until it is done its copy cannot be used."
+        if peer.get("eta_seconds"):
+            meaning += f" About {format_seconds(peer['eta_seconds'])} left."
+        found.append(Advice("inconsistent", meaning, "Wait; do not lose this side now."))
+    if state in ("disconnected", "connecting"):
+        found.append(_disconnected(resource, peer))
+    elif state == "paused":
+        meaning = f"Replication to {node} is held back by an operator; writes go on."
+        action = f"geomirror resume {resource['name']} --peer {node}"
+        found.append(Advice("paused", meaning, action))
+    elif state in ("bitmap", "resync") and disk != "inconsistent":
+        meaning = f"The journal could not hold what {node} missed; changed regions are copied."
+        found.append(Advice(state, meaning, "Wait."))
+    return found
+
+
+def _disconnected(resource: dict[str, Any], peer: dict[str, Any]) -> Advice:
+    node = peer["node"]
+    if resource["role"] == "secondary":
+        meaning = f"{node} cannot be reached; this copy stays as old as it is."
+        return Advice("disconnected", meaning, 'See "geomirror link list".')
+    journal = resource.get("journal") or {}
+    lag = peer.get("lag") or {}
+    meaning = f"{node} cannot be reached; writes go on, the journal keeps them for it"
+    if lag.get("bytes"):
+        meaning += f" ({format_bytes(lag['bytes'])} so far)"
+    if journal.get("covers_seconds"):
+        meaning += f" and covers {format_seconds(journal['covers_seconds'])} more"
+    return Advice("disconnected", meaning + ".", 'Nothing; if it lasts, see "geomirror link list".')

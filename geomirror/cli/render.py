@@ -1,0 +1,69 @@
+"""`status` as text: a table of resources and peers, then the plain sentences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from geomirror.cli.advice import advise
+from geomirror.cli.common import table
+from geomirror.cli.units import format_bytes, format_seconds
+
+
+def render_status(document: dict[str, Any]) -> str:
+    """The whole of `geomirror status`."""
+    lines = [f"node {document['node']} at site {document['site']}", ""]
+    if not document["resources"]:
+        lines.append('no resources; make one with "geomirror resource create"')
+    for resource in document["resources"]:
+        lines += [*render_resource(resource, document["node"]), ""]
+    return "\n".join(lines).rstrip()
+
+
+def render_resource(resource: dict[str, Any], node: str) -> list[str]:
+    """One resource: what it is here, its peers, its volumes, what to do."""
+    position = resource["position"] or {}
+    journal = resource["journal"]
+    head = f"{resource['name']}  {resource['role']}  {resource['state']}"
+    if position:
+        head += f"  epoch {position['epoch']}"
+    lines = [head]
+    for volume in resource["volumes"]:
+        size = format_bytes(volume["size_bytes"])
+        lines.append(f"  volume {volume['name']}  {size}  {volume['nbd_uri'] or '(not served)'}")
+        if volume.get("nbd_tcp_uri"):
+            lines.append(f"    also {volume['nbd_tcp_uri']}")
+    if journal:
+        text = f"  journal {format_bytes(journal['bytes_used'])} of "
+        text += format_bytes(journal["bytes_total"])
+        if journal.get("covers_seconds"):
+            text += f", covers {format_seconds(journal['covers_seconds'])} at this churn"
+        lines.append(text)
+    if resource["peers"]:
+        peers = table(
+            ["PEER", "SITE", "STATE", "DISK", "EPOCH", "BEHIND", "RPO", "RATE", "RESYNCS"],
+            [_peer_row(peer) for peer in resource["peers"]],
+        )
+        lines += [f"  {line}" for line in peers.splitlines()]
+    for found in advise(resource, node):
+        lines += [
+            f"  state: {found.state}",
+            f"  means: {found.meaning}",
+            f"  to do: {found.action}",
+        ]
+    return lines
+
+
+def _peer_row(peer: dict[str, Any]) -> list[str]:
+    lag, position = peer.get("lag") or {}, peer.get("position") or {}
+    rate = peer.get("rate_bytes_per_second")
+    return [
+        peer["node"],
+        peer["site"],
+        peer["state"],
+        peer.get("disk_state") or "-",
+        str(position.get("epoch", "-")),
+        format_bytes(lag.get("bytes")),
+        format_seconds(peer.get("rpo_seconds")),
+        f"{format_bytes(rate)}/s" if rate else "-",
+        str(peer.get("resyncs", "-")),
+    ]

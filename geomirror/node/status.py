@@ -1,0 +1,92 @@
+"""The documents of `status`, with what only the node knows: addresses, sites, links."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import quote
+
+from geomirror.errors import NotFoundError
+from geomirror.node.definition_store import DefinitionStore, ResourceEntry
+from geomirror.node.error_json import error_object
+from geomirror.node.resource_host import ResourceHost
+
+
+class StatusReport:
+    """Assembles a node's status; every call is cheap and on the event loop."""
+
+    def __init__(
+        self,
+        host: ResourceHost,
+        store: DefinitionStore,
+        refusals: dict[tuple[str, str], str],
+        site_of: Callable[[str], str],
+    ) -> None:
+        self._host = host
+        self._store = store
+        self._refusals = refusals
+        self._site_of = site_of
+        self.nbd_socket = ""
+        self.nbd_tcp_endpoint: str | None = None
+
+    def node(self, name: str | None = None) -> dict[str, Any]:
+        """The whole document, or that of one resource.
+
+        :raises NotFoundError: no such resource on this node.
+        """
+        entries = [entry for entry in self._store.entries() if entry.state != "deleting"]
+        if name is not None:
+            entries = [entry for entry in entries if entry.definition.name == name]
+            if not entries:
+                raise NotFoundError(
+                    f'no resource "{name}" on this node', hint='see "geomirror resource list"'
+                )
+        context = self._host.context
+        resources = [self.resource(entry.definition.name) for entry in entries]
+        return {"node": context.name, "site": context.site, "resources": resources}
+
+    def resource(self, name: str) -> dict[str, Any]:
+        """The object of one resource."""
+        entry = self._store.get(name)
+        service = self._host.services.get(name)
+        if service is None:
+            return self._not_served(entry)
+        found = service.status()
+        for volume in found["volumes"]:
+            volume.update(self._addresses(name, str(volume["name"])))
+        here = self._host.context.name
+        for peer in found["peers"]:
+            peer["site"] = self._site_of(peer["node"])
+            peer.setdefault("path", [here, peer["node"]])
+            peer["pending"] = self._refusals.get((name, peer["node"]))
+            if entry.definition.primary == here and peer["node"] in entry.pending_peers():
+                peer["state"] = "pending"
+        found["error"] = found.get("error")
+        return found
+
+    def _not_served(self, entry: ResourceEntry) -> dict[str, Any]:
+        definition, here = entry.definition, self._host.context.name
+        failure = self._host.failures.get(definition.name)
+        volumes = [
+            {"name": volume.name, "size_bytes": volume.size_bytes, "nbd_uri": None}
+            for volume in definition.volumes
+        ]
+        return {
+            "name": definition.name,
+            "generation": None,
+            "role": "primary" if definition.primary == here else "secondary",
+            "state": "failed" if failure else "opening",
+            "journal": None,
+            "volumes": volumes,
+            "position": None,
+            "peers": [],
+            "error": error_object(failure) if failure else None,
+        }
+
+    def _addresses(self, resource: str, volume: str) -> dict[str, str]:
+        path = f"{quote(resource)}/{quote(volume)}"
+        socket = quote(self.nbd_socket, safe="/")
+        found = {"nbd_uri": f"nbd+unix:///{path}?socket={socket}"}
+        if self.nbd_tcp_endpoint:
+            found["nbd_tcp_uri"] = f"nbd://{self.nbd_tcp_endpoint}/{path}"
+        return found
