@@ -44,7 +44,7 @@ class ResourceCalls:
     is_connected: Callable[[str], bool]
     describe: Callable[[str], dict[str, Any]]
     """Status object of a resource, with its URIs."""
-    disconnect: Callable[[str], None]
+    disconnect: Callable[[str], object]
     """End the NBD connections of an export."""
 
     def register(self, methods: MethodRegistry) -> None:

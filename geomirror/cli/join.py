@@ -1,0 +1,73 @@
+"""`geomirror join`"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import rich_click as click
+
+from geomirror.cli.common import App, json_option, pass_app
+from geomirror.errors import LinkError, UnreachableError, UsageError
+
+RETRY_S = 10.0
+"""The other daemon may have been started a moment ago."""
+TOKEN_BYTES_MAX = 8192
+
+
+@click.command()
+@click.argument("token", metavar="TOKEN|-", required=False)
+@click.option("--token-file", type=click.Path(dir_okay=False), metavar="F", help="Read it here.")
+@click.option("--listen", metavar="HOST:PORT", help="Where other nodes reach this one.")
+@click.option("--node", metavar="NODE", help="Name, when the token has none.")
+@json_option
+@pass_app
+def join(
+    app: App, token: str | None, token_file: str | None, listen: str | None, node: str | None
+) -> None:
+    """Join a network with a token from `geomirror token create`.
+
+    `-` reads the token from stdin, so that it appears in no process list. Without --listen this
+    node only dials out, which is right behind NAT.
+    """
+    import asyncio
+
+    from geomirror.cli.network import this_host
+    from geomirror.node.network_view import own_object
+    from geomirror.tunnel.enrollment_io import join as join_network
+
+    text = read_token(token, token_file)
+    app.data_dir.create()
+    give_up = time.monotonic() + RETRY_S
+    while True:
+        try:
+            state = asyncio.run(
+                join_network(app.data_dir.root, text, listen=listen, node=node or this_host())
+            )
+            break
+        except (LinkError, UnreachableError) as error:
+            if time.monotonic() > give_up:
+                raise
+            app.progress(f"{error.message}; trying again")
+            time.sleep(0.5)
+    said = f'joined network "{state.network}" as node "{state.node}" at "{state.site}"\n'
+    said += f'next: "geomirror --data-dir {app.data_dir.root} node run"'
+    app.show(own_object(state), said)
+
+
+def read_token(token: str | None, token_file: str | None) -> str:
+    """The token from the argument, stdin (`-`) or a file.
+
+    :raises UsageError: none or two of them, or a file that cannot be read.
+    """
+    if (token is None) == (token_file is None):
+        raise UsageError("give either a TOKEN (or - for stdin) or --token-file")
+    if token_file is not None:
+        try:
+            with Path(token_file).open(encoding="ascii", errors="replace") as file:
+                return file.read(TOKEN_BYTES_MAX).strip()
+        except OSError as error:
+            raise UsageError(f"{token_file}: {error.strerror}") from error
+    assert token is not None
+    return sys.stdin.read(TOKEN_BYTES_MAX).strip() if token == "-" else token

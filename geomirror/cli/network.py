@@ -1,0 +1,96 @@
+"""`geomirror network …`"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import rich_click as click
+
+from geomirror.cli.common import App, json_option, pass_app, table
+
+
+@click.group()
+def network() -> None:
+    """The network: all nodes that trust one authority."""
+
+
+@network.command()
+@click.argument("name", metavar="NAME")
+@click.option("--site", required=True, metavar="SITE", help="Site of this first node.")
+@click.option("--node", metavar="NODE", help="Name of this node. Default: this host's name.")
+@click.option("--listen", metavar="HOST:PORT", help="Where other nodes reach this one.")
+@click.option("--range", "cidr", metavar="CIDR", help="Virtual addresses. Default: 10.203.0.0/16.")
+@json_option
+@pass_app
+def create(
+    app: App, name: str, site: str, node: str | None, listen: str | None, cidr: str | None
+) -> None:
+    """Create a network with this machine as its first node and authority.
+
+    \b
+    [bold]Example:[/bold]
+      geomirror network create acme --site east --node east-1 --listen 192.0.2.1:7701
+    """
+    from geomirror.environment import SystemClock, SystemEntropy
+    from geomirror.node.network_view import network_object
+    from geomirror.tunnel.enrollment_io import create_network
+
+    app.data_dir.create()
+    state = create_network(
+        app.data_dir.root,
+        name,
+        site=site,
+        node=node or this_host(),
+        listen=listen,
+        range=cidr,
+        wall_ns=SystemClock().wall_ns(),
+        entropy=SystemEntropy(),
+    )
+    text = f'network "{state.network}" is created; this is node "{state.node}" at "{state.site}"\n'
+    text += f'next: "geomirror --data-dir {app.data_dir.root} node run"'
+    app.show(network_object(state), text)
+
+
+@network.command()
+@json_option
+@pass_app
+def show(app: App) -> None:
+    """Show the network as this node knows it; works without a daemon too."""
+    from geomirror.node.network_view import network_object
+    from geomirror.tunnel.network_state_io import load_network
+
+    if app.client().is_running():
+        result = app.call("network.show")
+    else:
+        result = network_object(load_network(app.data_dir.root))
+    app.show(result, lambda: _shown(result))
+
+
+def this_host() -> str:
+    """A node name from this host's name."""
+    import socket
+
+    from geomirror.tunnel.names import propose_name
+
+    return propose_name(socket.gethostname())
+
+
+def _shown(result: dict[str, Any]) -> str:
+    head = [
+        f"network    {result['network']}  range {result['range']}",
+        f"authority  {result['authority'][:32]}  on {', '.join(result['authority_nodes'])}",
+        f"this node  {result['node']} at {result['site']}",
+        "",
+    ]
+    return "\n".join(head) + nodes_table(result["nodes"])
+
+
+def nodes_table(nodes: list[dict[str, Any]]) -> str:
+    """Nodes as a table."""
+    rows = []
+    for found in nodes:
+        state = "self" if found.get("is_self") else "up" if found.get("is_connected") else "-"
+        endpoints = ",".join(found["endpoints"]) or "(dials out)"
+        roles = ",".join(found["roles"])
+        rows.append([found["node"], found["site"], state, found["address"], roles, endpoints])
+    return table(["NODE", "SITE", "LINK", "ADDRESS", "ROLES", "ENDPOINTS"], rows)

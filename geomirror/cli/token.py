@@ -1,0 +1,47 @@
+"""`geomirror token …`"""
+
+from __future__ import annotations
+
+import rich_click as click
+
+from geomirror.cli.common import App, DurationType, json_option, pass_app
+
+
+@click.group()
+def token() -> None:
+    """Tokens with which nodes join the network."""
+
+
+@token.command()
+@click.option("--site", required=True, metavar="SITE", help="Site of the node that will join.")
+@click.option("--node", metavar="NODE", help="Its name. Default: the joiner proposes its host's.")
+@click.option("--role", default="node", show_default=True, metavar="ROLE", help="node or witness.")
+@click.option(
+    "--expires",
+    type=DurationType(),
+    default="1h",
+    show_default=True,
+    metavar="TIME",
+    help="How long it can be used; it works once in any case.",
+)
+@json_option
+@pass_app
+def create(app: App, site: str, node: str | None, role: str, expires: float) -> None:
+    """Print a join token, and nothing else, on stdout.
+
+    Runs on a node that holds the network authority's key: the one that created the network.
+    The token is a secret until it is used or expires.
+    """
+    from geomirror.environment import SystemClock
+    from geomirror.tunnel.authority_io import create_token
+    from geomirror.tunnel.network_state_io import load_network
+
+    text = create_token(
+        load_network(app.data_dir.root),
+        site=site,
+        node=node,
+        role=role,
+        expires_seconds=int(expires),
+        wall_ns=SystemClock().wall_ns(),
+    )
+    app.show({"token": text, "site": site, "node": node, "expires_seconds": int(expires)}, text)

@@ -1,0 +1,181 @@
+"""Methods about the network, and its upkeep: exchange of entries, renewal of certificates."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import structlog
+
+from geomirror.environment import SECOND
+from geomirror.errors import GeomirrorError
+from geomirror.node.calls import Caller, MethodRegistry, Parameters, Result
+from geomirror.node.context import NodeContext
+from geomirror.node.network_view import network_object, node_object, own_object
+from geomirror.tunnel.authority_io import install_renewal, renew, renew_own, renewal_request
+from geomirror.tunnel.network_state_io import NetworkState
+
+_log = structlog.get_logger(component="network")
+
+CALL_TIMEOUT_S = 20.0
+RENEWAL_CHECK_S = 600.0
+"""Between two looks at our certificate's age; a lifetime is 24 h."""
+RENEWAL_RETRY_S = 30.0
+"""After an authority could not be asked."""
+ENTRIES_MAX = 256
+"""Membership entries in one exchange; four per possible node."""
+
+
+class Exchange(Parameters, frozen=True):
+    """Entries that the caller knows."""
+
+    updates: list[dict[str, Any]] = msgspec.field(default_factory=list)
+
+
+class Renewal(Parameters, frozen=True):
+    """A request for a new certificate."""
+
+    request: str
+
+
+@dataclass
+class NetworkCalls:
+    """Handlers and upkeep; on the event loop, files on worker threads."""
+
+    state: NetworkState
+    context: NodeContext
+    on_changed: Callable[[], None]
+    """Members changed: look at peers, routes and live sessions again."""
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    _closing: bool = False
+
+    def register(self, methods: MethodRegistry) -> None:
+        """Add every method."""
+        methods.add("network.show", Parameters, self.network_show)
+        methods.add("node.show", Parameters, self.node_show)
+        methods.add("node.list", Parameters, self.node_list)
+        methods.add("link.list", Parameters, self.link_list)
+        methods.add("membership.exchange", Exchange, self.exchange, from_peers=True)
+        methods.add("certificate.renew", Renewal, self.renew, from_peers=True)
+
+    async def network_show(self, _caller: Caller, _request: Parameters) -> Result:
+        """The network."""
+        return network_object(self.state)
+
+    async def node_show(self, _caller: Caller, _request: Parameters) -> Result:
+        """This node."""
+        return own_object(self.state)
+
+    async def node_list(self, _caller: Caller, _request: Parameters) -> Result:
+        """Every node, with the state of our link to it."""
+        nodes = []
+        for member in self.state.membership.active():
+            found = node_object(member)
+            found["is_self"] = member.name == self.context.name
+            link = None if found["is_self"] else self.context.links.state(member.name)
+            found["is_connected"] = bool(link and link.is_established)
+            nodes.append(found)
+        return {"nodes": nodes}
+
+    async def link_list(self, _caller: Caller, _request: Parameters) -> Result:
+        """Every link of this node."""
+        now_ns = self.context.clock.now_ns()
+        links = []
+        for member in self.state.membership.active():
+            if member.name == self.context.name:
+                continue
+            link = self.context.links.state(member.name)
+            links.append(
+                {
+                    "node": member.name,
+                    "site": member.site,
+                    "is_established": link.is_established,
+                    "rtt_seconds": link.rtt_ns / SECOND if link.rtt_ns else None,
+                    "since_seconds": (now_ns - link.since_ns) / SECOND if link.since_ns else None,
+                    "connections": link.connections,
+                    "congestion": link.congestion,
+                    "bytes_sent": link.bytes_sent,
+                    "bytes_received": link.bytes_received,
+                    "endpoint": link.endpoint,
+                    "last_error": link.last_error,
+                }
+            )
+        return {"links": links}
+
+    async def exchange(self, caller: Caller, request: Exchange) -> Result:
+        """Take over newer entries and answer with ours."""
+        await self._apply(caller.name, request.updates)
+        return {"updates": self.state.export_updates()}
+
+    async def renew(self, caller: Caller, request: Renewal) -> Result:
+        """Sign a new certificate for the caller, if the authority's key is here."""
+        clock, entropy = self.context.clock, self.context.entropy
+        return await asyncio.to_thread(
+            renew,
+            self.state,
+            caller.peer or self.context.name,
+            {"request": request.request},
+            wall_ns=clock.wall_ns(),
+            entropy=entropy,
+        )
+
+    def link_up(self, peer: str) -> None:
+        """Exchange entries with a node that is reachable again."""
+        if not self._closing:
+            task = asyncio.ensure_future(self._exchange_with(peer))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def keep_certificate(self) -> None:
+        """Renew our certificate in time, for ever."""
+        while True:
+            delay_s = RENEWAL_CHECK_S
+            if self.state.is_renewal_due(self.context.clock.wall_ns()):
+                delay_s = RENEWAL_CHECK_S if await self._renew_own() else RENEWAL_RETRY_S
+            await asyncio.sleep(delay_s)
+
+    async def stop(self) -> None:
+        """Cancel exchanges under way."""
+        self._closing = True
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _exchange_with(self, peer: str) -> None:
+        parameters = {"updates": self.state.export_updates()}
+        try:
+            reply = await self.context.links.call(
+                peer, "membership.exchange", parameters, CALL_TIMEOUT_S
+            )
+            await self._apply(peer, reply.get("updates", []))
+        except GeomirrorError as error:
+            _log.warning("exchange_failed", peer=peer, reason=str(error))
+
+    async def _apply(self, source: str, updates: list[dict[str, Any]]) -> None:
+        # On the loop: the state is read by everybody here; a merge is a few signatures.
+        if self.state.apply_updates(updates[:ENTRIES_MAX]):
+            _log.info("members_changed", source=source)
+            self.on_changed()
+
+    async def _renew_own(self) -> bool:
+        clock, entropy = self.context.clock, self.context.entropy
+        try:
+            if self.state.authority is not None:
+                renew_own(self.state, wall_ns=clock.wall_ns(), entropy=entropy)
+                return True
+            for name in self.state.authority_names():
+                if self.context.links.state(name).is_established:
+                    request = renewal_request(self.state)
+                    reply = await self.context.links.call(
+                        name, "certificate.renew", request, CALL_TIMEOUT_S
+                    )
+                    install_renewal(self.state, reply, wall_ns=clock.wall_ns())
+                    _log.info("certificate_renewed", by=name)
+                    return True
+        except GeomirrorError as error:
+            _log.warning("renewal_failed", reason=str(error))
+        return False

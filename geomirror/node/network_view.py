@@ -1,0 +1,47 @@
+"""The network as JSON: for the daemon's answers and for commands without a daemon."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from geomirror.tunnel.membership import Member
+from geomirror.tunnel.network_state_io import NetworkState
+
+
+def network_object(state: NetworkState) -> dict[str, Any]:
+    """`network show`"""
+    return {
+        "network": state.network,
+        "range": state.range,
+        "authority": state.authority_hash.hex(),
+        "authority_nodes": state.authority_names(),
+        "node": state.node,
+        "site": state.site,
+        "nodes": [node_object(member) for member in state.membership.active()],
+    }
+
+
+def node_object(member: Member) -> dict[str, Any]:
+    """One node of `node list`"""
+    return {
+        "node": member.name,
+        "node_id": member.node_id,
+        "site": member.site,
+        "roles": list(member.roles),
+        "address": member.address,
+        "endpoints": list(member.endpoints),
+    }
+
+
+def own_object(state: NetworkState) -> dict[str, Any]:
+    """`node show`"""
+    member = state.membership.by_id(state.identity.node_id)
+    found: dict[str, Any] = {"node": state.node, "site": state.site}
+    if member is not None:
+        found = node_object(member)
+    found["network"] = state.network
+    found["listen"] = state.listen
+    found["certificate_expires_at"] = state.certificate.not_valid_after_utc.isoformat()
+    found["data_dir"] = str(state.data_dir)
+    found["api_url"] = None
+    return found

@@ -1,0 +1,253 @@
+"""One node: composes network, links, resources, NBD server and control socket, and runs them.
+
+Start: lock, control socket, NBD socket, links, resources, ready. Stop: the same backwards, within
+ten seconds; after that the process ends anyway, and recovery does the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import os
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import structlog
+
+from geomirror import __version__
+from geomirror.config import RELOADABLE, Config, changed_keys
+from geomirror.environment import SECOND, SystemClock, SystemEntropy
+from geomirror.errors import ConfigError, GeomirrorError
+from geomirror.nbd.server_io import NbdServer
+from geomirror.node.calls import Caller, MethodRegistry, Parameters, Result
+from geomirror.node.config_io import load_config
+from geomirror.node.context import NodeContext
+from geomirror.node.control_io import ControlServer
+from geomirror.node.definition_push import DefinitionPush
+from geomirror.node.definition_store import DefinitionStore
+from geomirror.node.events import EventRing
+from geomirror.node.link_router import LinkRouter
+from geomirror.node.log import set_level
+from geomirror.node.network_calls import NetworkCalls
+from geomirror.node.notify_io import Notifier
+from geomirror.node.paths import DataDir
+from geomirror.node.resource_calls import ResourceCalls
+from geomirror.node.resource_host import ResourceHost, remove_tree
+from geomirror.node.service import ServiceFactory
+from geomirror.node.status import StatusReport
+from geomirror.tunnel.names import split_endpoint
+from geomirror.tunnel.network_state_io import NetworkState
+from geomirror.tunnel.tls_io import TlsDriver
+from geomirror.wan_protocol.streams_io import PeerAddress, PeerLinks
+
+_log = structlog.get_logger(component="node")
+
+STOP_S_MAX = 10.0
+"""A graceful stop takes no longer."""
+
+
+class StatusRequest(Parameters, frozen=True):
+    """`status`"""
+
+    name: str | None = None
+
+
+class Node:
+    """The running daemon. Make it, then `start`, then `stop`; once."""
+
+    def __init__(
+        self, data_dir: DataDir, config: Config, state: NetworkState, factory: ServiceFactory
+    ) -> None:
+        self._data_dir = data_dir
+        self._config = config
+        self._state = state
+        self._clock, entropy = SystemClock(), SystemEntropy()
+        self._started_ns = self._clock.now_ns()
+        limits = config.limits()
+        self.notifier = Notifier()
+        self._events = EventRing()
+        self._methods = MethodRegistry()
+        self._executor = ThreadPoolExecutor(config.node.worker_threads, "geomirror-worker")
+        self._router = LinkRouter()
+        self._driver = TlsDriver(state, self._clock, entropy)
+        self._links = PeerLinks(
+            state.node, limits, self._clock, entropy, self._driver, self._router
+        )
+        context = NodeContext(
+            state.node,
+            state.site,
+            data_dir.root,
+            limits,
+            self._clock,
+            entropy,
+            self._links,
+            self._emit,
+            self._executor,
+        )
+        self._store = DefinitionStore(data_dir.resources_file)
+        self._host = ResourceHost(context, factory)
+        self._push = DefinitionPush(self._store, self._host, self._links)
+        self._router.bind(self._host, self._push, self._methods)
+        self._status = StatusReport(self._host, self._store, self._push.refusals, self._site_of)
+        self._network = NetworkCalls(state, context, self._members_changed)
+        self._nbd = NbdServer(self._host.exports, limits=limits)
+        self._control = ControlServer(self._methods, self._events)
+        self._tasks: list[asyncio.Task[None]] = []
+        self.failed: asyncio.Future[BaseException] | None = None
+        """Set when a part that must run for ever has ended."""
+        self._register()
+
+    async def start(self) -> None:
+        """Serve; returns when every resource is open or has failed to.
+
+        :raises GeomirrorError: a socket cannot be had; what was started is stopped by `stop`.
+        """
+        self.failed = asyncio.get_running_loop().create_future()
+        self._host.on_started = self._router.service_started
+        self._router.on_link_up = self._network.link_up
+        sockets = self._data_dir.prepare_socket_dir()
+        self._status.nbd_socket = str(sockets / "nbd.sock")
+        await self._control.start(str(sockets / "control.sock"))
+        await self._nbd.start_unix(self._status.nbd_socket)
+        if self._config.nbd.tcp_listen:
+            host, port = split_endpoint(self._config.nbd.tcp_listen)
+            host, port = await self._nbd.start_tcp(host, port)
+            self._status.nbd_tcp_endpoint = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self._set_peers()
+        await self._links.start(self._config.node.listen or self._state.listen)
+        await self._open_resources()
+        self._run_for_ever("certificate", self._network.keep_certificate())
+        self._run_for_ever("notifications", self._keep_notified())
+        self.notifier.ready(self._summary())
+        self._emit("node_started", {"version": __version__})
+
+    async def stop(self) -> None:
+        """Say goodbye, seal, flush and close; bounded by `STOP_S_MAX`."""
+        self.notifier.stopping()
+        try:
+            await asyncio.wait_for(self._stop(), STOP_S_MAX)
+        except TimeoutError:
+            _log.error("stop_took_too_long", seconds=STOP_S_MAX)
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def reload(self) -> None:
+        """Read the configuration again (SIGHUP); what cannot be used is said and left."""
+        self.notifier.reloading(self._clock.now_ns())
+        try:
+            config = load_config(self._data_dir.config)
+        except ConfigError as error:
+            _log.error("configuration_not_reloaded", reason=str(error))
+            self._emit("configuration_refused", {"reason": str(error)})
+        else:
+            changed = changed_keys(self._config, config)
+            pending = [key for key in changed if key not in RELOADABLE]
+            set_level(config.log.level)
+            self._config = config
+            self._set_peers()
+            fields = {"changed": changed, "restart_needed_for": pending}
+            _log.info("configuration_reloaded", **fields)
+            self._emit("configuration_reloaded", fields)
+        self.notifier.ready(self._summary())
+
+    # ---- parts
+
+    def _register(self) -> None:
+        calls = ResourceCalls(
+            host=self._host,
+            store=self._store,
+            push=self._push,
+            links=self._links,
+            known_nodes=lambda: [member.name for member in self._state.membership.active()],
+            is_connected=self._router.is_up,
+            describe=self._status.resource,
+            disconnect=self._nbd.disconnect_export,
+        )
+        calls.register(self._methods)
+        self._network.register(self._methods)
+        self._calls = calls
+        self._methods.add("status", StatusRequest, self._show_status)
+
+    async def _show_status(self, _caller: Caller, request: StatusRequest) -> Result:
+        found = self._status.node(request.name)
+        uptime_s = (self._clock.now_ns() - self._started_ns) / SECOND
+        return {"version": __version__, "uptime_seconds": uptime_s, **found}
+
+    async def _open_resources(self) -> None:
+        opening = []
+        for entry in self._store.entries():
+            if entry.state == "active":
+                opening.append(self._host.open(entry.definition))
+            elif entry.state == "creating":
+                # A crash came in between; nobody was told that it exists.
+                directory = self._host.context.resource_dir(entry.definition.name)
+                await asyncio.to_thread(remove_tree, directory)
+                self._store.remove(entry.definition.resource_id)
+            else:
+                await self._calls.remove_local(entry, keep_data=entry.keep_data)
+        await asyncio.gather(*opening)
+
+    async def _stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._nbd.stop()
+        await self._push.stop()
+        await self._network.stop()
+        await self._host.close_all()
+        await self._links.stop()
+        await self._control.stop()
+
+    def _run_for_ever(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        task.set_name(name)
+        task.add_done_callback(self._task_ended)
+        self._tasks.append(task)
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        if task.cancelled() or self.failed is None or self.failed.done():
+            return
+        error = task.exception() or RuntimeError(f"task {task.get_name()} ended")
+        self.failed.set_result(error)
+
+    async def _keep_notified(self) -> None:
+        interval_s = min((self.notifier.watchdog_s or 60.0) / 3, 20.0)
+        while True:
+            self.notifier.watchdog()
+            self.notifier.status(self._summary())
+            await asyncio.sleep(interval_s)
+
+    def _summary(self) -> str:
+        served, failed = len(self._host.services), len(self._host.failures)
+        text = f"{self._state.node}: {served} resources served"
+        return f"{text}, {failed} failed" if failed else text
+
+    def _set_peers(self) -> None:
+        peers = []
+        for member in self._state.membership.active():
+            if member.name == self._state.node:
+                continue
+            override = self._config.peers.get(member.name)
+            endpoints = override.endpoints if override and override.endpoints else member.endpoints
+            peers.append(PeerAddress(member.name, list(endpoints)))
+        self._links.set_peers(peers)
+
+    def _members_changed(self) -> None:
+        self._set_peers()
+        self._emit("members_changed", {"nodes": len(self._state.membership.active())})
+
+    def _site_of(self, name: str) -> str:
+        member = self._state.membership.find(name)
+        return member.site if member else ""
+
+    def _emit(self, kind: str, fields: dict[str, Any]) -> None:
+        wall_s = self._clock.wall_ns() / SECOND
+        time = datetime.datetime.fromtimestamp(wall_s, datetime.UTC).isoformat("T", "milliseconds")
+        self._events.publish(kind, time.replace("+00:00", "Z"), fields)
+        _log.info(kind, **fields)
+
+
+def refuse_optimized_python() -> None:
+    """:raises GeomirrorError: assertions are switched off, and invariants with them."""
+    if not __debug__ or os.environ.get("PYTHONOPTIMIZE"):
+        raise GeomirrorError("does not run with python -O", hint="unset PYTHONOPTIMIZE")
