@@ -10,7 +10,7 @@ A node whose certificate expired while it was away says Renew instead of Join: a
 nonce and the leaf, made with the key that the network knows. One JSON object per line.
 
 Invariant: the secret leaves the joiner only once the server is proven to be the token's authority;
-the token is durably used up before the certificate leaves the authority (the shell keeps the order).
+the token is durably used up before the certificate leaves the authority (the shell sees to that).
 """
 
 from __future__ import annotations
@@ -110,8 +110,14 @@ def encode_line(message: Hello | Join | Renew | Welcome | Refuse) -> bytes:
 
 
 def read_hello(line: bytes) -> Hello:
-    """:raises RemoteProtocolError: not a hello of a version that we speak."""
-    hello: Hello = _decode(line, Hello)
+    """Parse the first line; the server is a stranger still.
+
+    :raises RemoteProtocolError: not a hello of a version that we speak.
+    :raises RefusedError: it serves no join exchange now; its words, but never another class.
+    """
+    hello: Hello | Refuse = _decode(line, Hello | Refuse)
+    if isinstance(hello, Refuse):
+        raise RefusedError(_printable(hello.message), hint=_printable(hello.hint))
     if hello.version != VERSION or len(hello.nonce) != NONCE_BYTES:
         raise RemoteProtocolError("the authority speaks another version of the join exchange")
     return hello
@@ -288,7 +294,7 @@ class Desk:
             # The same key again: its welcome was lost. Its entry stands, it gets a certificate.
             if record.used_by_id != node_id or self.membership.is_revoked(node_id):
                 raise RefusedError(f'this key already belongs to the node "{known.name}"')
-            return self._welcome(key, known, wall_ns, entropy)
+            return self.issue_to(key, known, wall_ns, entropy)
         name = record.used_by or record.node or request.node
         if name is None:
             raise TokenError("neither the token nor the joiner names the node", hint="give --node")
@@ -306,7 +312,7 @@ class Desk:
             version=self.membership.version + 1,
         )
         self.book.consume(record, name, node_id, wall_ns)
-        return self._welcome(key, member, wall_ns, entropy)
+        return self.issue_to(key, member, wall_ns, entropy)
 
     def renew(
         self, request: Renew, nonce: bytes, leaf_der: bytes, *, wall_ns: int, entropy: Entropy
@@ -317,7 +323,7 @@ class Desk:
             key.verify(request.proof, renewal_proof(nonce, leaf_der, request.request))
         except InvalidSignature:
             raise AuthError("the request to renew is not signed by the node's key") from None
-        return self._welcome(key, self.member_of(key), wall_ns, entropy)
+        return self.issue_to(key, self.member_of(key), wall_ns, entropy)
 
     def member_of(self, key: Ed25519PublicKey) -> Member:
         """The active member with this key. :raises AuthError: none, or revoked."""
@@ -343,9 +349,10 @@ class Desk:
     def _taken(self) -> frozenset[str]:
         return frozenset(member.address for member in self.membership.members())
 
-    def _welcome(
+    def issue_to(
         self, key: Ed25519PublicKey, member: Member, wall_ns: int, entropy: Entropy
     ) -> Welcome:
+        """A certificate that says what the member's entry says, and all entries with it."""
         certificate = self.authority.issue(
             key,
             name=member.name,

@@ -1,0 +1,213 @@
+"""Joining a network, and renewing after a long absence: the dialling side of the join exchange."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from geomirror.environment import SECOND, Clock, Entropy
+from geomirror.errors import (
+    AuthError,
+    GeomirrorError,
+    LinkError,
+    NotFoundError,
+    RemoteProtocolError,
+    UnreachableError,
+)
+from geomirror.limits import PRODUCTION, Limits
+from geomirror.tunnel.authority_io import install_welcome
+from geomirror.tunnel.certificates import check_issued_by, load_certificate, read_claims
+from geomirror.tunnel.driver import JOIN_PROTOCOL
+from geomirror.tunnel.enrollment import (
+    Enrolled,
+    Joiner,
+    Renew,
+    encode_line,
+    read_hello,
+    read_reply,
+    renewal_proof,
+)
+from geomirror.tunnel.identity import NodeIdentity
+from geomirror.tunnel.key_files_io import read_file
+from geomirror.tunnel.names import (
+    check_endpoints,
+    check_name,
+    join_endpoint,
+    propose_name,
+    split_endpoint,
+)
+from geomirror.tunnel.network_state_io import (
+    NetworkState,
+    check_unused,
+    keep_identity,
+    keep_network,
+)
+from geomirror.tunnel.tls_context_io import explain, joiner_context, network_label
+from geomirror.tunnel.token import parse_token
+
+_REPLY_FACTOR = 8
+"""A welcome of a full network is longer than a line that a stranger may send."""
+
+
+class _Exchange:
+    """One connection of the join protocol."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self.writer = writer
+        ssl_object = writer.get_extra_info("ssl_object")
+        if ssl_object.selected_alpn_protocol() != JOIN_PROTOCOL:
+            raise LinkError("the server does not offer the join exchange")
+        self.leaf_der: bytes = ssl_object.getpeercert(binary_form=True)
+        self.local_host: str = writer.get_extra_info("sockname")[0]
+
+    async def read_line(self) -> bytes:
+        try:
+            return await self._reader.readuntil(b"\n")
+        except asyncio.IncompleteReadError:
+            raise LinkError("the server closed the join exchange") from None
+        except asyncio.LimitOverrunError:
+            raise RemoteProtocolError("the server sent an endless line") from None
+
+
+@contextlib.asynccontextmanager
+async def _connect(
+    endpoint: str, authority_hash: bytes, limits: Limits
+) -> AsyncIterator[_Exchange]:
+    host, port = split_endpoint(endpoint)
+    try:
+        async with asyncio.timeout(limits.join_exchange_ns_max / SECOND):
+            reader, writer = await asyncio.open_connection(
+                host,
+                port,
+                ssl=joiner_context(),
+                server_hostname=network_label(authority_hash),
+                limit=_REPLY_FACTOR * limits.join_line_bytes_max,
+            )
+            try:
+                yield _Exchange(reader, writer)
+            finally:
+                writer.close()
+                with contextlib.suppress(OSError):
+                    await writer.wait_closed()
+    except TimeoutError:
+        raise LinkError(f"the authority at {endpoint} does not answer in time") from None
+    except OSError as error:
+        raise explain(error, f"the authority at {endpoint}") from None
+
+
+async def join(
+    data_dir: Path,
+    token: str,
+    *,
+    listen: str | None,
+    clock: Clock,
+    entropy: Entropy,
+    node: str | None = None,
+    limits: Limits = PRODUCTION,
+) -> NetworkState:
+    """Enrol this data directory in the network of a token.
+
+    The endpoints of the token are tried in turn; whoever answers must prove to be the authority
+    before the secret is sent. The node key is stored first: if the answer is lost, the same command
+    may be repeated with the same token.
+
+    :param listen: `HOST:PORT` where others will dial this node; None if it only dials out.
+    :param node: name to propose where the token leaves it open; else made of the host name.
+    :raises TokenError: malformed, unknown, expired or used.
+    :raises RefusedError: the data directory belongs to a network, or the name is taken.
+    :raises AuthError: the server is not the token's authority; the secret was not sent.
+    :raises UnreachableError: no endpoint of the token answers.
+    """
+    parsed = parse_token(token, limits)
+    check_unused(data_dir)
+    if listen is not None:
+        split_endpoint(listen)
+    proposed = propose_name(socket.gethostname()) if node is None else check_name(node, "node")
+    identity = _load_or_create_identity(data_dir, entropy)
+
+    async def talk(exchange: _Exchange) -> Enrolled:
+        joiner = Joiner(parsed, identity, node=proposed, limits=limits)
+        endpoints = own_endpoints(listen, exchange.local_host)
+        hello = await exchange.read_line()
+        request = joiner.receive_hello(hello, exchange.leaf_der, endpoints, clock.wall_ns())
+        exchange.writer.write(request)
+        return joiner.receive_reply(await exchange.read_line(), clock.wall_ns())
+
+    failures: list[GeomirrorError] = []
+    for endpoint in parsed.endpoints:
+        try:
+            async with _connect(endpoint, parsed.authority_hash, limits) as exchange:
+                enrolled = await talk(exchange)
+        except LinkError as error:
+            failures.append(error)
+            continue
+        return keep_network(
+            data_dir, enrolled, identity, listen=listen, authority=None, limits=limits
+        )
+    reasons = "; ".join(error.message for error in failures)
+    raise UnreachableError(
+        f"no endpoint of the join token answers: {reasons}",
+        hint='start "geomirror node run" there, or make a token with another endpoint',
+    )
+
+
+def _load_or_create_identity(data_dir: Path, entropy: Entropy) -> NodeIdentity:
+    path = data_dir / "identity" / "node.key"
+    try:
+        return NodeIdentity.from_pem(read_file(path), name=str(path))
+    except NotFoundError:
+        identity = NodeIdentity.create(entropy)
+        keep_identity(data_dir, identity)
+        return identity
+
+
+def own_endpoints(listen: str | None, local_host: str) -> tuple[str, ...]:
+    """What to tell others of a listening endpoint: "any address" becomes `local_host`."""
+    if listen is None:
+        return ()
+    host, port = split_endpoint(listen)
+    return check_endpoints([join_endpoint(local_host if host in _ANY else host, port)])
+
+
+_ANY = ("0.0.0.0", "::")
+
+
+async def renew_by_join(state: NetworkState, *, clock: Clock, entropy: Entropy) -> None:
+    """Renew our certificate at the authority's join endpoint; works with an expired one too.
+
+    :raises UnreachableError: no authority node answers at the endpoints that we know.
+    :raises AuthError: revoked, not a member, or the server is not an authority of this network.
+    """
+    failures: list[str] = []
+    names = state.authority_names()
+    members = [member for name in names if (member := state.membership.find(name)) is not None]
+    for endpoint in [endpoint for member in members for endpoint in member.endpoints]:
+        try:
+            async with _connect(endpoint, state.authority_hash, state.limits) as exchange:
+                line = await exchange.read_line()
+                exchange.writer.write(_renewal_line(state, line, exchange.leaf_der))
+                welcome = read_reply(await exchange.read_line())
+        except LinkError as error:
+            failures.append(error.message)
+            continue
+        install_welcome(state, welcome, wall_ns=clock.wall_ns())
+        return
+    raise UnreachableError(
+        f"no authority answers to renew the certificate: {'; '.join(failures) or 'none is known'}",
+        hint=f"start the daemon of {', '.join(names) or 'the authority'}",
+    )
+
+
+def _renewal_line(state: NetworkState, line: bytes, leaf_der: bytes) -> bytes:
+    hello = read_hello(line)
+    leaf = load_certificate(leaf_der)
+    check_issued_by(leaf, state.authority_certificate)
+    if "authority" not in read_claims(leaf).roles:
+        raise AuthError("the server is not an authority of this network")
+    request = state.identity.request_pem()
+    proof = state.identity.sign(renewal_proof(hello.nonce, leaf_der, request))
+    return encode_line(Renew(request=request, proof=proof))

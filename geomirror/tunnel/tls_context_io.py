@@ -1,0 +1,116 @@
+"""TLS contexts: 1.3 only, our authority only, no resumption.
+
+OpenSSL checks signature, chain, key usage and the network name constraint of every certificate.
+Dates are left to `certificates.check_dates`, which uses the injected clock and explains itself.
+Without session tickets each connection proves its key anew, so a revocation cannot be resumed past.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Callable
+
+from geomirror.errors import AuthError, GeomirrorError, IntegrityError, LinkError
+from geomirror.tunnel.authority import certificate_pem
+from geomirror.tunnel.driver import JOIN_PROTOCOL, LINK_PROTOCOL
+from geomirror.tunnel.network_state_io import NetworkState
+
+_NO_CHECK_TIME = ssl.VerifyFlags(0x200000)
+"""X509_V_FLAG_NO_CHECK_TIME of OpenSSL; Python has no name for it."""
+
+_OTHER_NETWORK = ("UNRECOGNIZED_NAME", "UNKNOWN_CA", "CERTIFICATE_VERIFY_FAILED")
+_OUR_CERTIFICATE = ("CERTIFICATE_REQUIRED", "BAD_CERTIFICATE", "ACCESS_DENIED", "DECRYPT_ERROR")
+
+
+def network_label(authority_hash: bytes) -> str:
+    """The server name that a client asks for: known to members and token holders only.
+
+    A server shows its certificate, and with it the names of network and node, to nobody else.
+    """
+    return f"{authority_hash[:16].hex()}.geomirror.internal"
+
+
+def server_context(state: NetworkState) -> ssl.SSLContext:
+    """For accepting links and join exchanges; a client's certificate is checked if it shows one."""
+    context = _base(ssl.PROTOCOL_TLS_SERVER)
+    context.verify_mode = ssl.CERT_OPTIONAL
+    context.set_alpn_protocols([LINK_PROTOCOL, JOIN_PROTOCOL])
+    context.num_tickets = 0
+    context.sni_callback = _require_label(network_label(state.authority_hash))
+    _trust(context, state)
+    return context
+
+
+def client_context(state: NetworkState) -> ssl.SSLContext:
+    """For dialling links."""
+    context = _base(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False  # the URI name is checked by the driver
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.set_alpn_protocols([LINK_PROTOCOL])
+    _trust(context, state)
+    return context
+
+
+def joiner_context() -> ssl.SSLContext:
+    """For a joiner, who trusts nobody yet: `Joiner.receive_hello` judges the server."""
+    context = _base(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.set_alpn_protocols([JOIN_PROTOCOL])
+    return context
+
+
+def load_own(context: ssl.SSLContext, state: NetworkState) -> None:
+    """Use our certificate and key from now on; connections that exist are not touched.
+
+    :raises IntegrityError: the files cannot be used.
+    """
+    try:
+        context.load_cert_chain(state.certificate_path, state.key_path)
+    except (ssl.SSLError, OSError) as error:
+        path = state.certificate_path
+        raise IntegrityError(f"{path} cannot be used: {error}", hint="restore it") from None
+
+
+def explain(error: OSError, who: str) -> GeomirrorError:
+    """Turn a failure of connecting or of a handshake into ours.
+
+    :param who: like `"west-1" at 203.0.113.7:7701`.
+    """
+    reason = error.reason if isinstance(error, ssl.SSLError) else None
+    if reason and any(word in reason for word in _OTHER_NETWORK):
+        return AuthError(
+            f"{who} is not of this network: its certificate is signed by another authority",
+            hint='check the endpoint with "geomirror node list"',
+        )
+    if reason and any(word in reason for word in _OUR_CERTIFICATE):
+        return AuthError(f"{who} does not accept this node's certificate ({reason})")
+    if isinstance(error, ssl.SSLError):
+        return LinkError(
+            f"{who} does not speak TLS 1.3 with us ({reason or error})",
+            hint="is another program, or a firewall that inspects TLS, behind that address?",
+        )
+    cause = error.strerror or str(error) or "the connection was closed"
+    return LinkError(f"{who} cannot be reached: {cause}")
+
+
+def _base(protocol: int) -> ssl.SSLContext:
+    context = ssl.SSLContext(protocol)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_TICKET | ssl.OP_NO_RENEGOTIATION
+    context.verify_flags |= ssl.VERIFY_X509_STRICT | _NO_CHECK_TIME
+    return context
+
+
+def _trust(context: ssl.SSLContext, state: NetworkState) -> None:
+    context.load_verify_locations(cadata=certificate_pem(state.authority_certificate))
+    load_own(context, state)
+
+
+def _require_label(
+    label: str,
+) -> Callable[[ssl.SSLObject | ssl.SSLSocket, str | None, ssl.SSLContext], int | None]:
+    def check(_: object, name: str | None, __: ssl.SSLContext) -> int | None:
+        return None if name == label else ssl.ALERT_DESCRIPTION_UNRECOGNIZED_NAME
+
+    return check

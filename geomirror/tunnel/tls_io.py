@@ -1,0 +1,275 @@
+"""The `tls` link driver: mutual TLS 1.3 streams over TCP, without root and without a TUN device.
+
+Contexts and what OpenSSL checks: `tls_context_io`. The byte that accepts a link: `tls_preface_io`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from geomirror.environment import SECOND, Clock, Entropy
+from geomirror.errors import (
+    AuthError,
+    ConfigError,
+    InUseError,
+    LinkError,
+    RemoteProtocolError,
+)
+from geomirror.tunnel.certificates import Claims, check_dates, load_certificate, read_claims
+from geomirror.tunnel.join_server_io import Joined, JoinService, Refused
+from geomirror.tunnel.names import join_endpoint, split_endpoint
+from geomirror.tunnel.network_state_io import NetworkState
+from geomirror.tunnel.tls_context_io import (
+    client_context,
+    explain,
+    load_own,
+    network_label,
+    server_context,
+)
+from geomirror.tunnel.tls_preface_io import AcceptPreface, DialPreface
+
+SHUTDOWN_SECONDS = 1.0
+"""How long a closing connection waits for the other side's close."""
+BACKLOG = 128
+"""Connections that the kernel completes before we accept them."""
+
+
+@dataclass
+class _Live:
+    transport: asyncio.Transport
+    claims: Claims
+
+
+class TlsDriver:
+    """Dials and accepts mutual TLS links for one node."""
+
+    name = "tls"
+
+    def __init__(
+        self,
+        state: NetworkState,
+        clock: Clock,
+        entropy: Entropy,
+        *,
+        refused: Refused = lambda source, error: None,
+        joined: Joined = lambda name: None,
+    ) -> None:
+        self.state = state
+        self.clock = clock
+        self.refused = refused
+        self.join_service = JoinService(state, clock, entropy, refused=refused, joined=joined)
+        self._client = client_context(state)
+        self._server = server_context(state)
+        self._loaded = state.certificate
+        self._live: list[_Live] = []
+
+    @property
+    def own_der(self) -> bytes:
+        """The certificate that the contexts show now."""
+        return self._loaded.public_bytes(Encoding.DER)
+
+    @property
+    def server(self) -> ssl.SSLContext:
+        """The accepting context, with our newest certificate."""
+        self._reload()
+        return self._server
+
+    def _reload(self) -> None:
+        if self._loaded is not self.state.certificate:
+            load_own(self._client, self.state)
+            load_own(self._server, self.state)
+            self._loaded = self.state.certificate
+
+    def admit(self, transport: asyncio.Transport) -> Claims:
+        """Judge the other side of a finished handshake and keep it under `enforce`.
+
+        :raises AuthError: no certificate, expired, revoked, or our own key.
+        """
+        der = transport.get_extra_info("ssl_object").getpeercert(binary_form=True)
+        if not der:
+            raise AuthError("a stranger without a certificate asked for a link")
+        claims = read_claims(load_certificate(der))
+        if claims.network != self.state.network:
+            raise AuthError(f'"{claims.name}" is of the network "{claims.network}"')
+        self._judge(claims)
+        if claims.node_id == self.state.identity.node_id:
+            raise AuthError(
+                "the other side has this node's own key",
+                hint="it is this node itself, or a copy of its data directory; join the copy anew",
+            )
+        self._live = [live for live in self._live if not live.transport.is_closing()]
+        self._live.append(_Live(transport, claims))
+        return claims
+
+    def _judge(self, claims: Claims) -> None:
+        if self.state.membership.is_revoked(claims.node_id):
+            raise AuthError(f'the node "{claims.name}" is revoked')
+        check_dates(claims, self.clock.wall_ns())
+
+    def enforce(self) -> list[str]:
+        """Cut live links of revoked keys and of expired certificates; call it each second.
+
+        A peer whose certificate only ran out reconnects at once with its renewed one.
+
+        :returns: the names cut, for the log.
+        """
+        cut: list[str] = []
+        kept: list[_Live] = []
+        for live in self._live:
+            if live.transport.is_closing():
+                continue
+            try:
+                self._judge(live.claims)
+            except AuthError:
+                live.transport.abort()
+                cut.append(live.claims.name)
+            else:
+                kept.append(live)
+        self._live = kept
+        return cut
+
+    async def dial(
+        self, peer: str, endpoint: str, factory: Callable[[], asyncio.BaseProtocol]
+    ) -> tuple[asyncio.Transport, asyncio.BaseProtocol]:
+        """See `LinkDriver.dial`."""
+        host, port = split_endpoint(endpoint)
+        self._reload()
+        loop = asyncio.get_running_loop()
+        who = f'"{peer}" at {endpoint}'
+        preface = DialPreface(self, peer, who, factory, loop.create_future())
+        limits = self.state.limits
+        link = None
+        try:
+            async with asyncio.timeout(limits.dial_ns_max / SECOND):
+                await loop.create_connection(
+                    lambda: preface,
+                    host,
+                    port,
+                    ssl=self._client,
+                    server_hostname=network_label(self.state.authority_hash),
+                    ssl_handshake_timeout=limits.dial_ns_max / SECOND,
+                    ssl_shutdown_timeout=SHUTDOWN_SECONDS,
+                )
+                link = await preface.ready
+                return link
+        except TimeoutError:
+            raise LinkError(f"{who} does not answer in time") from None
+        except OSError as error:
+            raise explain(error, who) from None
+        finally:
+            preface.end(is_taken=link is not None)
+
+    async def listen(
+        self, endpoint: str, factory: Callable[[str], asyncio.BaseProtocol]
+    ) -> TlsListener:
+        """See `LinkDriver.listen`."""
+        host, port = split_endpoint(endpoint)
+        listener = TlsListener(self, await _bind(host, port), factory)
+        listener.start()
+        return listener
+
+
+class TlsListener:
+    """Accepts connections itself, so that those not yet authenticated can be counted and ended."""
+
+    def __init__(
+        self,
+        driver: TlsDriver,
+        sockets: list[socket.socket],
+        factory: Callable[[str], asyncio.BaseProtocol],
+    ) -> None:
+        self._driver = driver
+        self._sockets = sockets
+        self._factory = factory
+        self._pending: dict[asyncio.Task[None], None] = {}
+        self._accepting: list[asyncio.Task[None]] = []
+        self.endpoint = join_endpoint(*sockets[0].getsockname()[:2])
+
+    def start(self) -> None:
+        """Begin to accept."""
+        loop = asyncio.get_running_loop()
+        self._accepting = [loop.create_task(self._accept(sock)) for sock in self._sockets]
+
+    async def stop(self) -> None:
+        """See `Listener.stop`; join exchanges end too."""
+        tasks = [*self._accepting, *self._pending]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for sock in self._sockets:
+            sock.close()
+        await self._driver.join_service.stop()
+
+    async def _accept(self, listening: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                connection, address = await loop.sock_accept(listening)
+            except ConnectionError:
+                continue  # the client was gone before we looked
+            except OSError as error:
+                # Out of descriptors or memory: the listener must survive that.
+                self._driver.refused("", LinkError(f"accepting on {self.endpoint}: {error}"))
+                await asyncio.sleep(0.1)
+                continue
+            if len(self._pending) >= self._driver.state.limits.handshakes_max:
+                # The oldest is the likeliest to be a stranger that only holds the place.
+                next(iter(self._pending)).cancel()
+            task = loop.create_task(self._authenticate(connection, str(address[0])))
+            self._pending[task] = None
+            task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._pending.pop(task, None)
+
+    async def _authenticate(self, connection: socket.socket, source: str) -> None:
+        loop = asyncio.get_running_loop()
+        driver = self._driver
+        try:
+            await loop.connect_accepted_socket(
+                lambda: AcceptPreface(driver, self._factory, source),
+                connection,
+                ssl=driver.server,
+                ssl_handshake_timeout=driver.state.limits.handshake_ns_max / SECOND,
+                ssl_shutdown_timeout=SHUTDOWN_SECONDS,
+            )
+        except OSError as error:
+            cause = error.strerror or str(error) or "the connection was closed"
+            driver.refused(source, RemoteProtocolError(f"a handshake failed: {cause}"))
+
+
+async def _bind(host: str, port: int) -> list[socket.socket]:
+    loop = asyncio.get_running_loop()
+    where = join_endpoint(host, port)
+    sockets: list[socket.socket] = []
+    try:
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        # Port 0 is a different port for each address; one is enough then.
+        for family, kind, protocol, _, address in found if port else found[:1]:
+            sock = socket.socket(family, kind, protocol)
+            sockets.append(sock)
+            sock.setblocking(False)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(host != "::"))
+            sock.bind(address)
+            sock.listen(BACKLOG)
+    except OSError as error:
+        for sock in sockets:
+            sock.close()
+        cause = error.strerror or str(error)
+        if error.errno == errno.EADDRINUSE:
+            raise InUseError(
+                f"cannot listen on {where}: {cause}", hint="another process listens there"
+            ) from None
+        raise ConfigError(
+            f"cannot listen on {where}: {cause}", hint="give an address of this machine"
+        ) from None
+    return sockets
