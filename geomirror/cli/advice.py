@@ -22,6 +22,9 @@ def advise(resource: dict[str, Any], node: str) -> list[Advice]:
     name = resource["name"]
     if resource["error"]:
         return [_not_served(resource)]
+    if resource["state"] == "storage_full":
+        meaning = "A disk is full: writers wait, or get an error; nothing is lost."
+        return [Advice("storage_full", meaning, "Free space below the data directory.")]
     if resource["state"] == "opening":
         return [Advice("opening", "The journal is being recovered.", "Wait a moment.")]
     found = [finding for peer in resource["peers"] for finding in _about_peer(resource, peer)]
@@ -47,25 +50,28 @@ def _not_served(resource: dict[str, Any]) -> Advice:
 def _about_peer(resource: dict[str, Any], peer: dict[str, Any]) -> list[Advice]:
     node, state, disk = peer["node"], peer["state"], peer.get("disk_state")
     found = []
-    if state == "pending":
+    if state == "Pending":
         reason = f" ({peer['pending']})" if peer.get("pending") else ""
         meaning = f"{node} does not know of this resource yet{reason}; there is no copy there."
         action = f'Start its daemon, or see "geomirror link list" for the way to {node}.'
         return [Advice("pending", meaning, action)]
-    if disk == "inconsistent":
+    if disk == "Inconsistent":
         meaning = f"{node} is being filled; until it is done its copy cannot be used."
         if peer.get("eta_seconds"):
             meaning += f" About {format_seconds(peer['eta_seconds'])} left."
         found.append(Advice("inconsistent", meaning, "Wait; do not lose this side now."))
-    if state in ("disconnected", "connecting"):
+    if state == "Disconnected":
         found.append(_disconnected(resource, peer))
-    elif state == "paused":
+    elif state == "Paused":
         meaning = f"Replication to {node} is held back by an operator; writes go on."
         action = f"geomirror resume {resource['name']} --peer {node}"
         found.append(Advice("paused", meaning, action))
-    elif state in ("bitmap", "resync") and disk != "inconsistent":
-        meaning = f"The journal could not hold what {node} missed; changed regions are copied."
-        found.append(Advice(state, meaning, "Wait."))
+    elif state == "Refused":
+        meaning = f"{node} refuses this resource: {peer.get('reason')}; its copy stays as it is."
+        found.append(Advice("refused", meaning, f'Look at "geomirror status" on {node}.'))
+    elif state == "Fold":
+        meaning = f"{node} is slower than the writers; it skips intermediate versions."
+        found.append(Advice("behind", meaning, "Nothing, if the link is known to be slow."))
     return found
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import rich_click as click
 
-from geomirror.cli.common import App, DurationType, json_option, pass_app, print_json
+from geomirror.cli.common import App, json_option, pass_app, print_json
+from geomirror.cli.units import parse_duration
 from geomirror.errors import GeomirrorError
 
 WORDS = ("OK", "WARNING", "CRITICAL", "UNKNOWN")
@@ -15,9 +16,9 @@ OK, WARNING, CRITICAL, UNKNOWN = range(4)
 
 @click.command()
 @click.argument("name", metavar="RES")
-@click.option("--warn-rpo", type=DurationType(), default="60", show_default=True, metavar="SECONDS")
+@click.option("--warn-rpo", type=parse_duration, default="60", show_default=True, metavar="SECONDS")
 @click.option(
-    "--crit-rpo", type=DurationType(), default="300", show_default=True, metavar="SECONDS"
+    "--crit-rpo", type=parse_duration, default="300", show_default=True, metavar="SECONDS"
 )
 @json_option
 @pass_app
@@ -55,7 +56,7 @@ def judge(resource: dict[str, Any], warn_rpo_s: float, crit_rpo_s: float) -> tup
 
 def _judge_peer(peer: dict[str, Any], warn_rpo_s: float, crit_rpo_s: float) -> tuple[int, str]:
     rpo_s, node = peer.get("rpo_seconds"), peer["node"]
-    if peer.get("disk_state") not in ("uptodate", "consistent", "outdated"):
+    if peer.get("disk_state") not in ("UpToDate", "Consistent"):
         return CRITICAL, f"{node} has no usable copy ({peer.get('disk_state')})"
     if rpo_s is None:
         return WARNING, f"{node}: RPO is not known"

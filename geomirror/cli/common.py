@@ -108,44 +108,6 @@ def json_option(function: F) -> F:
     return option(function)
 
 
-class SizeType(click.ParamType):
-    """`10G`, `512M`, bytes."""
-
-    name = "size"
-
-    def convert(
-        self, value: Any, parameter: click.Parameter | None, context: click.Context | None
-    ) -> int:
-        """Bytes; a bad size is a usage error."""
-        from geomirror.cli.units import parse_size
-
-        if isinstance(value, int):
-            return value
-        try:
-            return parse_size(value)
-        except UsageError as error:
-            self.fail(str(error), parameter, context)
-
-
-class DurationType(click.ParamType):
-    """`30s`, `10m`, `1h`."""
-
-    name = "duration"
-
-    def convert(
-        self, value: Any, parameter: click.Parameter | None, context: click.Context | None
-    ) -> float:
-        """Seconds; a bad duration is a usage error."""
-        from geomirror.cli.units import parse_duration
-
-        if isinstance(value, int | float):
-            return float(value)
-        try:
-            return parse_duration(value)
-        except UsageError as error:
-            self.fail(str(error), parameter, context)
-
-
 def table(headings: list[str], rows: list[list[str]]) -> str:
     """Plain aligned columns, for terminals and for `awk` alike."""
     lines = [headings, *rows]

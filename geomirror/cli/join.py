@@ -9,7 +9,7 @@ from pathlib import Path
 import rich_click as click
 
 from geomirror.cli.common import App, json_option, pass_app
-from geomirror.errors import LinkError, UnreachableError, UsageError
+from geomirror.errors import UnreachableError, UsageError
 
 RETRY_S = 10.0
 """The other daemon may have been started a moment ago."""
@@ -33,20 +33,26 @@ def join(
     """
     import asyncio
 
-    from geomirror.cli.network import this_host
+    from geomirror.environment import SystemClock, SystemEntropy
     from geomirror.node.network_view import own_object
-    from geomirror.tunnel.enrollment_io import join as join_network
+    from geomirror.tunnel.network_io import join as join_network
 
     text = read_token(token, token_file)
     app.data_dir.create()
     give_up = time.monotonic() + RETRY_S
     while True:
         try:
-            state = asyncio.run(
-                join_network(app.data_dir.root, text, listen=listen, node=node or this_host())
+            work = join_network(
+                app.data_dir.root,
+                text,
+                listen=listen,
+                node=node,
+                clock=SystemClock(),
+                entropy=SystemEntropy(),
             )
+            state = asyncio.run(work)
             break
-        except (LinkError, UnreachableError) as error:
+        except UnreachableError as error:
             if time.monotonic() > give_up:
                 raise
             app.progress(f"{error.message}; trying again")

@@ -12,7 +12,8 @@ from typing import Any
 
 import rich_click as click
 
-from geomirror.cli.common import App, DurationType, json_option, pass_app, table
+from geomirror.cli.common import App, json_option, pass_app, table
+from geomirror.cli.units import parse_duration
 from geomirror.errors import UsageError
 
 UP_TIMEOUT_S = 60.0
@@ -235,8 +236,8 @@ def link_state(app: App, link: str, state: str, source: str | None, directory: P
 
 @lab.command()
 @click.argument("link")
-@click.option("--down", "down_s", type=DurationType(), default=2.0, help="Length of an outage.")
-@click.option("--period", "period_s", type=DurationType(), default=5.0, help="One per period.")
+@click.option("--down", "down_s", type=parse_duration, default=2.0, help="Length of an outage.")
+@click.option("--period", "period_s", type=parse_duration, default=5.0, help="One per period.")
 @click.option("--count", default=10, show_default=True, help="Outages; 0 ends a running schedule.")
 @directory_option
 @json_option

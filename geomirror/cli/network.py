@@ -18,7 +18,9 @@ def network() -> None:
 @click.argument("name", metavar="NAME")
 @click.option("--site", required=True, metavar="SITE", help="Site of this first node.")
 @click.option("--node", metavar="NODE", help="Name of this node. Default: this host's name.")
-@click.option("--listen", metavar="HOST:PORT", help="Where other nodes reach this one.")
+@click.option(
+    "--listen", metavar="HOST:PORT", help="Where other nodes reach it. Default: port 7701."
+)
 @click.option("--range", "cidr", metavar="CIDR", help="Virtual addresses. Default: 10.203.0.0/16.")
 @json_option
 @pass_app
@@ -33,17 +35,17 @@ def create(
     """
     from geomirror.environment import SystemClock, SystemEntropy
     from geomirror.node.network_view import network_object
-    from geomirror.tunnel.enrollment_io import create_network
+    from geomirror.tunnel.network_io import create_network
 
     app.data_dir.create()
     state = create_network(
         app.data_dir.root,
-        name,
+        network=name,
         site=site,
-        node=node or this_host(),
+        node=node,
         listen=listen,
-        range=cidr,
-        wall_ns=SystemClock().wall_ns(),
+        cidr=cidr,
+        clock=SystemClock(),
         entropy=SystemEntropy(),
     )
     text = f'network "{state.network}" is created; this is node "{state.node}" at "{state.site}"\n'
@@ -64,15 +66,6 @@ def show(app: App) -> None:
     else:
         result = network_object(load_network(app.data_dir.root))
     app.show(result, lambda: _shown(result))
-
-
-def this_host() -> str:
-    """A node name from this host's name."""
-    import socket
-
-    from geomirror.tunnel.names import propose_name
-
-    return propose_name(socket.gethostname())
 
 
 def _shown(result: dict[str, Any]) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import rich_click as click
 
-from geomirror.cli.common import App, DurationType, json_option, pass_app
+from geomirror.cli.common import App, json_option, pass_app
+from geomirror.cli.units import parse_duration
 
 
 @click.command()
@@ -14,7 +15,7 @@ from geomirror.cli.common import App, DurationType, json_option, pass_app
 @click.option(
     "--timeout",
     "timeout_s",
-    type=DurationType(),
+    type=parse_duration,
     default="1h",
     show_default=True,
     metavar="SECONDS",

@@ -6,7 +6,8 @@ from typing import Any
 
 import rich_click as click
 
-from geomirror.cli.common import App, SizeType, json_option, pass_app, table
+from geomirror.cli.common import App, json_option, pass_app, table
+from geomirror.cli.units import parse_size
 from geomirror.errors import UsageError
 
 
@@ -20,7 +21,7 @@ def resource() -> None:
 @click.option(
     "--size",
     "sizes",
-    type=SizeType(),
+    type=parse_size,
     multiple=True,
     metavar="SIZE",
     help="Size of the volume, like 10G; given again: of volumes 1, 2, … "
@@ -45,7 +46,7 @@ def resource() -> None:
 @click.option(
     "--journal-size",
     "journal_bytes",
-    type=SizeType(),
+    type=parse_size,
     metavar="SIZE",
     help="Default: the volumes' size, 1G to 64G, at most half of the free space.",
 )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import rich_click as click
 
-from geomirror.cli.common import App, DurationType, json_option, pass_app
+from geomirror.cli.common import App, json_option, pass_app
+from geomirror.cli.units import parse_duration
 
 
 @click.group()
@@ -15,10 +16,10 @@ def token() -> None:
 @token.command()
 @click.option("--site", required=True, metavar="SITE", help="Site of the node that will join.")
 @click.option("--node", metavar="NODE", help="Its name. Default: the joiner proposes its host's.")
-@click.option("--role", default="node", show_default=True, metavar="ROLE", help="node or witness.")
+@click.option("--role", default="member", show_default=True, help="member or witness.")
 @click.option(
     "--expires",
-    type=DurationType(),
+    type=parse_duration,
     default="1h",
     show_default=True,
     metavar="TIME",
@@ -33,8 +34,7 @@ def create(app: App, site: str, node: str | None, role: str, expires: float) -> 
     The token is a secret until it is used or expires.
     """
     from geomirror.environment import SystemClock
-    from geomirror.tunnel.authority_io import create_token
-    from geomirror.tunnel.network_state_io import load_network
+    from geomirror.tunnel.network_io import create_token, load_network
 
     text = create_token(
         load_network(app.data_dir.root),

@@ -16,6 +16,7 @@ from geomirror.node.calls import Caller, MethodRegistry, Parameters, Result
 from geomirror.node.context import NodeContext
 from geomirror.node.network_view import network_object, node_object, own_object
 from geomirror.tunnel.authority_io import install_renewal, renew, renew_own, renewal_request
+from geomirror.tunnel.join_io import renew_by_join
 from geomirror.tunnel.network_state_io import NetworkState
 
 _log = structlog.get_logger(component="network")
@@ -176,6 +177,8 @@ class NetworkCalls:
                     install_renewal(self.state, reply, wall_ns=clock.wall_ns())
                     _log.info("certificate_renewed", by=name)
                     return True
+            await renew_by_join(self.state, clock=clock, entropy=entropy)
+            return True
         except GeomirrorError as error:
             _log.warning("renewal_failed", reason=str(error))
         return False

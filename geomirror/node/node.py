@@ -43,6 +43,8 @@ from geomirror.wan_protocol.streams_io import PeerAddress, PeerLinks
 
 _log = structlog.get_logger(component="node")
 
+ENFORCE_INTERVAL_S = 1.0
+"""Between two looks at the certificates of live links."""
 STOP_S_MAX = 10.0
 """A graceful stop takes no longer."""
 
@@ -70,7 +72,9 @@ class Node:
         self._methods = MethodRegistry()
         self._executor = ThreadPoolExecutor(config.node.worker_threads, "geomirror-worker")
         self._router = LinkRouter()
-        self._driver = TlsDriver(state, self._clock, entropy)
+        self._driver = TlsDriver(
+            state, self._clock, entropy, refused=self._refused, joined=self._joined
+        )
         self._links = PeerLinks(
             state.node, limits, self._clock, entropy, self._driver, self._router
         )
@@ -89,7 +93,9 @@ class Node:
         self._host = ResourceHost(context, factory)
         self._push = DefinitionPush(self._store, self._host, self._links)
         self._router.bind(self._host, self._push, self._methods)
-        self._status = StatusReport(self._host, self._store, self._push.refusals, self._site_of)
+        self._status = StatusReport(
+            self._host, self._store, self._push.refusals, self._site_of, self._router.is_up
+        )
         self._network = NetworkCalls(state, context, self._members_changed)
         self._nbd = NbdServer(self._host.exports, limits=limits)
         self._control = ControlServer(self._methods, self._events)
@@ -118,6 +124,7 @@ class Node:
         await self._links.start(self._config.node.listen or self._state.listen)
         await self._open_resources()
         self._run_for_ever("certificate", self._network.keep_certificate())
+        self._run_for_ever("enforcement", self._enforce())
         self._run_for_ever("notifications", self._keep_notified())
         self.notifier.ready(self._summary())
         self._emit("node_started", {"version": __version__})
@@ -235,6 +242,26 @@ class Node:
     def _members_changed(self) -> None:
         self._set_peers()
         self._emit("members_changed", {"nodes": len(self._state.membership.active())})
+
+    def _joined(self, name: str) -> None:
+        self._emit("node_joined", {"peer": name})
+        self._members_changed()
+        for peer in self._links_up():
+            self._network.link_up(peer)  # tell the others
+
+    def _refused(self, source: str, error: GeomirrorError) -> None:
+        self._emit("connection_refused", {"source": source, "reason": str(error)})
+
+    def _links_up(self) -> list[str]:
+        names = [member.name for member in self._state.membership.active()]
+        return [name for name in names if self._router.is_up(name)]
+
+    async def _enforce(self) -> None:
+        """Cut live links of revoked or expired nodes."""
+        while True:
+            await asyncio.sleep(ENFORCE_INTERVAL_S)
+            for name in self._driver.enforce():
+                self._emit("link_cut", {"peer": name, "reason": "revoked or expired"})
 
     def _site_of(self, name: str) -> str:
         member = self._state.membership.find(name)

@@ -21,11 +21,13 @@ class StatusReport:
         store: DefinitionStore,
         refusals: dict[tuple[str, str], str],
         site_of: Callable[[str], str],
+        is_up: Callable[[str], bool],
     ) -> None:
         self._host = host
         self._store = store
         self._refusals = refusals
         self._site_of = site_of
+        self._is_up = is_up
         self.nbd_socket = ""
         self.nbd_tcp_endpoint: str | None = None
 
@@ -57,10 +59,11 @@ class StatusReport:
         here = self._host.context.name
         for peer in found["peers"]:
             peer["site"] = self._site_of(peer["node"])
-            peer.setdefault("path", [here, peer["node"]])
+            if self._is_up(peer["node"]):
+                peer["path"] = [here, peer["node"]]
             peer["pending"] = self._refusals.get((name, peer["node"]))
             if entry.definition.primary == here and peer["node"] in entry.pending_peers():
-                peer["state"] = "pending"
+                peer["state"] = "Pending"
         found["error"] = found.get("error")
         return found
 
