@@ -1,0 +1,281 @@
+"""A volume of a primary as an NBD export: the hot path of every write.
+
+A batch of requests becomes one journal append. Plain writes are answered at once (*completed*),
+FLUSH and FUA join the core's group commit. When the core holds writers back, the batch is copied,
+the connections pause, and everything waits in order; nothing ever waits for a link.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+from geomirror.errors import GeomirrorError, JournalFullError, RefusedError
+from geomirror.nbd.constants import (
+    CMD_FLAG_FUA,
+    CMD_FLAG_NO_HOLE,
+    CMD_FLUSH,
+    CMD_READ,
+    CMD_TRIM,
+    CMD_WRITE,
+    STATE_HOLE,
+    STATE_ZERO,
+)
+from geomirror.nbd.protocol import ReplySink, Request
+from geomirror.node.volume_reads import VolumeReader
+from geomirror.volume.dirty_index import ZERO
+from geomirror.volume.engine import Write
+from geomirror.volume.record import RecordType
+from geomirror.wan_protocol.primary import Primary
+
+if TYPE_CHECKING:
+    from geomirror.node.replica_runner import ReplicaRunner
+
+_WRITE, _ZERO, _TRIM = int(RecordType.WRITE), int(RecordType.ZERO), int(RecordType.TRIM)
+STATUS_PIECES_MAX = 4096
+"""Extents of one block status answer; it may end early."""
+
+
+@dataclass(slots=True, eq=False)
+class _Attached:
+    """One connection."""
+
+    sink: ReplySink
+
+
+@dataclass(slots=True, eq=False)
+class _Held:
+    """A batch of writes that waits for room; payloads are copies."""
+
+    attached: _Attached
+    writes: list[Write]
+    cookies: list[int]
+    fua_cookies: list[int]
+
+
+@dataclass(slots=True, eq=False)
+class FlushToken:
+    """What a flush answers: these requests of this connection."""
+
+    sink: ReplySink
+    cookies: list[int]
+
+    def answer(self, error: GeomirrorError | None) -> None:
+        """Reply to all of them."""
+        if self.sink.is_closed:
+            return
+        if error is None:
+            self.sink.reply_many(self.cookies)
+            return
+        for cookie in self.cookies:
+            self.sink.reply(cookie, error.nbd_errno)
+
+
+class HeldWriters:
+    """Writers of one resource that the core holds back, in order of arrival."""
+
+    def __init__(self) -> None:
+        self._queue: deque[tuple[PrimaryExport, _Held]] = deque()
+
+    def __bool__(self) -> bool:
+        return bool(self._queue)
+
+    def add(self, export: PrimaryExport, held: _Held) -> None:
+        """Queue a batch and pause its connection."""
+        self._queue.append((export, held))
+        held.attached.sink.pause_reading()
+
+    def retry(self) -> None:
+        """There is room: go on until there is none."""
+        while self._queue:
+            export, held = self._queue[0]
+            if not export.write_held(held):
+                return
+            self._queue.popleft()
+            if all(other.attached is not held.attached for _, other in self._queue):
+                held.attached.sink.resume_reading()
+
+    def drop(self, attached: _Attached) -> None:
+        """Its client is gone: what was not completed never happens."""
+        self._queue = deque(item for item in self._queue if item[1].attached is not attached)
+
+    def fail(self, error: GeomirrorError) -> None:
+        """The core is fenced: answer everything with the error."""
+        while self._queue:
+            _, held = self._queue.popleft()
+            FlushToken(held.attached.sink, [*held.cookies, *held.fua_cookies]).answer(error)
+
+
+@dataclass
+class PrimaryExport:
+    """Implements `nbd.protocol.Export` over a `Primary`."""
+
+    name: str
+    volume: int
+    runner: ReplicaRunner
+    held: HeldWriters
+    is_single_writer: bool = False
+    description: str = ""
+    is_read_only: bool = False
+    is_multi_conn: bool = True
+    minimum_block: int = 1
+    preferred_block: int = 4096
+    maximum_payload: int = 32 << 20
+    _attached: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        core = self.runner.core
+        assert isinstance(core, Primary)
+        self.core = core
+        self.reader = VolumeReader(core.engine, self.volume)
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the volume."""
+        return self.core.engine.images[self.volume].size_bytes
+
+    def open(self, sink: ReplySink) -> object:
+        """Attach a connection. :raises RefusedError: fenced, or a second writer."""
+        if self.core.fenced is not None:
+            raise RefusedError(str(self.core.fenced))
+        if self.is_single_writer and self._attached:
+            raise RefusedError(f'"{self.name}" has a writer already')
+        attached = _Attached(sink)
+        self._attached.add(id(attached))
+        return attached
+
+    def close(self, handle: object) -> None:
+        """Detach; its waiting writes never happen."""
+        assert isinstance(handle, _Attached)
+        self._attached.discard(id(handle))
+        self.held.drop(handle)
+
+    def submit(self, handle: object, requests: list[Request], sink: ReplySink) -> None:
+        """Take one batch: one journal append for all its writes."""
+        assert isinstance(handle, _Attached)
+        volume = self.volume
+        writes: list[Write] = []
+        cookies: list[int] = []
+        fua: list[int] = []
+        flushes: list[int] = []
+        reads: list[Request] = []
+        for request in requests:
+            command = request.command
+            if command == CMD_WRITE:
+                writes.append((_WRITE, volume, request.offset, request.length, request.payload))
+            elif command == CMD_READ:
+                reads.append(request)
+                continue
+            elif command == CMD_FLUSH:
+                flushes.append(request.cookie)
+                continue
+            else:
+                is_trim = command == CMD_TRIM or not request.flags & CMD_FLAG_NO_HOLE
+                kind = _TRIM if is_trim else _ZERO
+                writes.append((kind, volume, request.offset, request.length, None))
+            (fua if request.flags & CMD_FLAG_FUA else cookies).append(request.cookie)
+        if writes:
+            self._write(handle, writes, cookies, fua)
+        if flushes:
+            self.core.flush(FlushToken(sink, flushes), self.runner.now_ns())
+        for request in reads:
+            self._read(request, sink)
+        self.runner.wrote()
+
+    def _write(
+        self, attached: _Attached, writes: list[Write], cookies: list[int], fua: list[int]
+    ) -> None:
+        if not self.held:
+            try:
+                self._completed(attached.sink, writes, cookies, fua)
+                return
+            except JournalFullError:
+                pass
+            except GeomirrorError as error:
+                FlushToken(attached.sink, [*cookies, *fua]).answer(error)
+                return
+        copies = [
+            (kind, volume, offset, length, None if payload is None else bytes(payload))
+            for kind, volume, offset, length, payload in writes
+        ]
+        self.held.add(self, _Held(attached, copies, cookies, fua))
+
+    def _completed(
+        self, sink: ReplySink, writes: Sequence[Write], cookies: list[int], fua: list[int]
+    ) -> None:
+        clock = self.runner.clock
+        now_ns = clock.now_ns()
+        self.core.write(writes, now_ns, clock.wall_ns())
+        if cookies:
+            sink.reply_many(cookies)
+        if fua:
+            self.core.flush(FlushToken(sink, fua), now_ns)
+
+    def write_held(self, held: _Held) -> bool:
+        """Try a batch again that was held back; False when it still has to wait."""
+        sink = held.attached.sink
+        try:
+            self._completed(sink, held.writes, held.cookies, held.fua_cookies)
+        except JournalFullError:
+            return False
+        except GeomirrorError as error:
+            FlushToken(sink, [*held.cookies, *held.fua_cookies]).answer(error)
+        return True
+
+    def _read(self, request: Request, sink: ReplySink) -> None:
+        if self.core.fenced is not None:
+            sink.reply(request.cookie, self.core.fenced.nbd_errno)
+            return
+        cookie, offset = request.cookie, request.offset
+        buffers = self.reader.read_now(offset, request.length)
+        if buffers is not None:
+            sink.reply_read(cookie, offset, buffers)
+            return
+        self.runner.run_read(
+            self.reader.read_later(offset, request.length),
+            partial(answer_read, sink, cookie, offset),
+        )
+
+    def block_status(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """Zero runs of the index and holes of the image; anything else is allocated."""
+        hole = STATE_HOLE | STATE_ZERO
+        extents: list[tuple[int, int]] = []
+        for piece in self.core.engine.read_pieces(self.volume, offset, length)[:STATUS_PIECES_MAX]:
+            if piece.source == ZERO:
+                extents.append((piece.length, hole))
+            elif piece.source > 0:
+                extents.append((piece.length, 0))
+            else:
+                extents += self.reader.image_status(piece.offset, piece.length, hole)
+        return merge_extents(extents)
+
+
+def merge_extents(extents: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Join neighbours of equal state."""
+    merged: list[tuple[int, int]] = []
+    for length, state in extents:
+        if merged and merged[-1][1] == state:
+            merged[-1] = (merged[-1][0] + length, state)
+        else:
+            merged.append((length, state))
+    return merged
+
+
+def answer_read(
+    sink: ReplySink, cookie: int, offset: int, future: asyncio.Future[list[bytes]]
+) -> None:
+    """Reply to a read that was done on a worker thread."""
+    error = future.exception()
+    if sink.is_closed:
+        return
+    if error is None:
+        sink.reply_read(cookie, offset, future.result())
+    elif isinstance(error, GeomirrorError):
+        sink.reply(cookie, error.nbd_errno)
+    else:
+        sink.reply(cookie, errno.EIO)

@@ -1,0 +1,189 @@
+"""Executes the decisions of one replica core: jobs on worker threads, messages on links, one timer.
+
+It decides nothing. After every call into the core, `drive` drains what the core wants done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import structlog
+
+from geomirror.environment import SECOND
+from geomirror.errors import GeomirrorError
+from geomirror.node.context import NodeContext
+from geomirror.node.volume_reads import ReadJob
+from geomirror.wan_protocol.decisions import (
+    Decision,
+    Emit,
+    FlushDone,
+    Job,
+    RoomAvailable,
+    RunJob,
+    SendFrame,
+    SendMessage,
+)
+from geomirror.wan_protocol.primary import Primary
+from geomirror.wan_protocol.secondary import Secondary
+
+if TYPE_CHECKING:
+    from geomirror.wan_protocol.streams_io import PeerLinks
+
+_log = structlog.get_logger(component="replica")
+
+
+def run_job(job: Job) -> GeomirrorError | None:
+    """Run on a worker thread; an operating error is a result, a programmer's error is not."""
+    try:
+        job.run()
+    except GeomirrorError as error:
+        return error
+    return None
+
+
+class ReplicaRunner:
+    """One core on one event loop.
+
+    :param on_room: called when writers that were held back may try again.
+    :param on_flush: called with the token and the error of each answered flush.
+    :param on_progress: called after each drain, for those who wait for a position.
+    """
+
+    def __init__(
+        self,
+        core: Primary | Secondary,
+        name: str,
+        context: NodeContext,
+        *,
+        on_room: Callable[[], None],
+        on_flush: Callable[[object, GeomirrorError | None], None],
+        on_progress: Callable[[], None],
+    ) -> None:
+        self.core = core
+        self.name = name
+        self.clock = context.clock
+        self._context = context
+        self._links: PeerLinks = context.links
+        self._on_room = on_room
+        self._on_flush = on_flush
+        self._on_progress = on_progress
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_ns = 0
+        self._jobs = 0
+        self._is_draining = False
+        self._is_stopped = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def now_ns(self) -> int:
+        """Monotonic time of the node's clock."""
+        return self.clock.now_ns()
+
+    def drive(self) -> None:
+        """Execute everything the core has decided, then arm its timer."""
+        if self._is_draining or self._is_stopped:
+            return
+        self._is_draining = True
+        try:
+            while (decision := self.core.next_decision()) is not None:
+                self._execute(decision)
+        finally:
+            self._is_draining = False
+        self._arm()
+        self._on_progress()
+
+    def wrote(self) -> None:
+        """After a write: mostly nothing is decided, and the timer is armed already."""
+        if self.core.has_decisions or self._timer is None:
+            self.drive()
+
+    def run_read(
+        self, job: ReadJob, answer: Callable[[asyncio.Future[list[bytes]]], None]
+    ) -> None:
+        """Run a read on a worker thread, then `answer` on the loop."""
+        self._jobs += 1
+        self._idle.clear()
+        future = self._loop.run_in_executor(self._context.executor, job.run)
+
+        def done(future: asyncio.Future[list[bytes]]) -> None:
+            self._jobs -= 1
+            if self._jobs == 0:
+                self._idle.set()
+            job.release()
+            answer(future)
+
+        future.add_done_callback(done)
+
+    def _execute(self, decision: Decision) -> None:
+        match decision:
+            case SendFrame(peer, session, epoch, sequence, body, is_resync):
+                self._links.send_frame(peer, session, epoch, sequence, body, is_resync=is_resync)
+            case SendMessage(peer, session, message):
+                self._links.send_message(peer, session, message)
+            case FlushDone(token, error):
+                self._on_flush(token, error)
+            case RunJob():
+                self._start(decision)
+            case RoomAvailable():
+                self._on_room()
+            case Emit(kind, fields):
+                self._context.emit(kind, {"resource": self.name, **fields})
+
+    def _start(self, run: RunJob) -> None:
+        self._jobs += 1
+        self._idle.clear()
+        future = self._loop.run_in_executor(self._context.executor, run_job, run.job)
+        future.add_done_callback(partial(self._job_done, run))
+
+    def _job_done(self, run: RunJob, future: asyncio.Future[GeomirrorError | None]) -> None:
+        self._jobs -= 1
+        if self._jobs == 0:
+            self._idle.set()
+        if self._is_stopped:
+            future.exception()
+            return
+        bug = future.exception()
+        if bug is not None:
+            # A programmer's error: nothing more is answered as done; recovery is the tested path.
+            _log.critical("job_crashed", resource=self.name, job=run.kind, exc_info=bug)
+            error: GeomirrorError | None = GeomirrorError(f"internal error in {run.kind}: {bug!r}")
+        else:
+            error = future.result()
+        self.core.job_done(run, error, self.now_ns())
+        self.drive()
+
+    def _arm(self) -> None:
+        at_ns = self.core.get_timer()
+        if self._timer is not None:
+            if at_ns is not None and self._timer_ns <= at_ns:
+                return  # It fires early, finds nothing due and is armed again: cheaper than both.
+            self._timer.cancel()
+            self._timer = None
+        if at_ns is None:
+            return
+        delay_s = max(0.0, (at_ns - self.now_ns()) / SECOND)
+        self._timer_ns = at_ns
+        self._timer = self._loop.call_later(delay_s, self._fire)
+
+    def _fire(self) -> None:
+        self._timer = None
+        self.core.handle_timer(self.now_ns())
+        self.drive()
+
+    async def idle(self) -> None:
+        """Until no job runs."""
+        while self._jobs:
+            self._idle.clear()
+            await self._idle.wait()
+
+    async def stop(self) -> None:
+        """Execute nothing more; running jobs are waited for."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._is_stopped = True
+        await self.idle()

@@ -1,0 +1,327 @@
+"""One resource on this node: its storage engine, its core, and its NBD exports."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from geomirror.errors import GeomirrorError, UsageError, WaitTimeoutError
+from geomirror.nbd.protocol import Export
+from geomirror.node.context import NodeContext
+from geomirror.node.primary_export import FlushToken, HeldWriters, PrimaryExport
+from geomirror.node.replica_runner import ReplicaRunner
+from geomirror.node.replica_status import PrimaryStatus, SecondaryStatus
+from geomirror.node.replica_storage import create_engine, open_engine
+from geomirror.node.resource_definition import ResourceDefinition
+from geomirror.node.secondary_export import ReaderPins, SecondaryExport
+from geomirror.volume.engine import Engine
+from geomirror.volume.store_io import DirectoryStore
+from geomirror.wan_protocol.messages import AnyMessage
+from geomirror.wan_protocol.primary import Primary
+from geomirror.wan_protocol.secondary import CONSISTENT, Secondary
+from geomirror.wan_protocol.sender import FOLD, STREAM, Sender
+
+POLL_S = 0.02
+"""How often a waiting command looks at positions that no event announces."""
+STOP_S_MAX = 8.0
+"""An orderly stop that takes longer leaves the rest to recovery."""
+TICK_S = 1.0
+
+
+class ReplicaService:
+    """Implements `node.service.Service` over a `Primary` or a `Secondary`."""
+
+    def __init__(
+        self,
+        definition: ResourceDefinition,
+        node: NodeContext,
+        engine: Engine,
+        store: DirectoryStore,
+    ) -> None:
+        self.definition = definition
+        self._node = node
+        self._engine = engine
+        self._store = store
+        self._core: Primary | Secondary
+        self._runner: ReplicaRunner
+        self._status: PrimaryStatus | SecondaryStatus
+        self._held = HeldWriters()
+        self._pins: ReaderPins | None = None
+        self._exports: dict[str, Export] = {}
+        self._ticker: asyncio.Task[None] | None = None
+        self._links_up: set[str] = set()
+
+    @classmethod
+    def create(cls, definition: ResourceDefinition, node: NodeContext) -> ReplicaService:
+        """Make the resource's state on disk; blocking.
+
+        :raises GeomirrorError: nothing is served; the caller removes the directory.
+        """
+        store, engine = create_engine(definition, node)
+        return cls(definition, node, engine, store)
+
+    @classmethod
+    def open(cls, definition: ResourceDefinition, node: NodeContext) -> ReplicaService:
+        """Recover the resource's state from disk; blocking.
+
+        :raises FencedError, IntegrityError, InUseError, StorageError: nothing was changed.
+        """
+        store, engine = open_engine(definition, node)
+        return cls(definition, node, engine, store)
+
+    @property
+    def role(self) -> str:
+        """`primary` or `secondary`."""
+        return "primary" if self.definition.primary == self._node.name else "secondary"
+
+    async def start(self) -> None:
+        """Begin to serve: core, timer, exports."""
+        node, definition = self._node, self.definition
+        clock, limits = node.clock, node.limits
+        if self.role == "primary":
+            primary = Primary(
+                self._engine,
+                limits,
+                incarnation=node.entropy.token_bytes(16),
+                peers=definition.secondaries,
+                now_ns=clock.now_ns(),
+                wall_ns=clock.wall_ns(),
+            )
+            self._core, self._status = primary, PrimaryStatus(primary)
+        else:
+            secondary = Secondary(self._engine, limits, primary=definition.primary)
+            self._core, self._status = secondary, SecondaryStatus(secondary)
+        self._runner = ReplicaRunner(
+            self._core,
+            definition.name,
+            node,
+            on_room=self._held.retry,
+            on_flush=self._flushed,
+            on_progress=self._progress,
+        )
+        if isinstance(self._core, Secondary):
+            self._pins = ReaderPins(self._runner, limits)
+        self._make_exports()
+        self._core.handle_timer(clock.now_ns())
+        self._runner.drive()
+        self._ticker = asyncio.get_running_loop().create_task(self._tick())
+
+    async def stop(self) -> None:
+        """Seal, flush, apply what is sealed, close. What does not finish is left to recovery."""
+        if self._ticker is not None:
+            self._ticker.cancel()
+            await asyncio.gather(self._ticker, return_exceptions=True)
+        if self._core.fenced is None:
+            try:
+                async with asyncio.timeout(STOP_S_MAX):
+                    await self._settle()
+            except TimeoutError:
+                self._node.emit("stop_unfinished", {"resource": self.definition.name})
+        await self._runner.stop()
+        self._engine.close()
+        self._store.close()
+
+    async def _settle(self) -> None:
+        core, runner = self._core, self._runner
+        core.stop(runner.now_ns())
+        runner.drive()
+        while core.fenced is None and not (core.is_settled and core.is_idle):
+            await asyncio.sleep(POLL_S)
+            core.handle_timer(runner.now_ns())
+            runner.drive()
+
+    # What the node asks.
+
+    def exports(self) -> dict[str, Export]:
+        """`RES/VOLUME` for every volume, and `RES` for the first."""
+        return self._exports
+
+    def position(self) -> dict[str, Any]:
+        """Epochs here; `lsn` is where the next write goes (primary) or what is applied."""
+        engine = self._engine
+        epoch = engine.sealed_epoch if self.role == "primary" else engine.applied_epoch
+        lsn = engine.completed_lsn if self.role == "primary" else engine.applied_end_lsn
+        return {
+            "epoch": epoch,
+            "lsn": lsn,
+            "durable_epoch": engine.sealed_epoch,
+            "applied_epoch": engine.applied_epoch,
+        }
+
+    def status(self) -> dict[str, Any]:
+        """The resource object of `status --json`, without what only the node knows."""
+        engine, now_ns = self._engine, self._runner.now_ns()
+        status = self._status
+        journal: dict[str, Any] = {
+            "bytes_used": engine.journal.bytes_used,
+            "bytes_total": engine.journal.bytes_total,
+            "covers_seconds": None,
+        }
+        if isinstance(status, PrimaryStatus):
+            journal["covers_seconds"] = status.covers_seconds()
+            peers, disk_state = status.peers(now_ns), "UpToDate"
+        else:
+            peers, disk_state = status.peers(), status.disk_state()
+        core = self._core
+        return {
+            "name": self.definition.name,
+            "generation": engine.generation.hex(),
+            "role": self.role,
+            "state": status.state(),
+            "disk_state": disk_state,
+            "journal": journal,
+            "volumes": [
+                {"name": volume.name, "size_bytes": volume.size_bytes}
+                for volume in engine.superblock.volumes
+            ],
+            "position": self.position(),
+            "peers": peers,
+            "reason": str(core.fenced or core.stalled or ""),
+        }
+
+    async def wait(self, kind: str, timeout_s: float) -> None:
+        """Until every peer has all that is completed now.
+
+        :param kind: `durable` or `applied`.
+        :raises WaitTimeoutError: some peer has not.
+        """
+        core, runner = self._core, self._runner
+        if not isinstance(core, Primary):
+            raise UsageError(f'"{self.definition.name}" is a secondary here; wait at the primary')
+        target = core.target_epoch
+        core.seal_now(runner.now_ns())
+        runner.drive()
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not self._has_all(core, kind, target):
+                    if core.fenced is not None:
+                        raise core.fenced
+                    await asyncio.sleep(POLL_S)
+        except TimeoutError:
+            raise WaitTimeoutError(
+                f'"{self.definition.name}": not every peer has epoch {target} {kind} '
+                f"after {timeout_s:g} s",
+                hint=f'see "geomirror status {self.definition.name}"',
+            ) from None
+
+    def _has_all(self, core: Primary, kind: str, target: int) -> bool:
+        def has(sender: Sender) -> bool:
+            reached = sender.durable_epoch if kind == "durable" else sender.applied_epoch
+            is_streaming = sender.is_open and sender.mode in (STREAM, FOLD)
+            return is_streaming and sender.data_state == CONSISTENT and reached >= target
+
+        return core.engine.sealed_epoch >= target and all(map(has, core.senders.values()))
+
+    def pause(self, peer: str | None) -> None:
+        """Stop shipping to a peer, or to all; at a secondary: stop applying."""
+        self._set_paused(peer, is_paused=True)
+
+    def resume(self, peer: str | None) -> None:
+        """Go on."""
+        self._set_paused(peer, is_paused=False)
+
+    def _set_paused(self, peer: str | None, *, is_paused: bool) -> None:
+        if not isinstance(self._core, Primary):
+            raise UsageError(f'"{self.definition.name}" is a secondary here; pause at the primary')
+        self._core.pause(peer, is_paused=is_paused)
+        self._runner.drive()
+
+    def set_definition(self, definition: ResourceDefinition) -> None:
+        """Take over changed members; settings have no running state yet."""
+        if isinstance(self._core, Primary):
+            wanted = set(definition.secondaries)
+            for name in [n for n in self._core.senders if n not in wanted]:
+                self._core.remove_peer(name)
+            for name in sorted(wanted - set(self._core.senders)):
+                self._core.add_peer(name)
+                if name in self._links_up:
+                    self._core.link_up(name, self._runner.now_ns())
+        self.definition = definition
+        self._runner.drive()
+
+    # Events of links.
+
+    def link_up(self, peer: str) -> None:
+        """The link to a member is there, and the member knows the resource."""
+        self._links_up.add(peer)
+        self._core.link_up(peer, self._runner.now_ns())
+        self._runner.drive()
+
+    def link_down(self, peer: str) -> None:
+        """The link to a member is gone."""
+        self._links_up.discard(peer)
+        self._core.link_down(peer, self._runner.now_ns())
+        self._runner.drive()
+
+    def message(self, peer: str, session: int, message: AnyMessage) -> None:
+        """A message of this resource's session. :raises RemoteProtocolError: close the link."""
+        self._core.receive(peer, message, self._runner.now_ns())
+        self._room(peer)
+        self._runner.drive()
+
+    def frame(
+        self, peer: str, session: int, epoch: int, sequence: int, is_resync: bool, body: bytes
+    ) -> None:
+        """A data frame of this session. :raises RemoteProtocolError: close the link."""
+        if isinstance(self._core, Secondary):
+            now_ns = self._runner.now_ns()
+            self._core.receive_frame(
+                peer, epoch, sequence, body, is_resync=is_resync, now_ns=now_ns
+            )
+            self._runner.drive()
+
+    def writable(self, peer: str) -> None:
+        """The link's queues have room again."""
+        self._room(peer)
+        self._runner.drive()
+
+    def _room(self, peer: str) -> None:
+        if isinstance(self._core, Primary):
+            room = self._node.links.writable_bytes(peer)
+            self._core.link_room(peer, room, self._runner.now_ns())
+
+    # The inside.
+
+    def _make_exports(self) -> None:
+        name = self.definition.name
+        for volume in self._engine.superblock.volumes:
+            full = f"{name}/{volume.name}"
+            export: Export
+            if self._pins is None:
+                text = f"primary of {full}"
+                export = PrimaryExport(
+                    full, volume.index, self._runner, self._held, description=text
+                )
+            else:
+                text = f"read-only secondary of {full}"
+                export = SecondaryExport(full, volume.index, self._pins, description=text)
+            self._exports[full] = export
+            self._exports.setdefault(name, export)
+
+    def _flushed(self, token: object, error: GeomirrorError | None) -> None:
+        assert isinstance(token, FlushToken)
+        token.answer(error)
+
+    def _progress(self) -> None:
+        if self._core.fenced is not None and self._held:
+            self._held.fail(self._core.fenced)
+        if self._pins is not None:
+            self._pins.progress()
+        elif isinstance(self._core, Primary):
+            for name in self._links_up:
+                # A session that was just accepted does not know the link's room yet.
+                sender = self._core.senders.get(name)
+                if sender is not None and sender.is_open and sender.room_bytes == 0:
+                    self._core.link_room(
+                        name, self._node.links.writable_bytes(name), self._runner.now_ns()
+                    )
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            self._status.sample(self._runner.now_ns())
+            for peer in list(self._links_up):
+                self._room(peer)
+            self._runner.drive()
+
+

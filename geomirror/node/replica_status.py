@@ -1,0 +1,203 @@
+"""What a resource says of itself: the resource object of `status --json` (DESIGN §11).
+
+Enumerations (documented in `docs/cli.md`): `role` primary, secondary · `state` ok, degraded,
+inconsistent, storage_full, fenced · a peer's `state` Disconnected, Refused, Paused, Stream, Fold,
+Bitmap, Resync, InitialSync · `disk_state` UpToDate, Consistent, Inconsistent, Unknown.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from geomirror.environment import SECOND
+from geomirror.wan_protocol.primary import Primary
+from geomirror.wan_protocol.secondary import BLANK, CONSISTENT, Secondary
+from geomirror.wan_protocol.sender import BITMAP, FOLD, RESYNC, STREAM, Sender
+
+RATE_WINDOW_NS = 10 * SECOND
+"""Rates are means over about this long."""
+
+
+class RateMeter:
+    """Mean rate of a growing total, weighted towards the last `RATE_WINDOW_NS`."""
+
+    def __init__(self) -> None:
+        self.per_second = 0.0
+        self._total = 0
+        self._at_ns = 0
+
+    def sample(self, total: int, now_ns: int) -> float:
+        """Take a reading; returns the rate in units per second."""
+        elapsed = now_ns - self._at_ns
+        if self._at_ns == 0:
+            self._total, self._at_ns = total, now_ns
+        elif elapsed >= SECOND // 4:
+            rate = (total - self._total) * SECOND / elapsed
+            weight = min(1.0, elapsed / RATE_WINDOW_NS)
+            self.per_second += (rate - self.per_second) * max(weight, 0.1)
+            self._total, self._at_ns = total, now_ns
+        return self.per_second
+
+
+def peer_state(sender: Sender, *, is_initial: bool) -> str:
+    """The peer's state as operators know it."""
+    if not sender.is_open:
+        return "Refused" if sender.refusal else "Disconnected"
+    if sender.is_paused:
+        return "Paused"
+    if sender.mode in (BITMAP, RESYNC) and is_initial:
+        return "InitialSync"
+    return sender.mode
+
+
+def peer_disk_state(sender: Sender, sealed_epoch: int) -> str:
+    """`UpToDate` only when everything sealed is applied there."""
+    if sender.mode in (BITMAP, RESYNC) and sender.data_state != CONSISTENT:
+        return "Inconsistent"
+    if sender.data_state == "unknown":
+        return "Unknown"
+    if sender.data_state != CONSISTENT:
+        return "Inconsistent"
+    is_current = sender.is_open and sender.applied_epoch >= sealed_epoch
+    return "UpToDate" if is_current and sender.mode in (STREAM, FOLD) else "Consistent"
+
+
+class PrimaryStatus:
+    """Builds the status of a primary; keeps the meters that rates need."""
+
+    def __init__(self, core: Primary) -> None:
+        self._core = core
+        self._churn = RateMeter()
+        self._rates: dict[str, RateMeter] = {}
+
+    def sample(self, now_ns: int) -> None:
+        """Take readings; called about once a second."""
+        self._churn.sample(self._core.engine.completed_lsn, now_ns)
+        for name, sender in self._core.senders.items():
+            meter = self._rates.setdefault(name, RateMeter())
+            meter.sample(sender.counters.wire_bytes, now_ns)
+
+    def covers_seconds(self) -> float | None:
+        """How long an outage the rest of the journal covers at the present churn."""
+        journal = self._core.engine.journal
+        if self._churn.per_second < 1:
+            return None
+        bound = journal.bytes_total * self._core.limits.bitmap_backlog_fraction
+        return round(max(0.0, bound - journal.bytes_used) / self._churn.per_second, 1)
+
+    def state(self) -> str:
+        """The resource's own state in one word."""
+        core = self._core
+        if core.fenced is not None:
+            return "fenced"
+        if core.stalled is not None:
+            return "storage_full"
+        good = all(s.is_open and s.mode == STREAM for s in core.senders.values())
+        return "ok" if good else "degraded"
+
+    def peers(self, now_ns: int) -> list[dict[str, Any]]:
+        """One object a peer."""
+        return [self._peer(s, now_ns) for s in self._core.senders.values()]
+
+    def _peer(self, sender: Sender, now_ns: int) -> dict[str, Any]:
+        core, engine = self._core, self._core.engine
+        kept = core.bitmaps.get(sender.name)
+        lag_bytes = engine.bytes_backlog(sender.durable_epoch) + engine.open_epoch_bytes
+        if kept is not None:
+            lag_bytes = kept.bitmap.count() * 65536 + engine.bytes_backlog(kept.through_epoch)
+        lag_seconds = core.lag_seconds(sender, now_ns)
+        rate = self._rates.setdefault(sender.name, RateMeter()).per_second
+        resync = core.resyncs.get(sender.name)
+        return {
+            "node": sender.name,
+            "state": peer_state(sender, is_initial=kept is not None and kept.is_initial),
+            "disk_state": peer_disk_state(sender, engine.sealed_epoch),
+            "position": {"epoch": sender.durable_epoch, "applied_epoch": sender.applied_epoch},
+            "lag": {
+                "epochs": max(0, engine.sealed_epoch - sender.durable_epoch),
+                "bytes": 0 if lag_seconds == 0 else lag_bytes,
+                "seconds": round(lag_seconds, 3),
+            },
+            "rpo_seconds": round(lag_seconds, 3),
+            "rate_bytes_per_second": round(rate),
+            "logical_bytes": sender.counters.logical_bytes,
+            "wire_bytes": sender.counters.wire_bytes,
+            "resyncs": sender.counters.resyncs,
+            "eta_seconds": self._eta(sender, lag_bytes, rate),
+            "resync": None
+            if resync is None
+            else {"total_bytes": resync.total_bytes, "copied_bytes": resync.copied_bytes},
+            "reason": sender.refusal,
+        }
+
+    def _eta(self, sender: Sender, lag_bytes: int, rate: float) -> float | None:
+        """Seconds to lag zero, None when it does not converge or is not known."""
+        counters = sender.counters
+        if lag_bytes == 0:
+            return 0.0
+        if rate < 1 or not counters.wire_bytes or sender.mode not in (STREAM, FOLD, RESYNC):
+            return None
+        ratio = max(1.0, counters.logical_bytes / counters.wire_bytes)
+        drain = rate * ratio - self._churn.per_second
+        return round(lag_bytes / drain, 1) if drain > 0 else None
+
+
+class SecondaryStatus:
+    """Builds the status of a secondary."""
+
+    def __init__(self, core: Secondary) -> None:
+        self._core = core
+        self._rate = RateMeter()
+
+    def sample(self, now_ns: int) -> None:
+        """Take readings."""
+        self._rate.sample(self._core.received_total, now_ns)
+
+    def state(self) -> str:
+        """The resource's own state in one word."""
+        core = self._core
+        if core.fenced is not None:
+            return "fenced"
+        if core.stalled is not None:
+            return "storage_full"
+        if core.data_state != CONSISTENT:
+            return "inconsistent"
+        return "ok" if core.is_open else "degraded"
+
+    def disk_state(self) -> str:
+        """Of the image here."""
+        core = self._core
+        if core.data_state != CONSISTENT:
+            return "Inconsistent"
+        is_current = core.is_open and core.engine.applied_epoch >= core.primary_epoch
+        return "UpToDate" if is_current else "Consistent"
+
+    def peers(self) -> list[dict[str, Any]]:
+        """The primary, as seen from here."""
+        core, engine = self._core, self._core.engine
+        state = "Stream" if core.is_open else "Refused" if core.refusal else "Disconnected"
+        if core.is_open and core.data_state != CONSISTENT:
+            state = "InitialSync" if core.data_state == BLANK else "Resync"
+        return [
+            {
+                "node": core.primary,
+                "state": state,
+                "disk_state": "UpToDate" if core.is_open else "Unknown",
+                    "position": {"epoch": core.primary_epoch},
+                "lag": {
+                    "epochs": max(0, core.primary_epoch - engine.applied_epoch),
+                    "bytes": None,
+                    "seconds": None,
+                },
+                "rpo_seconds": None,
+                "rate_bytes_per_second": round(self._rate.per_second),
+                "logical_bytes": None,
+                "wire_bytes": core.received_total,
+                "resyncs": None,
+                "eta_seconds": None,
+                "resync": None,
+                "reason": core.refusal,
+            }
+        ]
+
+

@@ -1,0 +1,103 @@
+"""Epochs on their way into a secondary: frames spooled in the journal, in any order, until the
+commit says that they are complete and right.
+
+A frame is decoded and its data spooled at once (a BLOCKS record, not durable, belonging to no
+epoch), so memory holds only tables: 40 bytes a block. Deliberately not here: order, durability.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from geomirror.errors import IntegrityError, RemoteProtocolError
+from geomirror.volume.epoch_table import HASH_ZERO, Epoch, Table, chain_hash, empty_table, is_canonical
+from geomirror.wan_protocol.messages import EpochCommit
+
+FRAMES_MAX = 1 << 17
+"""Frames of one epoch: 8 GiB of raw data, far above any fold."""
+
+
+def number_bitmap(numbers: set[int] | list[int]) -> bytes:
+    """Bitmap with the given bits set; bit 0 of byte 0 is number 0."""
+    bitmap = bytearray((max(numbers, default=-1) >> 3) + 1)
+    for number in numbers:
+        bitmap[number >> 3] |= 1 << (number & 7)
+    return bytes(bitmap)
+
+
+@dataclass
+class Incoming:
+    """One epoch (or fold) of which frames or the commit have arrived."""
+
+    number: int
+    parts: dict[int, Table] = field(default_factory=dict)
+    commit: EpochCommit | None = None
+    lowest_address: int = 0
+    progress_ns: int = 0
+
+    def add(self, sequence: int, table: Table, address: int) -> None:
+        """Take the table of a spooled frame whose data begins at journal address `address`."""
+        if sequence >= FRAMES_MAX:
+            raise RemoteProtocolError(f"frame number {sequence} of epoch {self.number}")
+        data = table["kind"] == 0
+        table["address"][data] += np.uint64(address)
+        self.parts[sequence] = table
+        if address and not 0 < self.lowest_address < address:
+            self.lowest_address = address
+
+    @property
+    def is_complete(self) -> bool:
+        """Every frame that the commit names is here."""
+        return self.commit is not None and len(self.parts) >= self.commit.frames
+
+    def missing(self) -> list[int]:
+        """Frames named by the commit that are not here."""
+        if self.commit is None:
+            return []
+        return [i for i in range(self.commit.frames) if i not in self.parts]
+
+    def assemble(self, previous_hash: bytes) -> Epoch:
+        """The epoch, if its table is what the primary sealed.
+
+        :param previous_hash: chain hash of the epoch before it, as this node has it durable.
+        :raises IntegrityError: the table or its hash is not what the commit says.
+        """
+        commit = self.commit
+        assert commit is not None
+        assert self.is_complete
+        ordered = [self.parts[i] for i in range(commit.frames)]
+        table = np.concatenate(ordered) if ordered else empty_table()
+        if len(table) != commit.entries or not is_canonical(table):
+            raise IntegrityError(
+                f"epoch {self.number}: {len(table)} entries received, {commit.entries} committed"
+            )
+        is_fold = commit.first_epoch != commit.epoch
+        found = chain_hash(
+            HASH_ZERO if is_fold else previous_hash,
+            commit.generation,
+            commit.epoch,
+            commit.first_lsn,
+            commit.end_lsn,
+            table,
+        )
+        if found != (commit.table_hash if is_fold else commit.chain_hash):
+            raise IntegrityError(
+                f"epoch {self.number}: content or history differs from the primary's "
+                f"(chain hash {found.hex()[:16]})"
+            )
+        return Epoch(
+            commit.epoch,
+            commit.first_epoch,
+            commit.generation,
+            commit.first_lsn,
+            commit.end_lsn,
+            commit.wall_ns,
+            commit.chain_hash,
+            table,
+            is_asserted=is_fold,
+            is_mark=commit.is_mark,
+        )
+
+

@@ -1,0 +1,343 @@
+"""The primary of a resource: seals epochs and sends them to each peer at that peer's speed.
+
+```
+ write ──▶ open epoch ──cut──▶ draft ──seal──▶ sealed ──▶ Sender per peer ──▶ durable ──▶ trim
+            ≤ 250 ms             job    + sync              Stream / Fold
+                                                            Bitmap ──▶ Resync ──▶ Stream
+```
+Invariants: only sealed epochs are encoded (I3); a peer's epochs stay in the journal until it has
+them durable or they are durable in its bitmap (I7, I14); a write waits for the journal and the
+local disk, never for a peer. Deliberately not here: how bytes travel, who may be primary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from geomirror.environment import MS, SECOND
+from geomirror.errors import (
+    GeomirrorError,
+    JournalFullError,
+    LocalProtocolError,
+    NoSpaceError,
+    RemoteProtocolError,
+)
+from geomirror.limits import Limits
+from geomirror.volume.engine import Engine, Write
+from geomirror.wan_protocol.decisions import Emit, SendMessage
+from geomirror.wan_protocol.messages import (
+    Acknowledge,
+    AnyMessage,
+    ResyncAcknowledge,
+    SessionAccept,
+    SessionOpen,
+    SessionRefuse,
+)
+from geomirror.wan_protocol.peer_modes import PeerModes
+from geomirror.wan_protocol.sender import FOLD, RESYNC, STREAM, Sender
+from geomirror.wan_protocol.session import chain_entries, session_number, volume_infos
+
+LAG_SAMPLES_MAX = 65536
+"""Epochs whose first write's time is remembered; older ones use the time of the cut."""
+
+
+class Primary(PeerModes):
+    """Core of the primary role; see `Replica` for the shape."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        limits: Limits,
+        *,
+        incarnation: bytes,
+        peers: Iterable[str],
+        now_ns: int,
+        wall_ns: int,
+    ) -> None:
+        super().__init__(engine, limits)
+        self.now_ns = now_ns
+        self.incarnation = incarnation
+        self.session = session_number(engine.superblock.resource_id)
+        self.open_since_ns: int | None = None
+        self._epoch_began_ns: dict[int, int] = {}
+        self._is_stopping = False
+        self._sealing: Any = None
+        self._last_wall_ns = wall_ns
+        if engine.open_epoch_entries:
+            # Recovered writes that no epoch holds yet.
+            self.open_since_ns = now_ns
+        for name in sorted(peers):
+            self.add_peer(name)
+
+    # Events.
+
+    def write(self, writes: Sequence[Write], now_ns: int, wall_ns: int) -> int:
+        """Journal a batch; its writes are *completed* when this returns the end LSN.
+
+        :raises JournalFullError: held back; nothing changed, `RoomAvailable` follows.
+        """
+        if self.fenced is not None:
+            raise self.fenced
+        self.now_ns = now_ns
+        try:
+            lsn = self.engine.write(writes, wall_ns)
+        except JournalFullError:
+            self._room_wanted = True
+            self._pump()
+            raise
+        self._last_wall_ns = wall_ns
+        if self.open_since_ns is None:
+            self.open_since_ns = now_ns
+        elif self.engine.open_epoch_bytes >= self.limits.epoch_bytes_max:
+            self._pump_role()
+        return lsn
+
+    def link_up(self, peer: str, now_ns: int) -> None:
+        """A link to the peer is there: offer the session."""
+        self.now_ns = max(self.now_ns, now_ns)
+        sender = self.senders.get(peer)
+        if sender is None:
+            return
+        sender.is_link_up = True
+        superblock = self.engine.superblock
+        message = SessionOpen(
+            self.session,
+            bytes.fromhex(superblock.resource_id),
+            superblock.name,
+            chain_entries(superblock),
+            volume_infos(superblock),
+            self.engine.sealed_epoch,
+            self.engine.sealed_hash,
+            self.incarnation,
+        )
+        self._decide(SendMessage(peer, self.session, message))
+
+    def link_down(self, peer: str, now_ns: int) -> None:
+        """The link is gone; positions stay, nothing is lost."""
+        self.now_ns = max(self.now_ns, now_ns)
+        sender = self.senders.get(peer)
+        if sender is not None:
+            sender.is_link_up = False
+            sender.close()
+            self._abandon_resync(sender)
+
+    def link_room(self, peer: str, room_bytes: int, now_ns: int) -> None:
+        """The link's queues take this many bytes now."""
+        self.now_ns = max(self.now_ns, now_ns)
+        sender = self.senders.get(peer)
+        if sender is not None and sender.is_open:
+            sender.room_bytes = room_bytes
+            self._pump_sender(sender)
+
+    def receive(self, peer: str, message: AnyMessage, now_ns: int) -> None:
+        """A control message of this session from an authenticated peer.
+
+        :raises RemoteProtocolError: not legal now; the shell closes the link.
+        """
+        self.now_ns = max(self.now_ns, now_ns)
+        sender = self.senders.get(peer)
+        if sender is None or self.fenced is not None:
+            return
+        match message:
+            case SessionAccept():
+                self._accepted(sender, message)
+            case SessionRefuse():
+                sender.close()
+                sender.refusal = message.error_text
+                self._decide(Emit("peer_refused", {"peer": peer, "reason": message.error_text}))
+            case Acknowledge() if sender.is_open:
+                self._acknowledged(sender, message)
+            case ResyncAcknowledge() if sender.is_open:
+                self._resync_acknowledged(sender, message)
+            case Acknowledge() | ResyncAcknowledge():
+                pass  # Of a session that was closed meanwhile.
+            case _:
+                name = type(message).__name__
+                raise RemoteProtocolError(f'peer "{peer}" sent {name} to the primary')
+        self._pump()
+
+    def handle_timer(self, now_ns: int) -> None:
+        """Do what is due; harmless when early."""
+        self.now_ns = max(self.now_ns, now_ns)
+        self._pump()
+
+    def get_timer(self) -> int | None:
+        """When to call `handle_timer` next, or None for only after another event."""
+        times: list[int] = []
+        if self._retry_at_ns is not None:
+            times.append(self._retry_at_ns)
+        elif self.open_since_ns is not None and not self.is_running("seal"):
+            times.append(self.open_since_ns + self.limits.epoch_age_ns)
+        oldest = self._oldest_unapplied_ns()
+        if oldest is not None and not self.is_running("apply"):
+            times.append(max(oldest + self.limits.destage_age_ns_max, self.now_ns + 100 * MS))
+        times.extend(self._peer_timers())
+        return min(times, default=None)
+
+    def pause(self, peer: str | None, *, is_paused: bool) -> list[str]:
+        """Stop or resume shipping to one or all peers; returns their names."""
+        names = [name for name in self.senders if peer in (None, name)]
+        for name in names:
+            self.senders[name].is_paused = is_paused
+        self._pump()
+        return names
+
+    def seal_now(self, now_ns: int) -> None:
+        """Seal the open epoch without waiting for its age (orderly stop, `wait`, a mark)."""
+        self.now_ns = max(self.now_ns, now_ns)
+        if self.open_since_ns is not None:
+            self.open_since_ns = self.now_ns - self.limits.epoch_age_ns
+        self._pump()
+
+    @property
+    def is_sealed(self) -> bool:
+        """Everything completed is in a sealed epoch."""
+        return (
+            self.open_since_ns is None
+            and self._sealing is None
+            and not self.is_running("seal")
+            and self.engine.committed_epoch == self.engine.sealed_epoch
+        )
+
+    @property
+    def target_epoch(self) -> int:
+        """The epoch that will hold everything completed by now."""
+        is_sealing = self.is_running("seal") or self._sealing is not None
+        is_open = self.open_since_ns is not None
+        return self.engine.committed_epoch + is_sealing + is_open
+
+    def stop(self, now_ns: int) -> None:
+        """Orderly stop: seal, and destage what is sealed. `is_settled` tells when it is done."""
+        self._is_stopping = True
+        self.seal_now(now_ns)
+
+    @property
+    def is_settled(self) -> bool:
+        """Sealed and destaged; nothing of a restart has to be replayed."""
+        return self.is_sealed and self.engine.applied_epoch == self.engine.sealed_epoch
+
+    # Sealing.
+
+    def _pump_role(self) -> None:
+        self._pump_seal()
+        self._pump_modes()
+        for sender in self.senders.values():
+            self._pump_sender(sender)
+
+    def _pump_seal(self) -> None:
+        if self._sealing is not None:
+            self._complete_seal()
+        if self.open_since_ns is None or self.is_running("seal") or self._sealing is not None:
+            return
+        engine, limits = self.engine, self.limits
+        is_due = (
+            self.now_ns >= self.open_since_ns + limits.epoch_age_ns
+            or engine.open_epoch_bytes >= limits.epoch_bytes_max
+            or engine.open_epoch_entries >= limits.epoch_entries_max // 4
+            or self._room_wanted
+        )
+        if not is_due:
+            return
+        began_ns = self.open_since_ns
+        # An epoch ends with a write, so the time of the last write is the time of its cut.
+        draft = engine.cut(self._last_wall_ns)
+        self.open_since_ns = None
+        if draft is None:
+            return
+        self._epoch_began_ns[draft.number] = began_ns
+        while len(self._epoch_began_ns) > LAG_SAMPLES_MAX:
+            del self._epoch_began_ns[next(iter(self._epoch_began_ns))]
+        self._run("seal", engine.seal_job(draft), self._seal_done)
+
+    def _seal_done(self, job: Any) -> None:
+        self._sealing = job
+        self._complete_seal()
+
+    def _complete_seal(self) -> None:
+        """Append the epoch's records; tried again later when the disk is full."""
+        try:
+            self.engine.complete_seal(self._sealing)
+        except NoSpaceError as error:
+            self._stall("seal", error)
+            return
+        self._sealing = None
+        self._sync_wanted = True
+
+    def _sealed_moved(self) -> None:
+        for sender in self.senders.values():
+            self._check_backlog(sender)
+
+    def _apply_target(self) -> int | None:
+        """Destage when the dirty data, its age or the journal asks for it."""
+        engine, limits = self.engine, self.limits
+        if engine.sealed_epoch <= engine.applied_epoch:
+            return None
+        oldest = self._oldest_unapplied_ns()
+        is_due = (
+            self._is_stopping
+            or self._room_wanted
+            or engine.dirty_bytes >= limits.dirty_bytes_max // 2
+            or engine.dirty_entries >= limits.dirty_entries_max // 2
+            or engine.journal.bytes_used >= engine.journal.bytes_total // 2
+            or (oldest is not None and self.now_ns >= oldest + limits.destage_age_ns_max)
+        )
+        return engine.sealed_epoch if is_due else None
+
+    def _oldest_unapplied_ns(self) -> int | None:
+        if self.engine.sealed_epoch <= self.engine.applied_epoch:
+            return None
+        return self._epoch_began_ns.get(self.engine.applied_epoch + 1, self.now_ns)
+
+    # Peers.
+
+    def _accepted(self, sender: Sender, message: SessionAccept) -> None:
+        if not sender.is_link_up:
+            return
+        problem = self._place_peer(sender, message)
+        if problem:
+            sender.refusal = problem
+            refuse = SessionRefuse(self.session, LocalProtocolError.wire_code, problem)
+            self._decide(SendMessage(sender.name, self.session, refuse))
+            self._decide(Emit("peer_refused", {"peer": sender.name, "reason": problem}))
+            return
+        sender.open(message)
+        self._retain(sender)
+        fields: dict[str, object] = {"peer": sender.name, "epoch": sender.durable_epoch}
+        self._decide(Emit("peer_connected", fields))
+
+    def _acknowledged(self, sender: Sender, message: Acknowledge) -> None:
+        before = sender.durable_epoch
+        if sender.mode not in (STREAM, FOLD):
+            sender.grant(message.received_bytes, message.credit_bytes)
+            return
+        sender.acknowledge(message)
+        if sender.applied_epoch >= self._consistent_from(sender):
+            sender.data_state = "consistent"
+        if sender.durable_epoch > before:
+            self._retain(sender)
+            low = min((s.durable_epoch for s in self.senders.values()), default=0)
+            low = min(low, self.engine.applied_epoch)
+            while self._epoch_began_ns and next(iter(self._epoch_began_ns)) <= low:
+                del self._epoch_began_ns[next(iter(self._epoch_began_ns))]
+
+    def lag_seconds(self, sender: Sender, now_ns: int) -> float:
+        """Age of the first write that is not durable at the peer; 0 when there is none."""
+        if sender.mode in (STREAM, FOLD) and sender.durable_epoch >= self.engine.sealed_epoch:
+            if self.is_sealed:
+                return 0.0
+            began = self._epoch_began_ns.get(self.engine.sealed_epoch + 1, self.open_since_ns)
+        else:
+            began = self._epoch_began_ns.get(sender.durable_epoch + 1)
+        if began is None:
+            began = self._first_known_ns(sender)
+        return max(0, now_ns - began) / SECOND if began is not None else 0.0
+
+    def _first_known_ns(self, sender: Sender) -> int | None:
+        later = [ns for n, ns in self._epoch_began_ns.items() if n > sender.durable_epoch]
+        return min(later, default=self.open_since_ns)
+
+    def _release_everything(self, error: GeomirrorError) -> None:
+        for sender in self.senders.values():
+            sender.close()
+            sender.refusal = str(error)

@@ -1,0 +1,225 @@
+"""What primaries and secondaries share: the jobs that keep a resource's storage moving.
+
+```
+ append ─▶ sync ─▶ sealed ─▶ apply ─▶ checkpoint ─▶ trim
+            │        │         │          │
+         flushes   ship     image =    superblock: the next start
+         answered          one epoch   begins here
+```
+One job of each kind runs at a time. The order is the invariant: an image is changed only from
+sealed epochs (I3, I14), a checkpoint follows its apply, and only a completed checkpoint lets the
+journal be trimmed (I7). A storage failure other than a full disk fences the replica: nothing is
+answered as done any more, and what is on disk is left to recovery.
+Deliberately not here: when to seal, apply or ship; the two subclasses decide that.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from geomirror.environment import SECOND
+from geomirror.errors import FencedError, GeomirrorError, NoSpaceError
+from geomirror.limits import Limits
+from geomirror.volume.engine import Engine
+from geomirror.wan_protocol.decisions import Decision, Emit, FlushDone, Job, RoomAvailable, RunJob
+
+RETRY_NS = 1 * SECOND
+"""A full disk is looked at again after this time."""
+
+
+class Replica:
+    """Base of `Primary` and `Secondary`. Drain `next_decision` after every call."""
+
+    def __init__(self, engine: Engine, limits: Limits) -> None:
+        self.engine = engine
+        self.limits = limits
+        self.fenced: GeomirrorError | None = None
+        self.stalled: GeomirrorError | None = None
+        self.now_ns = 0
+        self._decisions: deque[Decision] = deque()
+        self._running: dict[str, RunJob] = {}
+        self._flushes: deque[tuple[object, int]] = deque()
+        self._sync_wanted = False
+        self._checkpoint_wanted = False
+        self._retry_at_ns: int | None = None
+        self._room_wanted = False
+
+    def next_decision(self) -> Decision | None:
+        """The next thing for the shell to do, or None."""
+        return self._decisions.popleft() if self._decisions else None
+
+    @property
+    def has_decisions(self) -> bool:
+        """`next_decision` would return something."""
+        return bool(self._decisions)
+
+    def job_done(self, run: RunJob, error: GeomirrorError | None, now_ns: int) -> None:
+        """A job of this core has ended; `error` is what its `run` raised."""
+        self.now_ns = max(self.now_ns, now_ns)
+        assert self._running.get(run.kind) is run
+        del self._running[run.kind]
+        if error is not None:
+            self._job_failed(run, error)
+        elif self.fenced is None:
+            try:
+                run.done(run.job)
+            except GeomirrorError as failure:
+                self._job_failed(run, failure)
+        self._pump()
+
+    def flush(self, token: object, now_ns: int) -> None:
+        """Answer `token` with `FlushDone` once everything completed before now is durable (I2)."""
+        self.now_ns = max(self.now_ns, now_ns)
+        if self.fenced is not None:
+            self._decide(FlushDone(token, self.fenced))
+            return
+        end_lsn = self.engine.journal.end_lsn
+        if self.engine.journal.durable_lsn >= end_lsn:
+            self._decide(FlushDone(token))
+            return
+        self._flushes.append((token, end_lsn))
+        self._pump_sync()
+
+    @property
+    def is_idle(self) -> bool:
+        """No job runs and nothing is decided."""
+        return not self._running and not self._decisions
+
+    def is_running(self, kind: str) -> bool:
+        """Whether a job of this kind runs."""
+        return kind in self._running
+
+    # What the subclasses decide.
+
+    def _apply_target(self) -> int | None:
+        """Epoch through which to apply now, or None for not now."""
+        raise NotImplementedError
+
+    def _sealed_moved(self) -> None:
+        """`engine.sealed_epoch` has grown."""
+
+    def _applied_moved(self) -> None:
+        """A checkpoint with the applied epoch is durable."""
+
+    def _pump_role(self) -> None:
+        """Start whatever the role wants started."""
+
+    def _release_everything(self, error: GeomirrorError) -> None:
+        """The replica was fenced: drop what waits."""
+
+    # The shared machinery.
+
+    def _decide(self, decision: Decision) -> None:
+        self._decisions.append(decision)
+
+    def _run(self, kind: str, job: Job, done: Callable[[Any], None]) -> None:
+        assert kind not in self._running
+        run = RunJob(kind, job, done)
+        self._running[kind] = run
+        self._decide(run)
+
+    def _pump(self) -> None:
+        if self.fenced is not None:
+            return
+        if self._retry_at_ns is not None and self.now_ns < self._retry_at_ns:
+            self._pump_sync()
+            return
+        self._retry_at_ns = None
+        self.stalled = None
+        self._pump_role()
+        self._pump_sync()
+        self._pump_apply()
+        self._pump_checkpoint()
+        self._pump_upkeep()
+        if self._room_wanted and self.fenced is None and self._has_room():
+            self._room_wanted = False
+            self._decide(RoomAvailable())
+
+    def _has_room(self) -> bool:
+        return self.engine.has_room(self.limits.record_payload_bytes_max)
+
+    def _pump_sync(self) -> None:
+        if self.fenced is not None or self.is_running("sync"):
+            return
+        if self._flushes or self._sync_wanted:
+            self._sync_wanted = False
+            self._run("sync", self.engine.sync_job(), self._sync_done)
+
+    def _sync_done(self, job: Any) -> None:
+        before = self.engine.sealed_epoch
+        self.engine.complete_sync(job)
+        durable_lsn = self.engine.journal.durable_lsn
+        while self._flushes and self._flushes[0][1] <= durable_lsn:
+            self._decide(FlushDone(self._flushes.popleft()[0]))
+        if self.engine.sealed_epoch > before:
+            self._sealed_moved()
+
+    def _pump_apply(self) -> None:
+        if self.is_running("apply") or self.is_running("checkpoint") or self._checkpoint_wanted:
+            return
+        target = self._apply_target()
+        if target is not None and target > self.engine.applied_epoch:
+            self._run("apply", self.engine.apply_job(target), self._apply_done)
+
+    def _apply_done(self, job: Any) -> None:
+        self.engine.complete_apply(job)
+        self._checkpoint_wanted = True
+
+    def _pump_checkpoint(self) -> None:
+        if not self._checkpoint_wanted or self.is_running("checkpoint"):
+            return
+        if self.is_running("apply"):
+            return
+        self._checkpoint_wanted = False
+        job = self.engine.checkpoint_job()
+        if job is not None:
+            self._run("checkpoint", job, self._checkpoint_done)
+
+    def _checkpoint_done(self, job: Any) -> None:
+        self.engine.complete_checkpoint(job)
+        self._applied_moved()
+
+    def _pump_upkeep(self) -> None:
+        journal = self.engine.journal
+        if not self.is_running("trim"):
+            trim = journal.trim_job()
+            if trim is not None:
+                self._run("trim", trim, journal.complete_trim)
+        if not self.is_running("spare"):
+            spare = journal.spare_job()
+            if spare is not None:
+                self._run("spare", spare, journal.complete_spare)
+
+    def _job_failed(self, run: RunJob, error: GeomirrorError) -> None:
+        if isinstance(error, NoSpaceError) and run.kind != "sync":
+            self._retry_job(run)
+            self._stall(run.kind, error)
+            return
+        self._fence(error)
+
+    def _stall(self, kind: str, error: NoSpaceError) -> None:
+        """Wait for disk space. Nothing is lost: the data stays in the journal until then."""
+        self.stalled = error
+        self._retry_at_ns = self.now_ns + RETRY_NS
+        self._decide(Emit("storage_full", {"job": kind, "error": str(error)}))
+
+    def _retry_job(self, run: RunJob) -> None:
+        if run.kind == "checkpoint":
+            self._checkpoint_wanted = True
+
+    def _fence(self, error: GeomirrorError) -> None:
+        """Stop for good: whatever was answered stands, nothing more is answered as done."""
+        if self.fenced is not None:
+            return
+        name = self.engine.superblock.name
+        self.fenced = FencedError(
+            f'resource "{name}" stopped serving: {error}',
+            hint=f'mend the cause, restart the node, then run "geomirror status {name}"',
+        )
+        for token, _ in self._flushes:
+            self._decide(FlushDone(token, self.fenced))
+        self._flushes.clear()
+        self._release_everything(self.fenced)
+        self._decide(Emit("fenced", {"error": str(error)}))

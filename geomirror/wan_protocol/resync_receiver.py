@@ -1,0 +1,144 @@
+"""The secondary's side of a plain resync: copied blocks go straight into the image.
+
+```
+ begun ──▶ "inconsistent" durable ──▶ frames ──▶ image + fdatasync ──▶ acknowledged ──▶ end epoch durable
+```
+Nothing is written before the superblock says Inconsistent. Frames wait in memory only within the
+credit that was granted. A frame is acknowledged when its blocks are durable in the image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from geomirror.errors import LimitExceededError
+from geomirror.limits import Limits
+from geomirror.volume.engine import Engine
+from geomirror.volume.epoch_table import FLAG_PUNCH, KIND_DATA
+from geomirror.volume.image import Image
+from geomirror.wan_protocol.epoch_decode import DecodedFrame, FrameDecoder
+from geomirror.wan_protocol.messages import ResyncAcknowledge, ResyncBegin, ResyncEnd
+
+JOB_FRAMES_MAX = 128
+"""Frames written between two fdatasyncs: at most 8 MiB."""
+
+
+@dataclass
+class ResyncWriteJob:
+    """Decode frames and write their blocks into the images, durably."""
+
+    images: dict[int, Image]
+    decoder: FrameDecoder
+    number: int
+    frames: list[tuple[int, bytes]]
+
+    def run(self) -> None:
+        """Blocking. Raises BadFrameError, RemoteProtocolError, StorageError."""
+        touched: set[int] = set()
+        for _, body in self.frames:
+            touched |= self._write(self.decoder.decode(body))
+        for volume in sorted(touched):
+            self.images[volume].fdatasync()
+
+    def _write(self, frame: DecodedFrame) -> set[int]:
+        view = memoryview(frame.data)
+        blocks: dict[int, list[tuple[int, memoryview]]] = {}
+        fields = ["volume", "kind", "flags", "count", "block", "address"]
+        for volume, kind, flags, count, block, address in frame.table[fields].tolist():
+            image = self.images[volume]
+            if kind == KIND_DATA:
+                length = image.block_bytes(block)
+                blocks.setdefault(volume, []).append((block, view[address : address + length]))
+            else:
+                image.zero(block, count, punch=bool(flags & FLAG_PUNCH))
+                blocks.setdefault(volume, [])
+        for volume, content in blocks.items():
+            if content:
+                self.images[volume].write_blocks(content)
+        return set(blocks)
+
+
+@dataclass
+class ResyncReceiver:
+    """State of one resync; `is_begun` once nothing else writes the image."""
+
+    engine: Engine
+    limits: Limits
+    begin: ResyncBegin
+    is_begun: bool = False
+    is_recorded: bool = False
+    is_finished: bool = False
+    end_message: ResyncEnd | None = None
+    frames_durable: int = 0
+    queued_bytes: int = 0
+    _is_end_recorded: bool = False
+    _queue: dict[int, bytes] = field(default_factory=dict)
+    _ahead: set[int] = field(default_factory=set)
+
+    @property
+    def number(self) -> int:
+        """Serial number that frames of this resync carry."""
+        return self.begin.number
+
+    def add(self, sequence: int, body: bytes) -> None:
+        """Queue a frame; one that is here already is dropped.
+
+        :raises LimitExceededError: more is queued than was ever granted.
+        """
+        if sequence < self.frames_durable or sequence in self._ahead or sequence in self._queue:
+            return
+        if self.queued_bytes + len(body) > 2 * self.limits.credit_bytes:
+            raise LimitExceededError("resync frames beyond the granted credit")
+        self._queue[sequence] = body
+        self.queued_bytes += len(body)
+
+    def next_job(self) -> ResyncWriteJob | None:
+        """The next write into the images, once Inconsistent is durable."""
+        if not self.is_recorded or not self._queue:
+            return None
+        numbers = sorted(self._queue)[:JOB_FRAMES_MAX]
+        frames = [(n, self._queue[n]) for n in numbers]
+        sizes = {index: image.size_bytes for index, image in self.engine.images.items()}
+        decoder = FrameDecoder(self.limits, sizes)
+        return ResyncWriteJob(self.engine.images, decoder, self.number, frames)
+
+    def written(self, job: ResyncWriteJob) -> None:
+        """A job's blocks are durable."""
+        for sequence, body in job.frames:
+            if self._queue.pop(sequence, None) is not None:
+                self.queued_bytes -= len(body)
+                self._ahead.add(sequence)
+        while self.frames_durable in self._ahead:
+            self._ahead.discard(self.frames_durable)
+            self.frames_durable += 1
+
+    def needs_checkpoint(self) -> bool:
+        """Whether the superblock has something new to say; sets what it says."""
+        if not self.is_begun:
+            return False
+        if not self.is_recorded:
+            return True
+        end = self.end_message
+        if end is None or self._is_end_recorded or self.frames_durable < end.frames:
+            return False
+        self.engine.superblock.consistent_from = end.epoch
+        self._is_end_recorded = True
+        return True
+
+    def checkpointed(self) -> None:
+        """A checkpoint that was asked for is durable."""
+        self.is_recorded = True
+        if self._is_end_recorded:
+            self.is_finished = True
+
+    def acknowledgement(self, received_bytes: int, credit_bytes: int) -> ResyncAcknowledge:
+        """What the primary may forget and send."""
+        return ResyncAcknowledge(
+            self.begin.session,
+            self.number,
+            self.frames_durable,
+            received_bytes,
+            [],
+            credit_bytes,
+            self.is_finished,
+        )

@@ -1,0 +1,463 @@
+"""The secondary of a resource: takes epochs in, in order, and applies them.
+
+```
+ frames ─▶ spool ─┐
+ commit ──────────┴─▶ table = H? ─▶ EPOCH record ─▶ sync = durable ─▶ apply ─▶ applied
+```
+Invariants: durable is said only after the journal is synced through the EPOCH record (I5); the
+image holds exactly the epoch it reports, except during a plain resync, when it says Inconsistent;
+an epoch is applied only when the one before it is durable and hashes agree (I9).
+Deliberately not here: who reads the image; `hold_apply` is how readers keep it still.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from geomirror.environment import SECOND
+from geomirror.errors import (
+    BadFrameError,
+    GeomirrorError,
+    IntegrityError,
+    JournalFullError,
+    LimitExceededError,
+    NoSpaceError,
+    RemoteProtocolError,
+)
+from geomirror.limits import Limits
+from geomirror.volume.engine import Engine
+from geomirror.wan_protocol.decisions import Emit, SendMessage
+from geomirror.wan_protocol.epoch_decode import FrameDecoder
+from geomirror.wan_protocol.incoming import Incoming, number_bitmap
+from geomirror.wan_protocol.messages import (
+    Acknowledge,
+    AnyMessage,
+    EpochCommit,
+    Message,
+    ResyncBegin,
+    ResyncEnd,
+    SessionAccept,
+    SessionOpen,
+    SessionRefuse,
+)
+from geomirror.wan_protocol.replica import Replica
+from geomirror.wan_protocol.resync_receiver import ResyncReceiver
+from geomirror.wan_protocol.session import session_number
+
+BLANK = "blank"
+INCONSISTENT = "inconsistent"
+CONSISTENT = "consistent"
+NO_GENERATION = bytes(16)
+"""Of a secondary that no primary has spoken to yet: it takes over the primary's chain."""
+UNKNOWN_EPOCH = -1
+"""`consistent_from` while a resync has not told its end."""
+INCOMING_MAX = 1024
+"""Epochs that may be under way at once."""
+MISSING_AFTER_NS = 1 * SECOND
+"""A committed epoch without news for this long: its missing frames were lost with a connection."""
+
+
+class Secondary(Replica):
+    """Core of the secondary role; see `Replica` for the shape."""
+
+    def __init__(self, engine: Engine, limits: Limits, *, primary: str) -> None:
+        super().__init__(engine, limits)
+        self.primary = primary
+        self.session = session_number(engine.superblock.resource_id)
+        self.is_open = False
+        self.is_link_up = False
+        self.hold_apply = False
+        self.refusal = ""
+        self.primary_epoch = 0
+        self.received_total = 0
+        self.resync: ResyncReceiver | None = None
+        self._decoder = self._new_decoder()
+        self._incoming: dict[int, Incoming] = {}
+        self._incarnation = b""
+        self._received_bytes = 0
+        self._unreported_bytes = 0
+        self._acknowledge_at_ns: int | None = None
+        self._applied_reported = engine.applied_epoch
+
+    @property
+    def data_state(self) -> str:
+        """`blank`, `inconsistent` or `consistent`."""
+        return self.engine.superblock.data_state
+
+    def _new_decoder(self) -> FrameDecoder:
+        sizes = {index: image.size_bytes for index, image in self.engine.images.items()}
+        return FrameDecoder(self.limits, sizes)
+
+    # Events.
+
+    def link_up(self, peer: str, now_ns: int) -> None:
+        """A link to the primary is there; the session is the primary's to open."""
+        self.now_ns = max(self.now_ns, now_ns)
+        self.is_link_up = self.is_link_up or peer == self.primary
+
+    def link_down(self, peer: str, now_ns: int) -> None:
+        """The link is gone; what is spooled stays for the next connection."""
+        self.now_ns = max(self.now_ns, now_ns)
+        if peer == self.primary:
+            self.is_link_up = self.is_open = False
+            self.resync = None
+
+    def receive(self, peer: str, message: AnyMessage, now_ns: int) -> None:
+        """A control message of this session from an authenticated peer.
+
+        :raises RemoteProtocolError: not legal now; the shell closes the link.
+        """
+        self.now_ns = max(self.now_ns, now_ns)
+        if peer != self.primary or self.fenced is not None:
+            self._send_to(peer, SessionRefuse(self.session, 6, self._why_not(peer)))
+            return
+        match message:
+            case SessionOpen():
+                self._opened(message)
+            case SessionRefuse():
+                self.is_open = False
+                self.refusal = message.error_text
+                self._decide(Emit("primary_refused", {"reason": message.error_text}))
+            case EpochCommit() if self.is_open:
+                self._committed(message)
+            case ResyncBegin() if self.is_open:
+                self._resync_began(message)
+            case ResyncEnd() if self.is_open:
+                if self.resync is not None and self.resync.number == message.number:
+                    self.resync.end_message = message
+            case EpochCommit() | ResyncBegin() | ResyncEnd():
+                pass  # Of a session that was closed meanwhile.
+            case _:
+                name = type(message).__name__
+                raise RemoteProtocolError(f'primary "{peer}" sent {name} to a secondary')
+        self._pump()
+
+    def receive_frame(
+        self, peer: str, epoch: int, sequence: int, body: bytes, *, is_resync: bool, now_ns: int
+    ) -> None:
+        """A data frame; spooled at once, or queued for the image during a resync.
+
+        :raises RemoteProtocolError: hostile content; the shell closes the link.
+        """
+        self.now_ns = max(self.now_ns, now_ns)
+        if peer != self.primary or not self.is_open or self.fenced is not None:
+            return
+        self._received_bytes += len(body)
+        self.received_total += len(body)
+        self._unreported_bytes += len(body)
+        if is_resync:
+            if self.resync is not None and self.resync.number == epoch:
+                self.resync.add(sequence, body)
+        elif epoch > self.engine.committed_epoch:
+            self._spool(epoch, sequence, body)
+        self._acknowledge_soon()
+        self._pump()
+
+    def handle_timer(self, now_ns: int) -> None:
+        """Do what is due; harmless when early."""
+        self.now_ns = max(self.now_ns, now_ns)
+        if self._acknowledge_at_ns is not None and self.now_ns >= self._acknowledge_at_ns:
+            self._acknowledge()
+        for incoming in self._incoming.values():
+            if self._is_stuck(incoming) and self.is_open:
+                incoming.progress_ns = self.now_ns
+                self._acknowledge(incoming)
+        self._pump()
+
+    def get_timer(self) -> int | None:
+        """When to call `handle_timer` next."""
+        times = [self._retry_at_ns, self._acknowledge_at_ns]
+        if self.is_open:
+            times += [
+                i.progress_ns + MISSING_AFTER_NS
+                for i in self._incoming.values()
+                if i.commit is not None and not i.is_complete
+            ]
+        return min((t for t in times if t is not None), default=None)
+
+    def set_hold(self, is_held: bool, now_ns: int) -> None:
+        """Keep the image as it is (readers are pinned to it), or let applying go on."""
+        self.now_ns = max(self.now_ns, now_ns)
+        self.hold_apply = is_held
+        self._pump()
+
+    def stop(self, now_ns: int) -> None:
+        """Orderly stop: durable epochs are applied. `is_settled` tells when it is done."""
+        self.now_ns = max(self.now_ns, now_ns)
+        self.is_open = False
+        self.hold_apply = False
+        self._pump()
+
+    @property
+    def is_settled(self) -> bool:
+        """Nothing of a restart has to be replayed."""
+        is_applied = self.engine.applied_epoch == self.engine.sealed_epoch
+        return is_applied or self._apply_target() is None
+
+    # The session.
+
+    def _why_not(self, peer: str) -> str:
+        name = self.engine.superblock.name
+        if self.fenced is not None:
+            return str(self.fenced)
+        return f'"{peer}" is not the primary of "{name}" here, "{self.primary}" is'
+
+    def _send(self, message: Message) -> None:
+        self._send_to(self.primary, message)
+
+    def _send_to(self, peer: str, message: Message) -> None:
+        self._decide(SendMessage(peer, self.session, message))
+
+    def _opened(self, message: SessionOpen) -> None:
+        engine = self.engine
+        problem = self._mismatch(message)
+        if problem:
+            self.is_open = False
+            self.refusal = problem
+            self._send(SessionRefuse(self.session, 6, problem))
+            self._decide(Emit("session_refused", {"reason": problem}))
+            return
+        if message.incarnation != self._incarnation:
+            # Another start of the primary may cut the same epoch into other frames.
+            self._forget_incoming()
+            self._incarnation = message.incarnation
+        if engine.generation == NO_GENERATION and message.chain:
+            engine.adopt_chain(message.chain)
+            self._checkpoint_wanted = True
+        self.is_open = True
+        self.refusal = ""
+        self.resync = None
+        self.primary_epoch = message.epoch
+        self._received_bytes = self._unreported_bytes = 0
+        spooled = self._incoming.get(engine.committed_epoch + 1)
+        first = min(self._incoming, default=0)
+        spooled = spooled or self._incoming.get(first)
+        self._send(
+            SessionAccept(
+                self.session,
+                engine.generation,
+                engine.sealed_epoch,
+                engine.sealed_hash,
+                self._applied_reported,
+                self.data_state,
+                spooled.number if spooled else 0,
+                number_bitmap(set(spooled.parts)) if spooled else b"",
+                self._credit(),
+            )
+        )
+        for incoming in self._incoming.values():
+            incoming.commit = None
+        self._decide(Emit("primary_connected", {"peer": self.primary, "epoch": message.epoch}))
+
+    def _mismatch(self, message: SessionOpen) -> str:
+        superblock = self.engine.superblock
+        if message.resource.hex() != superblock.resource_id:
+            return f'resource "{superblock.name}" has another identity here'
+        mine = {v.index: v.size_bytes for v in superblock.volumes}
+        theirs = {v.index: v.size_bytes for v in message.volumes}
+        if mine != theirs:
+            return f'volumes of "{superblock.name}" differ: {mine} here, {theirs} at the primary'
+        known = [entry.identity for entry in message.chain]
+        if self.engine.generation not in (NO_GENERATION, *known):
+            return f'"{superblock.name}" has another history here: diverged'
+        return ""
+
+    def _credit(self) -> int:
+        """Bytes that the primary may have sent in this session in total."""
+        spare = self.engine.journal.room_bytes() - self.limits.epoch_bytes_max // 2
+        if self.resync is not None:
+            spare = self.limits.credit_bytes - self.resync.queued_bytes
+        # A frame may blow up to its raw size in the journal; compressed bytes are what is granted.
+        return self._received_bytes + max(0, min(self.limits.credit_bytes, spare // 4))
+
+    # Epochs.
+
+    def _spool(self, epoch: int, sequence: int, body: bytes) -> None:
+        if len(self._incoming) >= INCOMING_MAX and epoch not in self._incoming:
+            raise LimitExceededError(f"more than {INCOMING_MAX} epochs under way")
+        incoming = self._incoming.setdefault(epoch, Incoming(epoch))
+        if sequence in incoming.parts:
+            return
+        try:
+            frame = self._decoder.decode(body)
+        except BadFrameError as error:
+            self._decide(Emit("bad_frame", {"epoch": epoch, "error": str(error)}))
+            return
+        address = 0
+        if frame.data:
+            try:
+                address = self.engine.spool([frame.data], 0)
+            except (JournalFullError, NoSpaceError):
+                self._spool_full(epoch)
+                return
+        incoming.progress_ns = self.now_ns
+        incoming.add(sequence, frame.table.copy(), address)
+        self._commit_complete()
+
+    def _spool_full(self, epoch: int) -> None:
+        """No room: give up what is furthest ahead, so that the next epoch in order can finish.
+
+        What is dropped is asked for again once its commit is here.
+        """
+        ahead = max(self._incoming)
+        if ahead > min(self._incoming):
+            self._incoming[ahead].parts.clear()
+            self.engine.keep_spooled(self._lowest_spooled())
+        self._decide(Emit("spool_full", {"epoch": epoch}))
+
+    def _committed(self, message: EpochCommit) -> None:
+        if message.epoch <= self.engine.committed_epoch:
+            return
+        self.primary_epoch = max(self.primary_epoch, message.epoch)
+        incoming = self._incoming.setdefault(message.epoch, Incoming(message.epoch))
+        incoming.commit = message
+        incoming.progress_ns = self.now_ns
+        self._commit_complete()
+
+    def _commit_complete(self) -> None:
+        """Commit every complete epoch that is next in order."""
+        engine = self.engine
+        while True:
+            ready = [
+                i
+                for i in self._incoming.values()
+                if i.is_complete and i.commit and i.commit.first_epoch == engine.committed_epoch + 1
+            ]
+            if not ready:
+                return
+            incoming = ready[0]
+            try:
+                epoch = incoming.assemble(engine.committed_hash)
+            except IntegrityError as error:
+                self._diverged(error)
+                return
+            engine.commit(epoch, epoch.wall_ns)
+            del self._incoming[incoming.number]
+            for number in [n for n in self._incoming if n <= epoch.number]:
+                del self._incoming[number]
+            engine.keep_spooled(self._lowest_spooled())
+            self._sync_wanted = True
+
+    def _diverged(self, error: IntegrityError) -> None:
+        """What arrived is not what the primary sealed: take nothing, say so, ask again anew."""
+        self._forget_incoming()
+        self.is_open = False
+        self.refusal = str(error)
+        self._decide(Emit("integrity_error", {"error": str(error)}))
+        self._send(SessionRefuse(self.session, error.wire_code, str(error)))
+
+    def _forget_incoming(self) -> None:
+        self._incoming.clear()
+        self.engine.keep_spooled(0)
+
+    def _lowest_spooled(self) -> int:
+        return min((i.lowest_address for i in self._incoming.values() if i.parts), default=0)
+
+    def _is_stuck(self, incoming: Incoming) -> bool:
+        is_waiting = incoming.commit is not None and not incoming.is_complete
+        return is_waiting and self.now_ns >= incoming.progress_ns + MISSING_AFTER_NS
+
+    # Acknowledgements.
+
+    def _acknowledge_soon(self) -> None:
+        if self._unreported_bytes >= self.limits.acknowledge_bytes:
+            self._acknowledge()
+        elif self._acknowledge_at_ns is None:
+            self._acknowledge_at_ns = self.now_ns + self.limits.acknowledge_delay_ns
+
+    def _acknowledge(self, stuck: Incoming | None = None) -> None:
+        self._acknowledge_at_ns = None
+        self._unreported_bytes = 0
+        if not self.is_open:
+            return
+        engine = self.engine
+        if self.resync is not None:
+            self._send(self.resync.acknowledgement(self._received_bytes, self._credit()))
+            return
+        self._send(
+            Acknowledge(
+                self.session,
+                engine.committed_epoch,
+                engine.sealed_epoch,
+                engine.sealed_hash,
+                self._applied_reported,
+                stuck.number if stuck else 0,
+                number_bitmap(stuck.missing()) if stuck else b"",
+                self._received_bytes,
+                self._credit(),
+            )
+        )
+
+    def _sealed_moved(self) -> None:
+        self._acknowledge()
+
+    def _apply_target(self) -> int | None:
+        if self.hold_apply or self.resync is not None or self.data_state == BLANK:
+            return None
+        return self.engine.sealed_epoch
+
+    def _apply_done(self, job: Any) -> None:
+        super()._apply_done(job)
+        self._try_consistent()
+
+    def _applied_moved(self) -> None:
+        if self.engine.applied_epoch != self._applied_reported:
+            self._applied_reported = self.engine.applied_epoch
+            self._acknowledge()
+        if self.resync is not None and self.resync.is_begun:
+            self._resync_checkpointed(self.resync)
+
+    # Plain resync.
+
+    def _resync_began(self, message: ResyncBegin) -> None:
+        self._forget_incoming()
+        self.resync = ResyncReceiver(self.engine, self.limits, message)
+        self._decide(Emit("resync_began", {"epoch": message.epoch, "bytes": message.total_bytes}))
+
+    def _pump_role(self) -> None:
+        resync = self.resync
+        if resync is None:
+            return
+        busy = {"apply", "resync", "checkpoint", "sync"}
+        if not resync.is_begun and not any(self.is_running(kind) for kind in busy):
+            # Nothing else writes the image or the position now.
+            begin = resync.begin
+            self.engine.reset_position(
+                begin.generation, begin.epoch, begin.chain_hash, data_state=INCONSISTENT
+            )
+            self.engine.superblock.consistent_from = UNKNOWN_EPOCH
+            self._applied_reported = begin.epoch
+            resync.is_begun = True
+        if resync.needs_checkpoint():
+            self._checkpoint_wanted = True
+        if not self.is_running("resync"):
+            job = resync.next_job()
+            if job is not None:
+                self._run("resync", job, self._resync_written)
+
+    def _resync_written(self, job: Any) -> None:
+        if self.resync is not None and job.number == self.resync.number:
+            self.resync.written(job)
+            self._acknowledge()
+
+    def _resync_checkpointed(self, resync: ResyncReceiver) -> None:
+        resync.checkpointed()
+        self._acknowledge()
+        if resync.is_finished:
+            self.resync = None
+            self._try_consistent()
+
+    def _try_consistent(self) -> None:
+        """Consistent from the moment that the end epoch of the resync is applied."""
+        superblock = self.engine.superblock
+        is_caught_up = self.engine.applied_epoch >= superblock.consistent_from >= 0
+        if superblock.data_state == INCONSISTENT and self.resync is None and is_caught_up:
+            superblock.data_state = CONSISTENT
+            self._checkpoint_wanted = True
+            self._decide(Emit("consistent", {"epoch": self.engine.applied_epoch}))
+
+    def _release_everything(self, error: GeomirrorError) -> None:
+        self.is_open = False
+        self.refusal = str(error)
+        if self.is_link_up:
+            self._send(SessionRefuse(self.session, error.wire_code, str(error)))

@@ -1,0 +1,222 @@
+"""One peer of a primary: its position, its mode, and the units of the stream on their way to it.
+
+```
+      durable                      next_number                 sealed
+ ───────┼──────────────────────────────┼──────────────────────────┼──▶ epochs
+        │  units: [e+1] [e+2…e+5 fold] │  not encoded yet         │
+        │   encoded, kept until durable│                          │
+```
+A unit is one epoch, or several folded into one. Its frames are kept, unchanged, until the peer has
+it durable, so a reconnect resumes at the next missing frame. Bytes in flight are bounded by the
+window, by the credit that the peer grants and by the room in the link's own queues; nothing here
+grows with the backlog, which stays in the journal.
+Deliberately not here: encoding (a job), bitmaps and resync (`resync_sender`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from geomirror.errors import RemoteProtocolError
+from geomirror.limits import Limits
+from geomirror.wan_protocol.decisions import Decision, SendFrame, SendMessage
+from geomirror.wan_protocol.messages import Acknowledge, EpochCommit, SessionAccept
+
+if TYPE_CHECKING:
+    from geomirror.wan_protocol.epoch_encode import EncodedEpoch
+
+STREAM = "Stream"
+FOLD = "Fold"
+BITMAP = "Bitmap"
+RESYNC = "Resync"
+
+
+def bitmap_numbers(bitmap: bytes, count: int) -> list[int]:
+    """Numbers below `count` whose bit is set; bit 0 of byte 0 is number 0."""
+    return [i for i in range(min(count, len(bitmap) * 8)) if bitmap[i >> 3] >> (i & 7) & 1]
+
+
+@dataclass(slots=True)
+class Unit:
+    """One epoch or fold in the stream; `to_send` are the numbers of frames not handed over yet."""
+
+    encoded: EncodedEpoch
+    commit: EpochCommit
+    to_send: deque[int]
+    is_commit_sent: bool = False
+    held_bytes: int = 0
+
+
+@dataclass(slots=True)
+class SenderCounters:
+    """Totals since the daemon started."""
+
+    logical_bytes: int = 0
+    wire_bytes: int = 0
+    resyncs: int = 0
+    epochs_durable: int = 0
+
+
+@dataclass
+class Sender:
+    """The stream to one peer. `is_open` while a session is accepted on a live link."""
+
+    name: str
+    session: int
+    limits: Limits
+    durable_epoch: int = 0
+    durable_hash: bytes = bytes(32)
+    applied_epoch: int = 0
+    mode: str = STREAM
+    is_open: bool = False
+    is_link_up: bool = False
+    is_paused: bool = False
+    data_state: str = "unknown"
+    refusal: str = ""
+    room_bytes: int = 0
+    mode_since_ns: int = 0
+    counters: SenderCounters = field(default_factory=SenderCounters)
+    units: deque[Unit] = field(default_factory=deque)
+    next_number: int = 1
+    is_encoding: bool = False
+    _sent_bytes: int = 0
+    _received_bytes: int = 0
+    _credit_bytes: int = 0
+
+    @property
+    def held_bytes(self) -> int:
+        """Encoded bytes kept for this peer."""
+        return sum(unit.held_bytes for unit in self.units)
+
+    def may_encode(self, sealed_epoch: int) -> bool:
+        """Whether the next unit should be encoded now."""
+        return (
+            self.is_open
+            and not self.is_paused
+            and not self.is_encoding
+            and self.mode in (STREAM, FOLD)
+            and self.next_number <= sealed_epoch
+            and (not self.units or self.held_bytes < self.limits.window_bytes_min)
+        )
+
+    def add_unit(self, encoded: EncodedEpoch, commit: EpochCommit) -> None:
+        """Queue an encoded unit, the one that follows the last."""
+        assert encoded.first_number == self.next_number
+        frames = encoded.frames
+        self.units.append(
+            Unit(encoded, commit, deque(range(len(frames))), held_bytes=sum(map(len, frames)))
+        )
+        self.next_number = encoded.number + 1
+
+    def open(self, accept: SessionAccept) -> None:
+        """The peer accepted the session at this position: go on right after it."""
+        self.is_open = True
+        self.refusal = ""
+        self._sent_bytes = self._received_bytes = 0
+        self._credit_bytes = accept.credit_bytes
+        self.data_state = accept.data_state
+        self._set_durable(accept.durable_epoch, accept.durable_hash)
+        self.applied_epoch = accept.applied_epoch
+        if not self.units:
+            self.next_number = self.durable_epoch + 1
+        for unit in self.units:
+            count = len(unit.encoded.frames)
+            have: set[int] = set()
+            if unit.encoded.number == accept.spooled_epoch:
+                have = set(bitmap_numbers(accept.spooled_frames, count))
+            unit.to_send = deque(i for i in range(count) if i not in have)
+            unit.is_commit_sent = False
+
+    def close(self) -> None:
+        """The link is gone; positions and encoded units stay."""
+        self.is_open = False
+        self.room_bytes = 0
+
+    def forget_units(self, next_number: int) -> None:
+        """Drop encoded units; the stream goes on at `next_number`."""
+        self.units.clear()
+        self.next_number = next_number
+
+    def acknowledge(self, message: Acknowledge) -> None:
+        """Take the peer's word for what it has.
+
+        :raises RemoteProtocolError: a position beyond what was sent, or one that went back.
+        """
+        last = self.units[-1].encoded.number if self.units else self.durable_epoch
+        if message.durable_epoch > max(last, self.durable_epoch):
+            raise RemoteProtocolError(
+                f'peer "{self.name}" reports epoch {message.durable_epoch} durable, '
+                f"only {last} was sent"
+            )
+        if message.applied_epoch > message.durable_epoch:
+            raise RemoteProtocolError(f'peer "{self.name}" reports more applied than durable')
+        if message.durable_epoch >= self.durable_epoch:
+            self._set_durable(message.durable_epoch, message.durable_hash)
+        self.applied_epoch = max(self.applied_epoch, message.applied_epoch)
+        self._received_bytes = max(self._received_bytes, message.received_bytes)
+        self._credit_bytes = max(self._credit_bytes, message.credit_bytes)
+        if message.missing_epoch:
+            self._resend(message.missing_epoch, message.missing_frames)
+
+    def _set_durable(self, epoch: int, chain_hash: bytes) -> None:
+        while self.units and self.units[0].encoded.number <= epoch:
+            unit = self.units.popleft()
+            if unit.encoded.number == epoch and unit.commit.chain_hash != chain_hash:
+                raise RemoteProtocolError(
+                    f'peer "{self.name}" has another history at epoch {epoch}: chain hashes differ'
+                )
+            self.counters.epochs_durable += 1
+        self.durable_epoch = epoch
+        self.durable_hash = chain_hash
+
+    def _resend(self, epoch: int, bitmap: bytes) -> None:
+        for unit in self.units:
+            if unit.encoded.number != epoch:
+                continue
+            waiting = set(unit.to_send)
+            for number in bitmap_numbers(bitmap, len(unit.encoded.frames)):
+                if number not in waiting:
+                    unit.to_send.append(number)
+                    # It will never be counted as received for its first sending.
+                    self._sent_bytes -= len(unit.encoded.frames[number])
+            unit.is_commit_sent = unit.is_commit_sent and not unit.to_send
+            return
+
+    def may_send(self, length: int) -> bool:
+        """Whether window, credit and link take a frame of this length now."""
+        if length > self.room_bytes or self._sent_bytes + length > self._credit_bytes:
+            return False
+        return self._sent_bytes + length - self._received_bytes <= self.limits.window_bytes_min
+
+    def count_sent(self, length: int) -> None:
+        """Account for a frame handed to the link."""
+        self._sent_bytes += length
+        self.room_bytes -= length
+        self.counters.wire_bytes += length
+
+    def grant(self, received_bytes: int, credit_bytes: int) -> None:
+        """Positions of flow control from an acknowledgement of another kind."""
+        self._received_bytes = max(self._received_bytes, received_bytes)
+        self._credit_bytes = max(self._credit_bytes, credit_bytes)
+
+    def next_sends(self) -> list[Decision]:
+        """Frames and commits that may go out now, in order."""
+        decisions: list[Decision] = []
+        if not self.is_open or self.mode not in (STREAM, FOLD):
+            return decisions
+        for unit in self.units:
+            frames = unit.encoded.frames
+            while unit.to_send:
+                body = frames[unit.to_send[0]]
+                if not self.may_send(len(body)):
+                    return decisions
+                number = unit.to_send.popleft()
+                self.count_sent(len(body))
+                epoch = unit.encoded.number
+                decisions.append(SendFrame(self.name, self.session, epoch, number, body))
+            if not unit.is_commit_sent:
+                unit.is_commit_sent = True
+                decisions.append(SendMessage(self.name, self.session, unit.commit))
+        return decisions

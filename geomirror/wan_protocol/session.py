@@ -1,0 +1,36 @@
+"""What both ends of a session derive from a superblock: its number, its chain, its volumes."""
+
+from __future__ import annotations
+
+from geomirror.volume.superblock import Superblock
+from geomirror.wan_protocol.messages import GenerationEntry, VolumeInfo
+
+
+def session_number(resource_id: str) -> int:
+    """The session of a resource on any link: the first four bytes of its id, never 0.
+
+    :param resource_id: hexadecimal.
+    """
+    return int.from_bytes(bytes.fromhex(resource_id)[:4], "little") or 1
+
+
+def chain_entries(superblock: Superblock) -> list[GenerationEntry]:
+    """The generation chain as it is sent, oldest first."""
+    return [
+        GenerationEntry(
+            bytes.fromhex(entry.identity),
+            entry.token,
+            bytes.fromhex(entry.parent),
+            entry.parent_epoch,
+            bytes.fromhex(entry.parent_hash),
+            entry.reason,
+            entry.by,
+            entry.wall_ns,
+        )
+        for entry in superblock.chain
+    ]
+
+
+def volume_infos(superblock: Superblock) -> list[VolumeInfo]:
+    """Volumes as both sides must agree on them."""
+    return [VolumeInfo(v.index, v.name, v.size_bytes) for v in superblock.volumes]
