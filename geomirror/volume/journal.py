@@ -1,0 +1,405 @@
+"""The journal: an endless log of records in a bounded ring of segments.
+
+```
+ lowest pin                                        durable_lsn          end_lsn
+     ▼                                                  ▼                  ▼
+ ┌───────┐ ┌───────────────┐ ┌───────────────┐ ┌────────────────────────────┐   ┌───────┐
+ │ n     │ │ n+1           │ │ n+2           │ │ n+3: the one being written │   │ spare │
+ └───────┘ └───────────────┘ └───────────────┘ └────────────────────────────┘   └───────┘
+```
+Invariants: LSNs grow and are never reused; a record is durable only when its segment's data *and*
+directory entry are; nothing at or above a pin is recycled; a failed batch leaves no trace.
+Deliberately not here: what records mean (`engine`), reading a log after a crash (`recovery`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from xxhash import xxh3_64
+
+from geomirror.environment import Entropy
+from geomirror.errors import IntegrityError, JournalFullError, StorageError
+from geomirror.limits import Limits
+from geomirror.volume.journal_jobs import Health, Pin, SpareJob, SyncJob, TrimJob
+from geomirror.volume.journal_plan import BatchPlan, LogEnd, PlanPart, Write
+from geomirror.volume.record import (
+    HEADER_BYTES,
+    RecordInfo,
+    RecordType,
+    parse_header,
+    parse_record,
+    record_bytes,
+)
+from geomirror.volume.segment import (
+    DIRECTORY,
+    SEGMENT_HEADER_BYTES,
+    Segment,
+    SegmentHeader,
+    parse_segment_header,
+    segment_name,
+    spare_name,
+)
+from geomirror.volume.store import Buffer, File, Store
+
+__all__ = ["Journal", "Pin", "SpareJob", "SyncJob", "TrimJob", "Write"]
+
+_DATA_KINDS = frozenset((RecordType.WRITE, RecordType.ZERO, RecordType.TRIM, RecordType.BLOCKS))
+
+
+class Journal:
+    """One resource's journal. All methods but `read*` belong to one thread (the loop)."""
+
+    def __init__(
+        self,
+        store: Store,
+        limits: Limits,
+        entropy: Entropy,
+        *,
+        resource_id: bytes,
+        journal_bytes: int,
+        segments: Sequence[Segment],
+        headers: Sequence[SegmentHeader],
+        end: LogEnd,
+        spares: Sequence[str] = (),
+        spare_next: int = 0,
+    ) -> None:
+        """Take over an existing log whose every byte below `end.end_lsn` is durable.
+
+        Use `create` or `recovery.recover_journal`. The last segment is the one to go on in.
+
+        :param headers: of the segments whose header is known.
+        """
+        assert journal_bytes >= 4 * limits.segment_bytes
+        assert len(resource_id) == 16
+        assert segments[-1].number == end.number
+        self._end = end
+        self.durable_lsn = end.end_lsn
+        self.bytes_total = journal_bytes
+        self.resource_id = resource_id
+        self._store = store
+        self._entropy = entropy
+        self._segment_bytes = limits.segment_bytes
+        self._payload_bytes_max = limits.record_payload_bytes_max
+        self._spares_max = limits.spare_segments_max
+        self._segments_max = journal_bytes // limits.segment_bytes
+        # Replaced, never changed: readers on other threads look segments up without a lock.
+        self._segments = {segment.number: segment for segment in segments}
+        self._salts = {header.number: header.salt for header in headers}
+        self._current = segments[-1]
+        self._spares = list(spares)
+        self._spare_next = spare_next
+        self._is_spare_wanted = True
+        self._is_trimming = False
+        self._unsynced: dict[int, File] = {}
+        self._is_directory_unsynced = False
+        self._syncing: list[SyncJob] = []
+        self._pins: dict[int, Pin] = {}
+        self._health = Health()
+
+    @classmethod
+    def create(
+        cls,
+        store: Store,
+        limits: Limits,
+        entropy: Entropy,
+        *,
+        resource_id: bytes,
+        journal_bytes: int,
+        first_segment: int = 1,
+    ) -> Journal:
+        """Make an empty journal, durable on return. Blocking.
+
+        :raises StorageError: no space, or a journal is there already.
+        """
+        assert first_segment >= 1
+        base = first_segment * limits.segment_bytes
+        salt = int.from_bytes(entropy.token_bytes(8), "little")
+        header = SegmentHeader(
+            first_segment, limits.segment_bytes, salt, resource_id, 0, base, base
+        )
+        file = store.create(segment_name(first_segment), limits.segment_bytes, zeroed=True)
+        file.pwritev([header.pack()], 0)
+        file.fdatasync()
+        store.sync_directory(DIRECTORY)
+        return cls(
+            store,
+            limits,
+            entropy,
+            resource_id=resource_id,
+            journal_bytes=journal_bytes,
+            segments=[Segment(first_segment, file)],
+            headers=[header],
+            end=LogEnd(
+                limits.segment_bytes,
+                resource_id,
+                number=first_segment,
+                salt=salt,
+                end_lsn=header.start_lsn,
+                check=0,
+                number_next=first_segment + 1,
+            ),
+        )
+
+    @property
+    def end_lsn(self) -> int:
+        """Behind the last record; the next one lies here or opens a new segment."""
+        return self._end.end_lsn
+
+    @property
+    def bytes_used(self) -> int:
+        """Bytes of the segments that the log holds, up to `end_lsn`."""
+        tail = self._segment_limit() - self.end_lsn
+        return len(self._segments) * self._segment_bytes - tail
+
+    @property
+    def first_segment(self) -> int:
+        """Number of the lowest segment that is still there."""
+        return min(self._segments)
+
+    @property
+    def failure(self) -> str:
+        """Why the journal refuses all use, "" while it does not."""
+        return self._health.failure
+
+    def room_bytes(self) -> int:
+        """Payload and header bytes that `append` surely takes now, in any split into records."""
+        waste = record_bytes(self._payload_bytes_max)
+        current = self._segment_limit() - self.end_lsn - waste
+        fresh = self._segment_bytes - SEGMENT_HEADER_BYTES - waste
+        return max(0, current) + max(0, self._segments_free(is_data=True)) * fresh
+
+    def append(self, writes: Sequence[Write], wall_ns: int, *, flags: int = 0) -> list[int]:
+        """Append a batch and return its LSNs. Not durable before a sync past the last of them.
+
+        One `pwritev` per segment touched. Payloads are not kept after the call.
+
+        :param writes: payloads of at most `limits.record_payload_bytes_max` bytes; WRITE only.
+        :param wall_ns: Unix time in ns, for rewind points only.
+        :param flags: of every record: low byte of the cut number.
+        :raises JournalFullError: no segment is free. :raises NoSpaceError: the disk is full.
+            In all cases of error nothing changed.
+        """
+        self._health.require()
+        plan = BatchPlan(self._end, self.durable_lsn, self._entropy)
+        lsns = plan.add_writes(writes, wall_ns, self._payload_bytes_max, flags)
+        self._commit(plan, is_data=True)
+        return lsns
+
+    def append_record(
+        self,
+        kind: RecordType,
+        parts: Sequence[Buffer],
+        *,
+        volume: int = 0,
+        offset: int = 0,
+        length: int = 0,
+        flags: int = 0,
+        wall_ns: int,
+    ) -> int:
+        """Append one record whose payload is all parts, and return its LSN; as `append` otherwise.
+
+        Kinds that do not carry user data (EPOCH, FILL, MARK, …) may use two segments more than
+        `append`: an epoch must be sealed before a full journal can be trimmed.
+        """
+        self._health.require()
+        digest = xxh3_64()
+        size = 0
+        for buffer in parts:
+            digest.update(buffer)
+            size += len(buffer)
+        info = RecordInfo(kind, flags, volume, 0, offset, length, wall_ns, size)
+        plan = BatchPlan(self._end, self.durable_lsn, self._entropy)
+        lsn = plan.add_record(info, digest.intdigest() if size else 0, parts)
+        self._commit(plan, is_data=kind in _DATA_KINDS)
+        return lsn
+
+    def read(self, address: int, length: int) -> bytes:
+        """`length` bytes of one record's payload; on any thread, for what a pin holds."""
+        number, offset = divmod(address, self._segment_bytes)
+        segment = self._segments.get(number)
+        assert segment is not None, f"address {address} is not pinned"
+        assert offset + length <= self._segment_bytes
+        return segment.file.pread(length, offset)
+
+    def read_record(self, lsn: int) -> tuple[RecordInfo, bytes]:
+        """The record at `lsn` and its payload, verified; on any thread, for what a pin holds.
+
+        :raises IntegrityError: no valid record lies there.
+        """
+        number, offset = divmod(lsn, self._segment_bytes)
+        salt = self._salt_of(number)
+        info = parse_header(self.read(lsn, HEADER_BYTES), lsn, salt)
+        if info is not None and offset + record_bytes(info.payload_length) <= self._segment_bytes:
+            data = self.read(lsn, record_bytes(info.payload_length))
+            info = parse_record(data, lsn, lsn + len(data), salt)
+            if info is not None:
+                return info, data[HEADER_BYTES : HEADER_BYTES + info.payload_length]
+        raise IntegrityError(f"no valid record at offset {offset} of {segment_name(number)}")
+
+    def begin_sync(self) -> SyncJob:
+        """A job that makes everything appended so far durable; appending may go on meanwhile."""
+        self._health.require()
+        # A job that is still running vouches for nothing yet: this one covers its files again.
+        files = dict.fromkeys(file for job in self._syncing for file in job.files)
+        files.update(dict.fromkeys(self._unsynced.values()))
+        directory = self._is_directory_unsynced or any(job.directory for job in self._syncing)
+        job = SyncJob(self._store, self._health, self.end_lsn, list(files), directory=directory)
+        self._unsynced = {}
+        self._is_directory_unsynced = False
+        self._syncing.append(job)
+        return job
+
+    def complete_sync(self, job: SyncJob) -> None:
+        """Take note that `job` ran: `durable_lsn` is at least `job.lsn`.
+
+        :raises StorageError: it failed; the journal refuses all use.
+        """
+        self._health.require()
+        assert job.is_done
+        self._syncing.remove(job)
+        self.durable_lsn = max(self.durable_lsn, job.lsn)
+
+    def pin(self, lsn: int, owner: str) -> Pin:
+        """Keep everything at or above `lsn`. While there is no pin at all, nothing is trimmed."""
+        return Pin(self._pins, lsn, owner)
+
+    def trim_job(self) -> TrimJob | None:
+        """A job that recycles what lies wholly below the lowest pin; None when there is nothing."""
+        self._health.require()
+        if self._is_trimming:
+            return None
+        surplus = self._surplus_spares()
+        items: list[tuple[Segment, str]] = []
+        room = self._spares_max - len(self._spares)
+        lowest = min((pin.lsn for pin in self._pins.values()), default=0)
+        for number in sorted(self._segments):
+            segment = self._segments[number]
+            is_needed = (number + 1) * self._segment_bytes > lowest or segment is self._current
+            if is_needed or self._is_syncing(segment):
+                break
+            items.append((segment, self._spare_name() if room > 0 else ""))
+            room -= 1
+        if not items and not surplus:
+            return None
+        self._is_trimming = True
+        return TrimJob(self._store, items, surplus)
+
+    def complete_trim(self, job: TrimJob) -> None:
+        """Forget the segments that `job` took out, also when it failed half-way."""
+        self._is_trimming = False
+        gone = {segment.number for segment, _ in job.done}
+        self._segments = {n: s for n, s in self._segments.items() if n not in gone}
+        for segment, spare in job.done:
+            self._salts.pop(segment.number, None)
+            segment.file.close()
+            if spare:
+                self._spares.append(spare)
+
+    def spare_job(self) -> SpareJob | None:
+        """A job that makes a zeroed spare; None when enough are ready or the journal is full."""
+        self._health.require()
+        is_room = len(self._segments) + len(self._spares) < self._segments_max
+        if not self._is_spare_wanted or len(self._spares) >= self._spares_max or not is_room:
+            return None
+        self._is_spare_wanted = False
+        return SpareJob(self._store, self._spare_name(), self._segment_bytes)
+
+    def complete_spare(self, job: SpareJob) -> None:
+        """Take the spare over; after a failed job another one may be asked for."""
+        self._is_spare_wanted = True
+        if job.is_done:
+            self._spares.append(job.name)
+
+    def close(self) -> None:
+        """Close all files; nothing is synced."""
+        for segment in self._segments.values():
+            segment.file.close()
+        self._segments = {}
+
+    def _segment_limit(self) -> int:
+        return (self._current.number + 1) * self._segment_bytes
+
+    def _segments_free(self, *, is_data: bool) -> int:
+        """Segments that may be opened. One is kept back from data; bookkeeping may go one over."""
+        return self._segments_max - len(self._segments) + (-1 if is_data else 1)
+
+    def _commit(self, plan: BatchPlan, *, is_data: bool) -> None:
+        """Write a planned batch; the journal's state changes only when all of it is written."""
+        first, *others = plan.parts
+        opened: list[Segment] = []
+        if others:
+            self._require_free(len(others), is_data=is_data)
+        try:
+            if first.buffers:
+                self._current.file.pwritev(first.buffers, first.offset)
+            for part in others:
+                opened.append(self._open_segment(part.number))
+                assert part.header is not None
+                opened[-1].file.pwritev([part.header.pack(), *part.buffers], 0)
+        except StorageError:
+            self._discard(opened)
+            raise
+        if first.buffers:
+            self._unsynced[first.number] = self._current.file
+        if opened:
+            self._adopt(opened, others)
+        self._end = plan.end
+
+    def _require_free(self, count: int, *, is_data: bool) -> None:
+        if count > self._segments_free(is_data=is_data):
+            raise JournalFullError(
+                f"journal of resource {self.resource_id.hex()} is full: "
+                f"{self.bytes_used} of {self.bytes_total} bytes are still needed"
+            )
+
+    def _open_segment(self, number: int) -> Segment:
+        """A ready spare under its new name, or a new sparse file: never a wait for zeroing."""
+        name = segment_name(number)
+        # A number whose file could not be written is not used again.
+        self._end.number_next = number + 1
+        self._is_directory_unsynced = True
+        if self._spares:
+            self._store.rename(self._spares[-1], name)
+            self._spares.pop()
+            return Segment(number, self._store.open(name))
+        return Segment(number, self._store.create(name, self._segment_bytes))
+
+    def _adopt(self, opened: list[Segment], parts: list[PlanPart]) -> None:
+        self._segments = {**self._segments, **{segment.number: segment for segment in opened}}
+        for segment, part in zip(opened, parts, strict=True):
+            self._unsynced[segment.number] = segment.file
+            self._salts[segment.number] = part.salt
+        self._current = opened[-1]
+
+    def _discard(self, opened: list[Segment]) -> None:
+        """Remove segments of a failed batch: their headers would cut the log at its old end."""
+        for segment in opened:
+            segment.file.close()
+            try:
+                self._store.unlink(segment_name(segment.number))
+            except StorageError as error:
+                self._health.failure = f"journal stopped: {error.message}"
+
+    def _is_syncing(self, segment: Segment) -> bool:
+        return segment.number in self._unsynced or any(
+            segment.file in job.files for job in self._syncing
+        )
+
+    def _surplus_spares(self) -> list[str]:
+        count = len(self._segments) + len(self._spares) - self._segments_max
+        return [self._spares.pop() for _ in range(min(max(0, count), len(self._spares)))]
+
+    def _spare_name(self) -> str:
+        self._spare_next += 1
+        return spare_name(self._spare_next)
+
+    def _salt_of(self, number: int) -> int:
+        salt = self._salts.get(number)
+        if salt is None:
+            data = self.read(number * self._segment_bytes, SEGMENT_HEADER_BYTES)
+            header = parse_segment_header(data, number, self._segment_bytes, self.resource_id)
+            if header is None:
+                raise IntegrityError(f"{segment_name(number)} has no valid header")
+            salt = self._salts[number] = header.salt
+        return salt

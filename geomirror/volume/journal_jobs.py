@@ -1,0 +1,125 @@
+"""The journal's blocking work as objects: prepared on the loop, run on any thread, completed there.
+
+A failed `fdatasync` ends the journal: the kernel may have dropped the dirty pages, so that neither
+a second fdatasync nor a later record's "known durable" could be believed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from geomirror.errors import StorageError
+from geomirror.volume.segment import DIRECTORY, Segment, segment_name
+from geomirror.volume.store import File, Store
+
+
+class Health:
+    """Whether the journal may still be used; shared by the journal and its jobs."""
+
+    __slots__ = ("failure",)
+
+    def __init__(self) -> None:
+        self.failure = ""
+
+    def require(self) -> None:
+        """Refuse everything after a failed sync. :raises StorageError: always the same cause."""
+        if self.failure:
+            raise StorageError(self.failure, hint="restart the daemon: recovery decides")
+
+
+class SyncJob:
+    """Makes everything below `lsn` durable: data of the segments, then the directory entries."""
+
+    def __init__(
+        self, store: Store, health: Health, lsn: int, files: Sequence[File], *, directory: bool
+    ) -> None:
+        self.lsn = lsn
+        self.files = tuple(files)
+        self.directory = directory
+        self.is_done = False
+        self._store = store
+        self._health = health
+
+    def run(self) -> None:
+        """Blocking, on any thread. :raises StorageError: the journal refuses all use."""
+        self._health.require()
+        try:
+            for file in self.files:
+                file.fdatasync()
+            if self.directory:
+                self._store.sync_directory(DIRECTORY)
+        except StorageError as error:
+            self._health.failure = f"journal stopped after a failed sync: {error.message}"
+            raise
+        self.is_done = True
+
+
+@dataclass
+class TrimJob:
+    """Takes segments that nobody needs out of the log: (segment, new spare's name or "")."""
+
+    store: Store
+    items: list[tuple[Segment, str]]
+    surplus: list[str] = field(default_factory=list)
+    """Spares above the budget, to be unlinked."""
+    done: list[tuple[Segment, str]] = field(default_factory=list)
+
+    def run(self) -> None:
+        """Blocking, on any thread. May fail half-way; `complete_trim` then takes what was done."""
+        for segment, spare in self.items:
+            name = segment_name(segment.number)
+            if spare:
+                self.store.rename(name, spare)
+            else:
+                self.store.unlink(name)
+            self.done.append((segment, spare))
+        for name in self.surplus:
+            self.store.unlink(name)
+        self.store.sync_directory(DIRECTORY)
+
+
+@dataclass
+class SpareJob:
+    """Makes one spare segment, its blocks written as zeros: a flush is then half as expensive."""
+
+    store: Store
+    name: str
+    segment_bytes: int
+    is_done: bool = False
+
+    def run(self) -> None:
+        """Blocking, on any thread. :raises NoSpaceError: nothing is left behind."""
+        try:
+            file = self.store.create(self.name, self.segment_bytes, zeroed=True)
+            try:
+                file.fdatasync()
+            finally:
+                file.close()
+        except StorageError:
+            self.store.unlink(self.name)
+            raise
+        self.store.sync_directory(DIRECTORY)
+        self.is_done = True
+
+
+class Pin:
+    """Holds back trimming: nothing at or above `lsn` is recycled until `release`."""
+
+    __slots__ = ("_pins", "lsn", "owner")
+
+    def __init__(self, pins: dict[int, Pin], lsn: int, owner: str) -> None:
+        self.lsn = lsn
+        self.owner = owner
+        self._pins = pins
+        pins[id(self)] = self
+
+    def move(self, lsn: int) -> None:
+        """Let go of what lies below `lsn`."""
+        assert id(self) in self._pins, f"pin of {self.owner} is released"
+        assert lsn >= self.lsn, f"pin of {self.owner} cannot go back from {self.lsn} to {lsn}"
+        self.lsn = lsn
+
+    def release(self) -> None:
+        """Hold nothing any more; may be called twice."""
+        self._pins.pop(id(self), None)

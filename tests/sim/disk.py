@@ -1,0 +1,477 @@
+"""A simulated disk: a page cache over durable sectors, with faults and crashes from a seed.
+
+What is modelled:
+* Writes go to the cache. `fdatasync` makes a file's data and size durable, never its name.
+* `crash()`: every 512-byte sector written since the last sync survives, is lost, or (rarely) holds
+  garbage; garbage never hits a sector that held other, durable bytes, as sectors are atomic.
+  The kernel may also have written back an older version of a dirty page at any time before.
+* Directory entries are durable after `sync_directory` only; at a crash a prefix of the pending
+  operations survives, as on journaling file systems, sometimes an arbitrary part of them.
+* A failed `fdatasync` leaves the data readable and *clean*: a second one would lie.
+"""
+
+from __future__ import annotations
+
+import errno
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from geomirror.errors import StorageError
+from geomirror.volume.store import Buffer
+
+PAGE = 4096
+SECTOR = 512
+SECTORS = PAGE // SECTOR
+ALL_SECTORS = (1 << SECTORS) - 1
+ZERO_PAGE = bytes(PAGE)
+
+
+@dataclass(eq=False)
+class Inode:
+    """Content of one file. Pages are immutable bytes; an absent page is all zero."""
+
+    size: int = 0
+    durable_size: int = 0
+    cache: dict[int, bytes] = field(default_factory=dict)
+    durable: dict[int, bytes] = field(default_factory=dict)
+    dirty: dict[int, int] = field(default_factory=dict)
+    """Page → mask of the sectors written since the last sync."""
+    partial: dict[int, int] = field(default_factory=dict)
+    """Page → mask of the dirty sectors that also hold bytes from before."""
+    reserved_bytes: int = 0
+
+    def used_bytes(self) -> int:
+        """Bytes that it takes on the disk."""
+        return max(self.reserved_bytes, len(self.cache) * PAGE)
+
+
+@dataclass
+class Fault:
+    """Fail matching calls: after `skip` of them, `count` times."""
+
+    operation: str
+    pattern: str
+    error: int
+    skip: int = 0
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class CrashStyle:
+    """How a crash treats unsynced data: chances that a sector survives or is garbage."""
+
+    survive: float
+    garbage: float = 0.0
+
+
+STYLES = (
+    CrashStyle(0.0),
+    CrashStyle(1.0),
+    CrashStyle(0.5),
+    CrashStyle(0.5, 0.05),
+    CrashStyle(0.9, 0.02),
+    CrashStyle(0.1),
+)
+
+
+Operation = tuple[str, Inode | None, str]
+"""A directory operation: (name, file or None for a removal, old name of a rename or "")."""
+Names = list[str]
+Operations = list[Operation]
+
+
+class SimStore:
+    """Implements `geomirror.volume.store.Store` in memory."""
+
+    def __init__(
+        self, seed: int | str = 0, *, capacity_bytes: int = 1 << 40, writeback: float = 1 / 64
+    ) -> None:
+        """:param writeback: chance that a write makes the kernel write back one dirty page."""
+        self.random = random.Random(seed)
+        self.capacity_bytes = capacity_bytes
+        self.on_operation: Callable[[str, str], None] | None = None
+        """Called before each operation with its name and the file's; may raise to stop there."""
+        self.faults: list[Fault] = []
+        self.counts: dict[str, int] = {}
+        self._writeback = writeback
+        self._names: dict[str, Inode] = {}
+        self._durable_names: dict[str, Inode] = {}
+        self._pending: dict[str, Operations] = {}
+        self.incarnation = 0
+
+    # Store protocol
+
+    def open(self, name: str) -> SimFile:
+        """Open an existing file."""
+        self.check("open", name)
+        inode = self._names.get(name)
+        if inode is None:
+            raise StorageError(f"open {name}: No such file or directory")
+        return SimFile(self, inode, name)
+
+    def create(self, name: str, size: int, *, zeroed: bool = False) -> SimFile:
+        """Create a file; `zeroed` reserves its space."""
+        self.check("create", name)
+        if name in self._names:
+            raise StorageError(f"create {name}: File exists")
+        inode = Inode(size=size)
+        if zeroed:
+            self._require_space(size, name)
+            inode.reserved_bytes = size
+        self._names[name] = inode
+        self._pend(name, inode, "")
+        return SimFile(self, inode, name)
+
+    def exists(self, name: str) -> bool:
+        """Whether the file is there."""
+        return name in self._names
+
+    def rename(self, old: str, new: str) -> None:
+        """Rename, replacing."""
+        self.check("rename", old)
+        inode = self._names.pop(old, None)
+        if inode is None:
+            raise StorageError(f"rename {old}: No such file or directory")
+        self._names[new] = inode
+        self._pend(new, inode, old)
+
+    def unlink(self, name: str) -> None:
+        """Remove if there."""
+        self.check("unlink", name)
+        if self._names.pop(name, None) is not None:
+            self._pend(name, None, "")
+
+    def list(self, directory: str = "") -> Names:
+        """Sorted plain files of one directory."""
+        self.check("list", directory)
+        prefix = directory + "/" if directory else ""
+        names = (name[len(prefix) :] for name in self._names if name.startswith(prefix))
+        return sorted(name for name in names if "/" not in name)
+
+    def sync_directory(self, directory: str = "") -> None:
+        """Make the directory's entries durable."""
+        self.check("sync_directory", directory)
+        for operation in self._pending.pop(directory, ()):
+            self._apply(operation)
+
+    def free_bytes(self) -> int:
+        """Space left."""
+        used = sum(inode.used_bytes() for inode in self._names.values())
+        return max(0, self.capacity_bytes - used)
+
+    # The simulation's side
+
+    def fail(
+        self,
+        operation: str,
+        pattern: str = "*",
+        *,
+        error: int = errno.EIO,
+        skip: int = 0,
+        count: int = 1,
+    ) -> None:
+        """Make matching calls fail with an errno: EIO, ENOSPC, …"""
+        self.faults.append(Fault(operation, pattern, error, skip, count))
+
+    def crash(self, *, lose_nothing: bool = False, style: CrashStyle | None = None) -> None:
+        """The machine stops and comes back; all open files become unusable.
+
+        :param lose_nothing: only the process died: the page cache survives.
+        """
+        self.incarnation += 1
+        if lose_nothing:
+            return
+        chosen = style or STYLES[self.random.randrange(len(STYLES))]
+        for directory in sorted(self._pending):
+            self._crash_directory(self._pending[directory], chosen)
+        self._pending.clear()
+        self._names = dict(self._durable_names)
+        # Files without a durable name are gone; two names never share a file.
+        for name in sorted(self._names):
+            self._crash_file(self._names[name], chosen)
+
+    def flip_bit(self, name: str, bit: int) -> None:
+        """Flip one bit of a file, in the cache and on the disk: silent corruption."""
+        inode = self._names[name]
+        page, rest = divmod(bit // 8, PAGE)
+        for pages in (inode.cache, inode.durable):
+            data = bytearray(pages.get(page, ZERO_PAGE))
+            data[rest] ^= 1 << bit % 8
+            pages[page] = bytes(data)
+
+    def content(self, name: str) -> bytes:
+        """The whole file as a reader would see it now."""
+        inode = self._names[name]
+        whole = b"".join(inode.cache.get(i, ZERO_PAGE) for i in range(-(-inode.size // PAGE)))
+        return whole[: inode.size]
+
+    def names(self) -> Names:
+        """All files, sorted."""
+        return sorted(self._names)
+
+    def check(self, operation: str, name: str) -> None:
+        """Count the call, call the hook, raise an injected fault."""
+        self.counts[operation] = self.counts.get(operation, 0) + 1
+        if self.on_operation is not None:
+            self.on_operation(operation, name)
+        if self.faults:
+            self._inject(operation, name)
+
+    def write_back(self, inode: Inode) -> None:
+        """Now and then the kernel writes a dirty page back, long before it is synced."""
+        if inode.dirty and self._writeback and self.random.random() < self._writeback:
+            page = self.random.choice([*inode.dirty])
+            self._survive(inode, page, inode.dirty[page])
+
+    def require_space(self, inode: Inode, pages: int, name: str) -> None:
+        """Refuse `pages` new pages when the disk is full."""
+        grown = (len(inode.cache) + pages) * PAGE - inode.used_bytes()
+        if grown > 0 and self.capacity_bytes < 1 << 40:
+            self._require_space(grown, name)
+
+    def _require_space(self, size: int, name: str) -> None:
+        if size > self.free_bytes():
+            raise StorageError.from_os(
+                OSError(errno.ENOSPC, "No space left on device"), operation="write", path=name
+            )
+
+    def _inject(self, operation: str, name: str) -> None:
+        for fault in self.faults:
+            if fault.operation == operation and fnmatchcase(name, fault.pattern):
+                if fault.skip > 0:
+                    fault.skip -= 1
+                    continue
+                fault.count -= 1
+                if fault.count <= 0:
+                    self.faults.remove(fault)
+                error = OSError(fault.error, errno.errorcode[fault.error])
+                raise StorageError.from_os(error, operation=operation, path=name)
+
+    def _pend(self, name: str, inode: Inode | None, old: str) -> None:
+        directory = name.rpartition("/")[0]
+        self._pending.setdefault(directory, []).append((name, inode, old))
+
+    def _apply(self, operation: Operation) -> None:
+        name, inode, old = operation
+        if old and self._durable_names.get(old) is inode:
+            del self._durable_names[old]
+        if inode is None:
+            self._durable_names.pop(name, None)
+            return
+        for other in [n for n, i in self._durable_names.items() if i is inode]:
+            del self._durable_names[other]
+        self._durable_names[name] = inode
+
+    def _crash_directory(self, pending: Operations, style: CrashStyle) -> None:
+        if style.survive in (0.0, 1.0):
+            chosen = pending if style.survive else []
+        elif self.random.random() < 0.8:
+            chosen = pending[: self.random.randint(0, len(pending))]
+        else:
+            chosen = [one for one in pending if self.random.random() < style.survive]
+        for operation in chosen:
+            self._apply(operation)
+
+    def _crash_file(self, inode: Inode, style: CrashStyle) -> None:
+        chance = self.random.random
+        for page, mask in sorted(inode.dirty.items()):
+            surviving = garbage = 0
+            for sector in range(SECTORS):
+                bit = 1 << sector
+                if mask & bit == 0:
+                    continue
+                luck = chance()
+                if luck < style.garbage and not inode.partial.get(page, 0) & bit:
+                    garbage |= bit
+                elif luck < style.garbage + style.survive:
+                    surviving |= bit
+            self._survive(inode, page, surviving)
+            if garbage:
+                self._scramble(inode, page, garbage)
+        if inode.size != inode.durable_size and chance() < style.survive:
+            inode.durable_size = inode.size
+        inode.size = inode.durable_size
+        inode.dirty.clear()
+        inode.partial.clear()
+        inode.cache = dict(inode.durable)
+
+    def _survive(self, inode: Inode, page: int, mask: int) -> None:
+        new = inode.cache.get(page, ZERO_PAGE)
+        if mask != ALL_SECTORS:
+            old = inode.durable.get(page, ZERO_PAGE)
+            new = b"".join(
+                (new if mask >> i & 1 else old)[i * SECTOR : (i + 1) * SECTOR]
+                for i in range(SECTORS)
+            )
+        inode.durable[page] = new
+
+    def _scramble(self, inode: Inode, page: int, mask: int) -> None:
+        data = bytearray(inode.durable.get(page, ZERO_PAGE))
+        new = inode.cache.get(page, ZERO_PAGE)
+        for sector in range(SECTORS):
+            if mask >> sector & 1:
+                at = slice(sector * SECTOR, (sector + 1) * SECTOR)
+                if self.random.random() < 0.5:
+                    data[at] = self.random.randbytes(SECTOR)
+                else:
+                    data[at] = new[at]
+                    data[sector * SECTOR + self.random.randrange(SECTOR)] ^= 1
+        inode.durable[page] = bytes(data)
+
+
+class SimFile:
+    """Implements `geomirror.volume.store.File`; unusable after a crash, like any descriptor."""
+
+    def __init__(self, store: SimStore, inode: Inode, name: str) -> None:
+        self.name = name
+        self._store = store
+        self._inode = inode
+        self._incarnation = store.incarnation
+        self._is_closed = False
+        self._is_poisoned = False
+
+    def size(self) -> int:
+        """Size now."""
+        self._check("size")
+        return self._inode.size
+
+    def pread(self, length: int, offset: int) -> bytes:
+        """Exactly `length` bytes, zeros beyond the end."""
+        self._check("pread")
+        inode = self._inode
+        first, start = divmod(offset, PAGE)
+        last = (offset + length + PAGE - 1) // PAGE
+        get = inode.cache.get
+        if last - first == 1:
+            data = get(first, ZERO_PAGE)[start : start + length]
+        else:
+            joined = b"".join([get(page, ZERO_PAGE) for page in range(first, last)])
+            data = joined[start : start + length]
+        if offset + length > inode.size:
+            data = data[: max(0, inode.size - offset)].ljust(length, b"\0")
+        return data
+
+    def pwritev(self, buffers: Sequence[Buffer], offset: int) -> None:
+        """Write into the cache."""
+        self._check("pwritev")
+        data = buffers[0] if len(buffers) == 1 else b"".join(buffers)
+        self._write(bytes(data), offset)
+
+    def fdatasync(self) -> None:
+        """Cache to disk; a failure poisons this descriptor and drops the dirty marks."""
+        if self._is_poisoned:
+            raise StorageError(f"fdatasync {self.name}: refused after an earlier failure")
+        inode = self._inode
+        try:
+            self._check("fdatasync")
+        except StorageError:
+            self._is_poisoned = True
+            inode.dirty.clear()
+            inode.partial.clear()
+            raise
+        cache, durable = inode.cache, inode.durable
+        for page in inode.dirty:
+            content = cache.get(page)
+            if content is None:
+                durable.pop(page, None)
+            else:
+                durable[page] = content
+        inode.dirty.clear()
+        inode.partial.clear()
+        inode.durable_size = inode.size
+
+    def zero(self, length: int, offset: int, *, punch: bool) -> None:
+        """Zeros; whole pages are dropped."""
+        self._check("zero")
+        inode = self._inode
+        length = min(length, max(0, inode.size - offset))
+        end = offset + length
+        first, last = -(-offset // PAGE), end // PAGE
+        if first >= last:
+            self._write(bytes(length), offset)
+            return
+        for page in self._pages(first, last):
+            inode.cache.pop(page, None)
+            inode.dirty[page] = ALL_SECTORS
+            inode.partial.pop(page, None)
+        if first * PAGE > offset:
+            self._write(bytes(first * PAGE - offset), offset)
+        if end > last * PAGE:
+            self._write(bytes(end - last * PAGE), last * PAGE)
+
+    def data_ranges(self, length: int, offset: int) -> list[tuple[int, int]]:
+        """The pages that exist, joined."""
+        self._check("data_ranges")
+        end = min(offset + length, self._inode.size)
+        ranges: list[tuple[int, int]] = []
+        first, last = offset // PAGE, -(-end // PAGE)
+        cache = self._inode.cache
+        present = (
+            [page for page in range(first, last) if page in cache]
+            if last - first < len(cache)
+            else sorted(page for page in cache if first <= page < last)
+        )
+        for page in present:
+            start, stop = max(offset, page * PAGE), min(end, (page + 1) * PAGE)
+            if ranges and sum(ranges[-1]) == start:
+                ranges[-1] = (ranges[-1][0], stop - ranges[-1][0])
+            else:
+                ranges.append((start, stop - start))
+        return [(start, size) for start, size in ranges if size > 0]
+
+    def truncate(self, size: int) -> None:
+        """Grow sparse or shrink."""
+        self._check("truncate")
+        old = self._inode.size
+        if size < old:
+            self.zero(old - size, size, punch=True)
+        self._inode.size = size
+
+    def close(self) -> None:
+        """Release; twice is once."""
+        self._is_closed = True
+
+    def _check(self, operation: str) -> None:
+        store = self._store
+        if self._is_closed or self._incarnation != store.incarnation:
+            raise StorageError(f"{operation} {self.name}: Bad file descriptor")
+        if self._is_poisoned:
+            raise StorageError(f"{operation} {self.name}: refused after a failed fdatasync")
+        store.check(operation, self.name)
+
+    def _pages(self, first: int, last: int) -> list[int]:
+        inode = self._inode
+        known = inode.cache.keys() | inode.durable.keys()
+        if last - first < len(known):
+            return [page for page in range(first, last) if page in known]
+        return sorted(page for page in known if first <= page < last)
+
+    def _write(self, data: bytes, offset: int) -> None:
+        inode, store = self._inode, self._store
+        cache, dirty, partial = inode.cache, inode.dirty, inode.partial
+        page, start = divmod(offset, PAGE)
+        store.require_space(inode, (start + len(data) + PAGE - 1) // PAGE, self.name)
+        position, size = 0, len(data)
+        while position < size:
+            count = min(PAGE - start, size - position)
+            if count == PAGE:
+                cache[page] = data[position : position + PAGE]
+                dirty[page] = ALL_SECTORS
+                partial.pop(page, None)
+            else:
+                old = cache.get(page, ZERO_PAGE)
+                end = start + count
+                cache[page] = old[:start] + data[position : position + count] + old[end:]
+                touched = (1 << -(-end // SECTOR)) - (1 << start // SECTOR)
+                first_full, last_full = -(-start // SECTOR), end // SECTOR
+                full = (1 << last_full) - (1 << first_full) if last_full > first_full else 0
+                before = dirty.get(page, 0)
+                dirty[page] = before | touched
+                mixed = partial.get(page, 0) & ~full | (touched & ~full & ~before)
+                partial[page] = mixed
+            position += count
+            page, start = page + 1, 0
+        inode.size = max(inode.size, offset + size)
+        store.write_back(inode)
