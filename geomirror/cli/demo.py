@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import rich_click as click
+from click.exceptions import Exit
 
 from geomirror.cli.common import App, json_option, pass_app, print_json
 
@@ -55,4 +56,4 @@ def demo(
     if app.is_json:
         print_json(report.to_json())
     if not report.passed:
-        raise SystemExit(1)
+        raise Exit(1)

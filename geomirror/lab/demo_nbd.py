@@ -1,0 +1,159 @@
+"""The demo's NBD clients: nbdcopy where it is installed, else our own, and the writer."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from geomirror.errors import GeomirrorError, UnreachableError
+from geomirror.lab.demo_ledger import Ledger, Verdict, Write
+from geomirror.lab.process_io import run
+from geomirror.limits import BLOCK_BYTES, MIB
+from geomirror.nbd.client_io import NbdClient
+
+COPY_TIMEOUT_S = 120.0
+BATCH_WRITES = 16
+"""Writes under way together: a database's writers, not a benchmark."""
+FLUSH_BATCHES = 8
+"""A flush after so many batches."""
+RECONNECT_S = 0.1
+
+
+async def copy_in(image: Path, uri: str) -> str:
+    """Write a whole image file through NBD and flush; the name of the client that did it."""
+    if shutil.which("nbdcopy"):
+        await _nbdcopy("--flush", str(image), uri)
+        return "nbdcopy"
+    async with await NbdClient.connect(uri, depth=8) as client:
+        data = memoryview(await asyncio.to_thread(image.read_bytes))
+        await asyncio.gather(
+            *(client.write(at, data[at : at + MIB]) for at in range(0, len(data), MIB))
+        )
+        await client.flush()
+    return "geomirror's client"
+
+
+async def copy_out(uri: str, image: Path) -> None:
+    """Read a whole export into a new file."""
+    if shutil.which("nbdcopy"):
+        await _nbdcopy(uri, str(image))
+        return
+    async with await NbdClient.connect(uri) as client:
+        parts = [data async for _, data in client.chunks()]
+    await asyncio.to_thread(image.write_bytes, b"".join(parts))
+
+
+async def _nbdcopy(*arguments: str) -> None:
+    output = await run(["nbdcopy", *arguments], timeout_s=COPY_TIMEOUT_S)
+    if output.returncode != 0:
+        raise GeomirrorError(f"nbdcopy failed: {output.stderr.decode(errors='replace').strip()}")
+
+
+async def read_slots(client: NbdClient, offsets: Sequence[int]) -> dict[int, bytes]:
+    """The blocks at `offsets` (ascending or not), read in long runs."""
+    wanted = set(offsets)
+    first, last = min(offsets), max(offsets) + BLOCK_BYTES
+    found: dict[int, bytes] = {}
+    async for at, data in client.chunks(first, last - first):
+        for inside in range(0, len(data), BLOCK_BYTES):
+            if at + inside in wanted:
+                found[at + inside] = bytes(data[inside : inside + BLOCK_BYTES])
+    return found
+
+
+async def judge_export(uri: str, ledger: Ledger) -> Verdict:
+    """Judge an export that stands still while it is read."""
+    async with await NbdClient.connect(uri) as client:
+        blocks = await read_slots(client, ledger.offsets)
+    return ledger.judge(lambda slot: blocks[ledger.offsets[slot]])
+
+
+class Writer:
+    """Overwrites blocks of the ledger's files at a steady rate and survives its server's death.
+
+    As a kernel's NBD device does, it connects again and issues anew what was not answered. Before
+    that it checks that everything a flush confirmed, and everything completed, is still there.
+    """
+
+    def __init__(self, uri: str, ledger: Ledger, bytes_per_second: int) -> None:
+        self.reconnects = 0
+        self.verdicts: list[Verdict] = []
+        """What was found after each reconnect."""
+        self._uri = uri
+        self._ledger = ledger
+        self._pause_s = BATCH_WRITES * BLOCK_BYTES / bytes_per_second
+        self._unknown: list[Write] = []
+        self._is_stopping = False
+
+    def stop(self) -> None:
+        """End `run` after the batch under way, with a flush."""
+        self._is_stopping = True
+
+    async def run(self) -> None:
+        """Write until `stop`; everything is completed and confirmed by a flush at return.
+
+        :raises GeomirrorError: the server answered a write with an error, or stays away too long.
+        """
+        is_finished = False
+        while not is_finished:
+            client = await self._connect()
+            try:
+                if self._unknown or self._ledger.write_count:
+                    await self._check_survivors(client)
+                await self._issue(client, self._unknown)
+                await self._write(client)
+                is_finished = True
+            except UnreachableError:
+                self.reconnects += 1
+            finally:
+                await client.close()
+
+    async def _connect(self) -> NbdClient:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + 30
+        while True:
+            try:
+                return await NbdClient.connect(self._uri)
+            except UnreachableError:
+                if loop.time() > deadline:
+                    raise
+            await asyncio.sleep(RECONNECT_S)
+
+    async def _check_survivors(self, client: NbdClient) -> None:
+        blocks = await read_slots(client, self._ledger.offsets)
+        self.verdicts.append(self._ledger.judge(lambda slot: blocks[self._ledger.offsets[slot]]))
+
+    async def _write(self, client: NbdClient) -> None:
+        loop = asyncio.get_running_loop()
+        next_at = loop.time()
+        batches = 0
+        while not self._is_stopping:
+            await self._issue(client, self._ledger.issue(BATCH_WRITES))
+            batches += 1
+            if batches % FLUSH_BATCHES == 0:
+                await self._flush(client)
+            # After a stall the rate is kept, not caught up: the link could not take the rest.
+            next_at = max(next_at + self._pause_s, loop.time() - self._pause_s)
+            await asyncio.sleep(max(0.0, next_at - loop.time()))
+        await self._flush(client)
+
+    async def _issue(self, client: NbdClient, writes: Sequence[Write]) -> None:
+        self._unknown = list(writes)
+        offsets, content = self._ledger.offsets, self._ledger.content
+
+        async def one(write: Write) -> None:
+            await client.write(offsets[write.slot], content(write))
+            self._ledger.complete(write)
+            self._unknown.remove(write)
+
+        results = await asyncio.gather(*map(one, writes), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+    async def _flush(self, client: NbdClient) -> None:
+        moment = self._ledger.begin_flush()
+        await client.flush()
+        self._ledger.confirm(moment)
