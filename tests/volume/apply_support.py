@@ -38,7 +38,7 @@ class FakeJournal:
         self.reads += 1
         first, last = address // LIMITS.segment_bytes, (address + length - 1)
         assert first == last // LIMITS.segment_bytes, "a read across segments"
-        assert 0 <= address and address + length <= len(self.data)
+        assert address >= 0 and address + length <= len(self.data)
         return bytes(self.data[address : address + length])
 
 
