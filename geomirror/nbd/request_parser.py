@@ -8,7 +8,8 @@ copy. All complete requests of a read become one list, because everything behind
 per batch. The buffer never grows: it holds the largest request plus 4 MiB, and is moved to its
 beginning only when more than 4 MiB of it are done.
 
-Invariant: after `take`, a partial request starts at or below `SLACK_BYTES`, so it always fits.
+Invariant: whenever bytes are received, a partial request starts at or below `SLACK_BYTES`, so it
+always fits.
 
 It checks everything that an export needs not check again. It does not know sockets, replies or
 what an export is; requests that the connection answers itself are in `asides`.
@@ -103,7 +104,10 @@ class RequestParser:
         """The client has sent DISC; nothing after it is looked at."""
 
     def writable(self) -> memoryview:
-        """Where the next received bytes go; never empty."""
+        """Where the next received bytes go; never empty. Ends the life of all payloads."""
+        # Not in `take`: moving the rest would overwrite the payloads that it hands out.
+        if self._start > SLACK_BYTES:
+            self._compact()
         return self._view[self._end : self._end + RECEIVE_BYTES]
 
     def received(self, count: int) -> None:
@@ -113,7 +117,7 @@ class RequestParser:
     def take(self, read_bytes_max: int, count_max: int) -> list[Request]:
         """All complete requests received so far; call again until it and `asides` are empty.
 
-        The payloads stay valid until the next call of `writable` or `take`.
+        The payloads stay valid until the next call of `writable`.
 
         :param read_bytes_max: stop when the READs in flight ask for this many bytes (the last one
             may exceed it).
@@ -156,8 +160,6 @@ class RequestParser:
         self._start, self.read_bytes = position, read_bytes
         if position == self._end:
             self._start = self._end = 0
-        elif position > SLACK_BYTES:
-            self._compact()
         return requests
 
     def finish_read(self, cookie: int) -> int | None:
