@@ -21,7 +21,7 @@ from xxhash import xxh3_64
 from geomirror.environment import Entropy
 from geomirror.errors import IntegrityError, JournalFullError, StorageError
 from geomirror.limits import Limits
-from geomirror.volume.journal_jobs import Health, Pin, SpareJob, SyncJob, TrimJob
+from geomirror.volume.journal_jobs import Health, Pin, SpareJob, SparePool, SyncJob, TrimJob
 from geomirror.volume.journal_plan import BatchPlan, LogEnd, PlanPart, Write
 from geomirror.volume.record import (
     HEADER_BYTES,
@@ -38,7 +38,6 @@ from geomirror.volume.segment import (
     SegmentHeader,
     parse_segment_header,
     segment_name,
-    spare_name,
 )
 from geomirror.volume.store import Buffer, File, Store
 
@@ -62,7 +61,6 @@ class Journal:
         headers: Sequence[SegmentHeader],
         end: LogEnd,
         spares: Sequence[str] = (),
-        spare_next: int = 0,
     ) -> None:
         """Take over an existing log whose every byte below `end.end_lsn` is durable.
 
@@ -81,15 +79,12 @@ class Journal:
         self._entropy = entropy
         self._segment_bytes = limits.segment_bytes
         self._payload_bytes_max = limits.record_payload_bytes_max
-        self._spares_max = limits.spare_segments_max
         self._segments_max = journal_bytes // limits.segment_bytes
         # Replaced, never changed: readers on other threads look segments up without a lock.
         self._segments = {segment.number: segment for segment in segments}
         self._salts = {header.number: header.salt for header in headers}
         self._current = segments[-1]
-        self._spares = list(spares)
-        self._spare_next = spare_next
-        self._is_spare_wanted = True
+        self._spares = SparePool(store, limits, spares)
         self._is_trimming = False
         self._unsynced: dict[int, File] = {}
         self._is_directory_unsynced = False
@@ -269,17 +264,15 @@ class Journal:
         self._health.require()
         if self._is_trimming:
             return None
-        surplus = self._surplus_spares()
+        surplus = self._spares.take_surplus(len(self._segments) - self._segments_max)
         items: list[tuple[Segment, str]] = []
-        room = self._spares_max - len(self._spares)
         lowest = min((pin.lsn for pin in self._pins.values()), default=0)
         for number in sorted(self._segments):
             segment = self._segments[number]
             is_needed = (number + 1) * self._segment_bytes > lowest or segment is self._current
             if is_needed or self._is_syncing(segment):
                 break
-            items.append((segment, self._spare_name() if room > 0 else ""))
-            room -= 1
+            items.append((segment, self._spares.new_name(len(items))))
         if not items and not surplus:
             return None
         self._is_trimming = True
@@ -294,22 +287,16 @@ class Journal:
             self._salts.pop(segment.number, None)
             segment.file.close()
             if spare:
-                self._spares.append(spare)
+                self._spares.names.append(spare)
 
     def spare_job(self) -> SpareJob | None:
         """A job that makes a zeroed spare; None when enough are ready or the journal is full."""
         self._health.require()
-        is_room = len(self._segments) + len(self._spares) < self._segments_max
-        if not self._is_spare_wanted or len(self._spares) >= self._spares_max or not is_room:
-            return None
-        self._is_spare_wanted = False
-        return SpareJob(self._store, self._spare_name(), self._segment_bytes)
+        return self._spares.job(self._segments_max - len(self._segments))
 
     def complete_spare(self, job: SpareJob) -> None:
         """Take the spare over; after a failed job another one may be asked for."""
-        self._is_spare_wanted = True
-        if job.is_done:
-            self._spares.append(job.name)
+        self._spares.complete(job)
 
     def close(self) -> None:
         """Close all files; nothing is synced."""
@@ -359,9 +346,9 @@ class Journal:
         # A number whose file could not be written is not used again.
         self._end.number_next = number + 1
         self._is_directory_unsynced = True
-        if self._spares:
-            self._store.rename(self._spares[-1], name)
-            self._spares.pop()
+        if self._spares.names:
+            self._store.rename(self._spares.names[-1], name)
+            self._spares.names.pop()
             return Segment(number, self._store.open(name))
         return Segment(number, self._store.create(name, self._segment_bytes))
 
@@ -385,14 +372,6 @@ class Journal:
         return segment.number in self._unsynced or any(
             segment.file in job.files for job in self._syncing
         )
-
-    def _surplus_spares(self) -> list[str]:
-        count = len(self._segments) + len(self._spares) - self._segments_max
-        return [self._spares.pop() for _ in range(min(max(0, count), len(self._spares)))]
-
-    def _spare_name(self) -> str:
-        self._spare_next += 1
-        return spare_name(self._spare_next)
 
     def _salt_of(self, number: int) -> int:
         salt = self._salts.get(number)

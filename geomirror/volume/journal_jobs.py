@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from geomirror.errors import StorageError
-from geomirror.volume.segment import DIRECTORY, Segment, segment_name
+from geomirror.limits import Limits
+from geomirror.volume.segment import DIRECTORY, Segment, segment_name, spare_index, spare_name
 from geomirror.volume.store import File, Store
 
 
@@ -101,6 +102,47 @@ class SpareJob:
             raise
         self.store.sync_directory(DIRECTORY)
         self.is_done = True
+
+
+class SparePool:
+    """Names of the spare segments that are ready; at most `limits.spare_segments_max` are kept."""
+
+    def __init__(self, store: Store, limits: Limits, names: Sequence[str]) -> None:
+        self.names = list(names)
+        self._store = store
+        self._segment_bytes = limits.segment_bytes
+        self._count_max = limits.spare_segments_max
+        self._is_making = False
+        indexes = [spare_index(name.removeprefix(f"{DIRECTORY}/")) or 0 for name in names]
+        self._index = max(indexes, default=0)
+
+    def new_name(self, count_planned: int) -> str:
+        """A name for one spare more, "" when enough are ready or planned."""
+        if len(self.names) + count_planned >= self._count_max:
+            return ""
+        self._index += 1
+        return spare_name(self._index)
+
+    def job(self, room: int) -> SpareJob | None:
+        """A job that makes a spare, if one is wanted and `room` segments leave place for it."""
+        if self._is_making or len(self.names) >= room:
+            return None
+        name = self.new_name(0)
+        if name == "":
+            return None
+        self._is_making = True
+        return SpareJob(self._store, name, self._segment_bytes)
+
+    def complete(self, job: SpareJob) -> None:
+        """Take over what the job made, if it did."""
+        self._is_making = False
+        if job.is_done:
+            self.names.append(job.name)
+
+    def take_surplus(self, excess: int) -> list[str]:
+        """Names to unlink when segments and spares are `excess` over the journal's bound."""
+        count = min(max(0, excess + len(self.names)), len(self.names))
+        return [self.names.pop() for _ in range(count)]
 
 
 class Pin:

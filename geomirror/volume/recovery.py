@@ -207,7 +207,6 @@ def recover_journal(
         headers=[span.header for span in log.spans] + rewriter.headers,
         end=new_end,
         spares=spares,
-        spare_next=_spare_index_highest(spares),
     )
     return Recovered(journal, scan.records[:kept] + rewriter.records, rewriter.moved)
 
@@ -274,11 +273,6 @@ def _take_spares(store: Store, limits: Limits) -> list[str]:
             else:
                 store.unlink(path)
     return spares
-
-
-def _spare_index_highest(spares: list[str]) -> int:
-    indexes = [spare_index(path.removeprefix(f"{DIRECTORY}/")) for path in spares]
-    return max((index for index in indexes if index is not None), default=0)
 
 
 def _drop_void(store: Store, log: _Log, end_lsn: int) -> list[Segment]:

@@ -1,0 +1,194 @@
+"""`File` over a descriptor of a regular file or a block device.
+
+All offsets are passed explicitly and every call releases the interpreter lock, so that several
+threads may use one file at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import stat
+import threading
+from collections.abc import Sequence
+
+from geomirror.errors import StorageError
+from geomirror.limits import MIB
+from geomirror.volume.store import Buffer
+
+_IOV_MAX = 1024
+"""Buffers of one `pwritev`; Linux' UIO_MAXIOV."""
+_ZEROS = bytes(1 * MIB)
+_KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 0x01, 0x02, 0x10
+"""Modes of fallocate(2), from linux/falloc.h."""
+_UNSUPPORTED = frozenset((errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV, errno.EPERM))
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_fallocate = getattr(_libc, "fallocate64", None) or getattr(_libc, "fallocate", None)
+if _fallocate is not None:
+    _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    _fallocate.restype = ctypes.c_int
+
+
+class PosixFile:
+    """Owns a descriptor. Errors are `StorageError` and name the path."""
+
+    def __init__(self, descriptor: int, name: str) -> None:
+        self._descriptor = descriptor
+        self._name = name
+        self._is_block_device = stat.S_ISBLK(os.fstat(descriptor).st_mode)
+        self._failure = ""
+        # One fdatasync at a time: the kernel reports a write-back error to one caller only, and
+        # another one that runs beside it would claim success.
+        self._sync_lock = threading.Lock()
+
+    @property
+    def name(self) -> str:
+        """The path it was opened by."""
+        return self._name
+
+    def size(self) -> int:
+        """Size in bytes now."""
+        self._require()
+        try:
+            if self._is_block_device:
+                return os.lseek(self._descriptor, 0, os.SEEK_END)
+            return os.fstat(self._descriptor).st_size
+        except OSError as error:
+            raise self._error(error, "stat") from error
+
+    def pread(self, length: int, offset: int) -> bytes:
+        """Exactly `length` bytes; zeros beyond the end."""
+        if self._failure:
+            self._require()
+        try:
+            data = os.pread(self._descriptor, length, offset)
+            if len(data) == length:
+                return data
+            parts = [data]
+            missing = length - len(data)
+            while missing and parts[-1]:
+                parts.append(os.pread(self._descriptor, missing, offset + length - missing))
+                missing -= len(parts[-1])
+        except OSError as error:
+            raise self._error(error, "read") from error
+        return b"".join(parts) + bytes(missing)
+
+    def pwritev(self, buffers: Sequence[Buffer], offset: int) -> None:
+        """Write all buffers, completely. :raises NoSpaceError: the file system is full."""
+        if self._failure:
+            self._require()
+        for start in range(0, len(buffers), _IOV_MAX):
+            chunk = buffers if len(buffers) <= _IOV_MAX else buffers[start : start + _IOV_MAX]
+            size = sum(map(len, chunk))
+            try:
+                written = os.pwritev(self._descriptor, chunk, offset)
+                if written != size:
+                    self._write_rest(b"".join(chunk), written, offset)
+            except OSError as error:
+                raise self._error(error, "write") from error
+            offset += size
+
+    def fdatasync(self) -> None:
+        """Make what was written durable. :raises StorageError: now and at every later call."""
+        with self._sync_lock:
+            self._require()
+            try:
+                os.fdatasync(self._descriptor)
+            except OSError as error:
+                self._failure = f"{self._name} is not used after a failed fdatasync"
+                raise self._error(error, "fdatasync") from error
+
+    def zero(self, length: int, offset: int, *, punch: bool) -> None:
+        """Make a range read as zeros; never beyond the end of the file.
+
+        Both modes of fallocate guarantee zeros, also on block devices (the kernel refuses a
+        discard that may leave old data); where it refuses, zeros are written.
+        """
+        self._require()
+        length = min(length, self.size() - offset)
+        if length <= 0:
+            return
+        modes = [_ZERO_RANGE | _KEEP_SIZE]
+        if punch:
+            modes.insert(0, _PUNCH_HOLE | _KEEP_SIZE)
+        for mode in modes:
+            if self._try_fallocate(mode, offset, length):
+                return
+        while length > 0:
+            size = min(length, len(_ZEROS))
+            self.pwritev([memoryview(_ZEROS)[:size]], offset)
+            offset, length = offset + size, length - size
+
+    def data_ranges(self, length: int, offset: int) -> list[tuple[int, int]]:
+        """The (offset, length) parts that may hold anything but zeros, ascending."""
+        self._require()
+        end = min(offset + length, self.size())
+        ranges: list[tuple[int, int]] = []
+        position = offset
+        while position < end:
+            try:
+                start = os.lseek(self._descriptor, position, os.SEEK_DATA)
+                stop = os.lseek(self._descriptor, start, os.SEEK_HOLE) if start < end else end
+            except OSError as error:
+                if error.errno == errno.ENXIO:
+                    return ranges
+                if error.errno in _UNSUPPORTED:
+                    return [*ranges, (position, end - position)]
+                raise self._error(error, "seek in") from error
+            if start >= end:
+                return ranges
+            ranges.append((start, min(stop, end) - start))
+            position = stop
+        return ranges
+
+    def truncate(self, size: int) -> None:
+        """Grow or shrink. :raises StorageError: it is a block device of another size."""
+        self._require()
+        if self._is_block_device:
+            if size != self.size():
+                raise StorageError(
+                    f"block device {self._name} has {self.size()} bytes, not {size}",
+                    hint="resize the device first",
+                )
+            return
+        try:
+            os.ftruncate(self._descriptor, size)
+        except OSError as error:
+            raise self._error(error, "truncate") from error
+
+    def close(self) -> None:
+        """Release the descriptor and its lock; twice is once."""
+        if self._descriptor >= 0:
+            descriptor, self._descriptor = self._descriptor, -1
+            self._failure = f"{self._name} is closed"
+            os.close(descriptor)
+
+    def _require(self) -> None:
+        if self._failure:
+            raise StorageError(self._failure)
+
+    def _error(self, error: OSError, operation: str) -> StorageError:
+        return StorageError.from_os(error, operation=operation, path=self._name)
+
+    def _write_rest(self, data: bytes, position: int, offset: int) -> None:
+        """After a short write, which a full file system or a signal may cause."""
+        view = memoryview(data)
+        while position < len(data):
+            written = os.pwrite(self._descriptor, view[position:], offset + position)
+            if written == 0:
+                raise OSError(errno.EIO, "the device takes no more bytes")
+            position += written
+
+    def _try_fallocate(self, mode: int, offset: int, length: int) -> bool:
+        if _fallocate is None:
+            return False
+        while _fallocate(self._descriptor, mode, offset, length) != 0:
+            number = ctypes.get_errno()
+            if number == errno.EINTR:
+                continue
+            if number in _UNSUPPORTED:
+                return False
+            raise self._error(OSError(number, os.strerror(number)), "zero a range of")
+        return True
