@@ -127,9 +127,9 @@ class LinkCore:
         """The set in use, if the link is up."""
         return self._current
 
-    def has_set(self, link: bytes) -> bool:
-        """Whether this set has a control connection."""
-        return link in self._sets
+    def is_opening(self, link: bytes) -> bool:
+        """Whether this set has its control connection and waits for a data connection."""
+        return link in self._sets and self._sets[link].established_ns is None
 
     def set_endpoints(self, endpoints: Sequence[str], now_ns: int) -> None:
         """Use other endpoints for attempts from now on; established sets stay."""
@@ -210,15 +210,19 @@ class LinkCore:
             self._close(self._sets[link], reason)
         self._settle(now_ns)
 
-    def heard(self, link: bytes, now_ns: int) -> None:
-        """Bytes of the peer arrived on any connection of the set. Cheap: called for each read."""
+    def heard(self, link: bytes, now_ns: int) -> bool:
+        """Bytes of the peer arrived on any connection of the set. Cheap: called for each read.
+
+        :returns: whether there is something to do.
+        """
         item = self._sets.get(link)
         if item is None:
-            return
+            return False
         item.heard_ns = now_ns
         if item.is_silent and now_ns < item.silence_deadline_ns(self._limits):
             item.is_silent = False
             self._settle(now_ns)
+        return bool(self._decisions)
 
     def pong(self, link: bytes, sent_ns: int, now_ns: int) -> None:
         """The answer to the ping that carried `sent_ns`."""

@@ -72,6 +72,8 @@ class Reply(Message, frozen=True):
     error_text: str
     result: bytes
     """JSON."""
+    hint: str = ""
+    """The next command, for an error."""
 
 
 class GenerationEntry(Message, frozen=True):

@@ -1,0 +1,442 @@
+"""Executes the decisions of one peer's `LinkCore` and carries its messages and frames.
+
+Every callback is a direct call: no queue and no task per message or frame.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable
+from typing import Any
+
+import structlog
+
+from geomirror.environment import Clock, Entropy
+from geomirror.errors import GeomirrorError, ProtocolError, RemoteProtocolError
+from geomirror.limits import Limits
+from geomirror.tunnel.driver import LinkDriver
+from geomirror.wan_protocol.frame import KIND_MESSAGE, KIND_PADDING, KIND_RESYNC_FRAME, Packet
+from geomirror.wan_protocol.frame_sender_io import FrameSender
+from geomirror.wan_protocol.link import Close, Decision, Dial, Down, LinkCore, SendPing, Up
+from geomirror.wan_protocol.link_events import LinkEvents, LinkStatus
+from geomirror.wan_protocol.messages import (
+    Call,
+    Goodbye,
+    Hello,
+    Message,
+    Ping,
+    Pong,
+    Reply,
+    decode_message,
+)
+from geomirror.wan_protocol.negotiation import CONTROL_INDEX, make_hello, read_hello
+from geomirror.wan_protocol.pacing import connection_rate, data_connections
+from geomirror.wan_protocol.peer_calls_io import PeerCalls
+from geomirror.wan_protocol.stream_connection_io import LinkConnection
+from geomirror.wan_protocol.stream_socket_io import set_pace
+
+EARLY_MESSAGES_MAX = 1024
+"""Messages that arrive before this side has seen its set come up."""
+UNGREETED_MAX = 32
+"""Accepted connections of one peer that have not said hello yet."""
+GOODBYE_SECONDS_MAX = 1.0
+
+_log = structlog.get_logger(component="links")
+
+
+class LinkSet:
+    """The connections of one set."""
+
+    def __init__(self) -> None:
+        self.control: LinkConnection | None = None
+        self.data: dict[int, LinkConnection] = {}
+        self.dialling: set[asyncio.Task[None]] = set()
+        self.early: list[tuple[int, Message]] = []
+
+    def connections(self) -> list[LinkConnection]:
+        """All of them."""
+        return [*([self.control] if self.control else []), *self.data.values()]
+
+
+class PeerLink:
+    """The connections to one peer."""
+
+    def __init__(
+        self,
+        *,
+        node: str,
+        peer: str,
+        limits: Limits,
+        clock: Clock,
+        entropy: Entropy,
+        driver: LinkDriver,
+        events: LinkEvents,
+        incarnation: bytes,
+    ) -> None:
+        self._node = node
+        self.peer = peer
+        self._limits = limits
+        self._clock = clock
+        self._driver = driver
+        self._events = events
+        self._incarnation = incarnation
+        self.core = LinkCore(
+            node=node,
+            peer=peer,
+            limits=limits,
+            entropy=entropy,
+            endpoints=[],
+            now_ns=clock.now_ns(),
+        )
+        self.calls = PeerCalls(peer, limits, self._send_link_message, self._serve)
+        self.frames = FrameSender(limits, self._writable)
+        self._sets: dict[bytes, LinkSet] = {}
+        self._current: LinkSet | None = None
+        self._since_ns = clock.now_ns()
+        self._bytes_received = 0
+        self._closed_bytes_sent = 0
+        self._peer_incarnation = b""
+        self._rate_bytes_per_second: int | None = None
+        self._open: set[LinkConnection] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_ns = -1
+        self._is_executing = False
+        self._is_stopped = False
+        self._all_gone: asyncio.Event | None = None
+
+    # For PeerLinks.
+
+    @property
+    def is_up(self) -> bool:
+        """Whether messages and frames can be sent."""
+        return self._current is not None
+
+    def status(self) -> LinkStatus:
+        """How the link is now."""
+        chosen, current = self.core.current, self._current
+        is_up = chosen is not None and current is not None
+        connections = list(current.data.values()) if current is not None else []
+        return LinkStatus(
+            is_established=is_up,
+            rtt_ns=self.core.round_trip.smoothed_ns,
+            since_ns=self._since_ns,
+            connections=len(connections),
+            congestion=connections[0].congestion if connections else "",
+            bytes_sent=self._closed_bytes_sent + sum(item.bytes_sent for item in self._open),
+            bytes_received=self._bytes_received,
+            last_error=self.core.last_error,
+            endpoint=(chosen.endpoint or _address(current)) if chosen is not None else "",
+            is_dialled=chosen is not None and chosen.is_dialled,
+            queued_bytes=self.frames.queued_bytes,
+            incarnation=self._peer_incarnation,
+        )
+
+    def set_rate(self, bytes_per_second: int | None) -> None:
+        """Pace the data connections for a link of this rate; `None`: unpaced."""
+        self._rate_bytes_per_second = bytes_per_second
+        self.core.data_connections = data_connections(
+            self._limits, bytes_per_second, self.core.round_trip.smoothed_ns
+        )
+        for item in self._sets.values():
+            self._pace(item)
+
+    def set_endpoints(self, endpoints: list[str]) -> None:
+        """Dial these from now on."""
+        self.core.set_endpoints(endpoints, self._clock.now_ns())
+        self._execute()
+
+    def accept(self) -> LinkConnection:
+        """A connection of this peer has been authenticated."""
+        connection = LinkConnection(self, self._limits)
+        if self._is_stopped or sum(not item.is_greeted for item in self._open) >= UNGREETED_MAX:
+            connection.drop()
+        return connection
+
+    def send_message(self, session: int, message: Message) -> None:
+        """Send on the control connection; dropped when the link is down."""
+        if self._current is not None and self._current.control is not None:
+            self._current.control.send(session, message)
+
+    async def stop(self, reason: str) -> None:
+        """Say goodbye and close everything."""
+        self._is_stopped = True
+        await self.calls.stop()
+        for item in self._sets.values():
+            if item.control is not None and not item.control.is_closed:
+                item.control.send(0, Goodbye(reason))
+                item.control.drop(is_graceful=True)
+        tasks = [task for item in self._sets.values() for task in item.dialling]
+        self.core.close(reason)
+        self._execute()
+        for connection in self._open:
+            if not connection.is_closed:
+                connection.drop()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._open:
+            self._all_gone = asyncio.Event()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._all_gone.wait(), GOODBYE_SECONDS_MAX)
+        for connection in list(self._open):
+            connection.drop()
+        await asyncio.sleep(0)
+
+    # ConnectionOwner.
+
+    def connection_open(self, connection: LinkConnection) -> None:
+        """Remember it until its transport is gone."""
+        self._open.add(connection)
+        if self._is_stopped or (connection.is_dialled and connection.link not in self._sets):
+            connection.drop()
+
+    def connection_ready(self, connection: LinkConnection) -> None:
+        """A dialled connection says hello first."""
+        if connection.is_dialled:
+            connection.tune()
+            self._send_hello(connection)
+
+    def connection_gone(self, connection: LinkConnection) -> None:
+        """Forget it."""
+        self._open.discard(connection)
+        self._closed_bytes_sent += connection.bytes_sent
+        if not self._open and self._all_gone is not None:
+            self._all_gone.set()
+
+    def connection_closed(self, connection: LinkConnection, reason: str) -> None:
+        """Tell the core what is lost with it."""
+        now_ns = self._clock.now_ns()
+        item = self._sets.get(connection.link)
+        is_stranger = not connection.is_greeted and not connection.is_dialled
+        if is_stranger:
+            _log.warning("link_connection_refused", peer=self.peer, reason=reason)
+        if item is None or is_stranger:
+            return
+        if item.control is connection:
+            self.core.set_lost(connection.link, reason, now_ns)
+            self._drop_set(connection.link)
+        elif item.data.get(connection.index) is connection:
+            del item.data[connection.index]
+            self.core.data_lost(connection.link, connection.index, reason, now_ns)
+            self._pace(item)
+        elif not connection.is_greeted:
+            self.core.dial_failed(connection.link, connection.index, reason, now_ns)
+            if connection.index < 0:
+                self._drop_set(connection.link)
+        self._execute()
+
+    def connection_writable(self, connection: LinkConnection) -> None:
+        """A data connection takes more frames."""
+        if connection.index >= 0:
+            self.frames.pump()
+
+    def packets(self, connection: LinkConnection, packets: list[Packet], count: int) -> None:
+        """Dispatch what arrived. Raises `ProtocolError`."""
+        self._bytes_received += count
+        if connection.is_greeted and self.core.heard(connection.link, self._clock.now_ns()):
+            self._execute()
+        for packet in packets:
+            if connection.is_closed:
+                return
+            if packet.kind == KIND_PADDING:
+                continue
+            if not connection.is_greeted:
+                self._greet(connection, packet)
+            elif packet.kind == KIND_MESSAGE:
+                self._message(connection, packet)
+            else:
+                self._frame(connection, packet)
+
+    # Hello.
+
+    def _send_hello(self, connection: LinkConnection) -> None:
+        wall_ns = self._clock.wall_ns()
+        hello = make_hello(
+            self._node, self._incarnation, connection.link, connection.index, wall_ns
+        )
+        connection.send(0, hello)
+
+    def _greet(self, connection: LinkConnection, packet: Packet) -> None:
+        hello = read_hello(packet, self.peer, self._limits)
+        if connection.is_dialled:
+            if (hello.link, hello.index) != (connection.link, connection.index):
+                raise RemoteProtocolError("hello answers another connection")
+        else:
+            self._check_place(hello)
+            connection.link, connection.index = hello.link, hello.index
+            connection.tune()
+            self._send_hello(connection)
+        connection.greeted()
+        self._peer_incarnation = hello.incarnation
+        now_ns = self._clock.now_ns()
+        item = self._sets.setdefault(connection.link, LinkSet())
+        if connection.index == CONTROL_INDEX:
+            item.control = connection
+            self.core.control_up(connection.link, now_ns, is_dialled=connection.is_dialled)
+        else:
+            item.data[connection.index] = connection
+            self.core.data_up(connection.link, connection.index, now_ns)
+            self._pace(item)
+        self._execute()
+
+    def _check_place(self, hello: Hello) -> None:
+        """Whether an accepted connection may join the set that its hello names."""
+        item = self._sets.get(hello.link)
+        if hello.index == CONTROL_INDEX:
+            if item is not None:
+                raise RemoteProtocolError("hello of a control connection that is there already")
+        elif item is None or item.control is None or item.control.is_dialled:
+            raise RemoteProtocolError("hello of a data connection without its control connection")
+        elif hello.index in item.data:
+            item.data[hello.index].close("replaced by a new connection of the same number")
+
+    # Packets.
+
+    def _message(self, connection: LinkConnection, packet: Packet) -> None:
+        if connection.index >= 0:
+            raise RemoteProtocolError("control message on a data connection")
+        message = decode_message(packet.body)
+        if isinstance(message, Ping):
+            connection.send(0, Pong(message.now_ns))
+        elif isinstance(message, Pong):
+            self.core.pong(connection.link, message.now_ns, self._clock.now_ns())
+            self._execute()
+        elif isinstance(message, Goodbye):
+            connection.close(f"the peer says goodbye: {message.reason[:200]}")
+        elif isinstance(message, Hello):
+            raise RemoteProtocolError("a second hello")
+        else:
+            item = self._sets[connection.link]
+            if item is self._current:
+                self._deliver(packet.session, message)
+            elif self.core.is_opening(connection.link):
+                # The peer has seen the data connection come up a little earlier than this side.
+                if len(item.early) >= EARLY_MESSAGES_MAX:
+                    raise RemoteProtocolError("too many messages before the link is up")
+                item.early.append((packet.session, message))
+
+    def _deliver(self, session: int, message: Message) -> None:
+        if isinstance(message, Call | Reply):
+            self.calls.received(message)
+        else:
+            self._events.message(self.peer, session, message)
+
+    def _frame(self, connection: LinkConnection, packet: Packet) -> None:
+        if connection.index < 0:
+            raise RemoteProtocolError("data frame on a control connection")
+        if self._sets[connection.link] is self._current:
+            is_resync = packet.kind == KIND_RESYNC_FRAME
+            self._events.frame(
+                self.peer, packet.session, packet.epoch, packet.sequence, is_resync, packet.body
+            )
+
+    def _send_link_message(self, message: Message) -> None:
+        self.send_message(0, message)
+
+    def _serve(self, method: str, parameters: dict[str, Any]) -> Awaitable[dict[str, Any]]:
+        return self._events.call(self.peer, method, parameters)
+
+    def _writable(self) -> None:
+        self._events.writable(self.peer)
+
+    def _pace(self, item: LinkSet) -> None:
+        """Divide the configured rate over the data connections that are up."""
+        if self._rate_bytes_per_second is not None and item.data:
+            pace = connection_rate(self._rate_bytes_per_second, len(item.data))
+            for connection in item.data.values():
+                set_pace(connection.socket, pace)
+
+    # Decisions.
+
+    def _execute(self) -> None:
+        """Run what the core decided, then wait for its timer. Not re-entered by callbacks."""
+        if self._is_executing:
+            return
+        self._is_executing = True
+        try:
+            while (decision := self.core.next_decision()) is not None:
+                self._run(decision)
+        finally:
+            self._is_executing = False
+        self._arm()
+
+    def _run(self, decision: Decision) -> None:
+        match decision:
+            case Dial():
+                item = self._sets.setdefault(decision.link, LinkSet())
+                task = asyncio.get_running_loop().create_task(self._dial(decision, item))
+                item.dialling.add(task)
+                task.add_done_callback(item.dialling.discard)
+            case Close(link, _):
+                self._drop_set(link)
+            case SendPing(link, now_ns):
+                control = self._sets[link].control
+                if control is not None:
+                    control.send(0, Ping(now_ns))
+            case Up(link):
+                self._up(self._sets[link])
+            case Down(reason):
+                self._current = None
+                self.frames.use(None)
+                self._since_ns = self._clock.now_ns()
+                self.calls.link_lost(reason)
+                self._events.link_down(self.peer, reason, self._since_ns)
+
+    def _up(self, item: LinkSet) -> None:
+        self._current = item
+        self.frames.use(item.data)
+        self._since_ns = self._clock.now_ns()
+        self._events.link_up(self.peer, self._since_ns)
+        early, item.early = item.early, []
+        try:
+            for session, message in early:
+                self._deliver(session, message)
+        except ProtocolError as error:
+            if item.control is not None:
+                item.control.close(f"protocol error: {error}")
+
+    async def _dial(self, decision: Dial, item: LinkSet) -> None:
+        def factory() -> LinkConnection:
+            return LinkConnection(self, self._limits, link=decision.link, index=decision.index)
+
+        try:
+            await self._driver.dial(self.peer, decision.endpoint, factory)
+        except (GeomirrorError, OSError) as error:
+            if self._sets.get(decision.link) is item:
+                reason = f"{decision.endpoint}: {error}"
+                self.core.dial_failed(decision.link, decision.index, reason, self._clock.now_ns())
+                if decision.index == CONTROL_INDEX:
+                    del self._sets[decision.link]
+                self._execute()
+
+    def _drop_set(self, link: bytes) -> None:
+        item = self._sets.pop(link, None)
+        if item is not None:
+            for task in item.dialling:
+                task.cancel()
+        for connection in list(self._open):
+            if connection.link == link and not connection.is_closed:
+                connection.drop()
+
+    def _arm(self) -> None:
+        due_ns = None if self._is_stopped else self.core.get_timer()
+        if self._timer is not None:
+            if due_ns == self._timer_ns:
+                return
+            self._timer.cancel()
+            self._timer = None
+        if due_ns is not None:
+            self._timer_ns = due_ns
+            delay_s = max(0, due_ns - self._clock.now_ns()) / 1e9
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self._timer_due)
+
+    def _timer_due(self) -> None:
+        self._timer = None
+        self.core.handle_timer(self._clock.now_ns())
+        self._execute()
+
+
+def _address(item: LinkSet | None) -> str:
+    """Where an accepted set comes from."""
+    if item is None or item.control is None:
+        return ""
+    return item.control.remote_address

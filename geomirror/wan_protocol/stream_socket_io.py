@@ -1,0 +1,49 @@
+"""Socket options of a node pair's connections; all optional, the kernel may lack or refuse them."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from typing import Any
+
+USER_TIMEOUT_MS = 10_000
+"""Keepalive never notices a dead busy connection (measured: not in 40 s); this does."""
+NOT_SENT_BYTES = 128 * 1024
+"""Unsent bytes in the kernel before it takes no more: frames wait in our queue instead."""
+_SO_MAX_PACING_RATE = 47
+_TCP_USER_TIMEOUT = getattr(socket, "TCP_USER_TIMEOUT", 18)
+_TCP_NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25)
+_TCP_CONGESTION = getattr(socket, "TCP_CONGESTION", 13)
+
+
+def tune(sock: Any, *, is_data: bool) -> str:
+    """Set the options of one connection and return its congestion control ("" if not TCP).
+
+    Buffer sizes are left alone: setting them switches the kernel's auto-tuning off.
+    """
+    if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return ""
+    options: list[tuple[int, int | bytes]] = [
+        (socket.TCP_NODELAY, 1),
+        (_TCP_USER_TIMEOUT, USER_TIMEOUT_MS),
+        (_TCP_CONGESTION, b"bbr"),
+    ]
+    if is_data:
+        options.append((_TCP_NOTSENT_LOWAT, NOT_SENT_BYTES))
+    for option, value in options:
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+    try:
+        name: bytes = sock.getsockopt(socket.IPPROTO_TCP, _TCP_CONGESTION, 16)
+    except OSError:
+        return "unknown"
+    return name.split(b"\0", 1)[0].decode("ascii", "replace")
+
+
+def set_pace(sock: Any, bytes_per_second: int) -> None:
+    """Limit what the kernel sends on this connection; works without the fq qdisc."""
+    if sock is not None:
+        with contextlib.suppress(OSError):
+            sock.setsockopt(
+                socket.SOL_SOCKET, _SO_MAX_PACING_RATE, min(bytes_per_second, 2**32 - 2)
+            )

@@ -1,0 +1,195 @@
+"""The links of a node to all its peers: what the rest of the node uses of this package."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import structlog
+
+from geomirror.environment import SECOND, Clock, Entropy
+from geomirror.errors import NotFoundError, UnreachableError
+from geomirror.limits import Limits
+from geomirror.tunnel.driver import LinkDriver, Listener
+from geomirror.wan_protocol.link_events import LinkEvents, LinkStatus, PeerAddress
+from geomirror.wan_protocol.messages import Message
+from geomirror.wan_protocol.peer_link_io import PeerLink
+from geomirror.wan_protocol.stream_connection_io import LinkConnection
+
+__all__ = ["LinkEvents", "LinkStatus", "PeerAddress", "PeerLinks"]
+
+STRANGER_LOG_NS = 60 * SECOND
+"""A node that is not a peer tries again and again: one log line a minute is enough."""
+
+NO_LINK = LinkStatus(
+    is_established=False,
+    rtt_ns=0,
+    since_ns=0,
+    connections=0,
+    congestion="",
+    bytes_sent=0,
+    bytes_received=0,
+    last_error="",
+    endpoint="",
+)
+
+_log = structlog.get_logger(component="links")
+
+
+class PeerLinks:
+    """One link per peer, made and kept for ever. Everything runs on the event loop.
+
+    :param node: this node's name.
+    :param driver: gives authenticated connections.
+    :param events: told what happens, by direct calls.
+    """
+
+    def __init__(
+        self,
+        node: str,
+        limits: Limits,
+        clock: Clock,
+        entropy: Entropy,
+        driver: LinkDriver,
+        events: LinkEvents,
+    ) -> None:
+        self._node = node
+        self._limits = limits
+        self._clock = clock
+        self._entropy = entropy
+        self._driver = driver
+        self._events = events
+        self._incarnation = entropy.token_bytes(16)
+        self._peers: dict[str, PeerLink] = {}
+        self._listener: Listener | None = None
+        self._stopping: set[asyncio.Task[None]] = set()
+        self._stranger_log_ns: dict[str, int] = {}
+        self._is_started = False
+
+    @property
+    def endpoint(self) -> str | None:
+        """`HOST:PORT` bound by `start`, if this node listens."""
+        return self._listener.endpoint if self._listener is not None else None
+
+    async def start(self, listen: str | None) -> None:
+        """Accept peers at this endpoint (`None`: only dial out) and begin to dial.
+
+        :raises InUseError: another process listens there.
+        :raises ConfigError: the endpoint is not an address of this machine.
+        """
+        if listen is not None:
+            self._listener = await self._driver.listen(listen, self._accept)
+        self._is_started = True
+
+    async def stop(self, reason: str = "the node stops") -> None:
+        """Say goodbye to every peer and close everything; at most about a second."""
+        if self._listener is not None:
+            await self._listener.stop()
+        links = list(self._peers.values())
+        await asyncio.gather(*(link.stop(reason) for link in links), *self._stopping)
+        self._peers.clear()
+
+    def set_peers(self, peers: Sequence[PeerAddress]) -> None:
+        """Connect to exactly these peers from now on; links to others are closed."""
+        wanted = {peer.name: peer for peer in peers if peer.name != self._node}
+        for name in [name for name in self._peers if name not in wanted]:
+            link = self._peers.pop(name)
+            task = asyncio.get_running_loop().create_task(link.stop("no longer a peer"))
+            self._stopping.add(task)
+            task.add_done_callback(self._stopping.discard)
+        for name, peer in wanted.items():
+            if name not in self._peers:
+                self._peers[name] = self._make(name)
+            self._peers[name].set_endpoints(list(peer.endpoints))
+
+    def set_rate(self, peer: str, bytes_per_second: int | None) -> None:
+        """Pace for a link of this rate (bytes of the link, headers included); `None`: unpaced.
+
+        :raises NotFoundError: no such peer.
+        """
+        self._link(peer).set_rate(bytes_per_second)
+
+    def send_message(self, peer: str, session: int, message: Message) -> None:
+        """Send on the control connection; dropped silently when the link is down."""
+        link = self._peers.get(peer)
+        if link is not None:
+            link.send_message(session, message)
+
+    def send_frame(
+        self,
+        peer: str,
+        session: int,
+        epoch: int,
+        sequence: int,
+        body: bytes,
+        *,
+        is_resync: bool = False,
+    ) -> None:
+        """Send on one of the data connections; dropped silently when the link is down."""
+        link = self._peers.get(peer)
+        if link is not None:
+            link.frames.send(session, epoch, sequence, body, is_resync=is_resync)
+
+    def writable_bytes(self, peer: str) -> int:
+        """Frame bytes that may be handed over now; `LinkEvents.writable` says when it is more."""
+        link = self._peers.get(peer)
+        return link.frames.room_bytes if link is not None else 0
+
+    def state(self, peer: str) -> LinkStatus:
+        """How the link to a peer is; down for a node that is not a peer (yet)."""
+        link = self._peers.get(peer)
+        return link.status() if link is not None else NO_LINK
+
+    def peers(self) -> list[str]:
+        """Names of all peers, sorted."""
+        return sorted(self._peers)
+
+    async def call(
+        self, peer: str, method: str, parameters: dict[str, Any], timeout_s: float
+    ) -> dict[str, Any]:
+        """Call a method of a peer and wait for its result, up to 1 MiB of JSON.
+
+        :raises NotFoundError: no such peer.
+        :raises UnreachableError: not connected, no answer in time, or the link was lost on the way;
+            in the last two cases the peer may have acted.
+        :raises GeomirrorError: whatever the peer raised.
+        """
+        link = self._link(peer)
+        if not link.is_up:
+            raise UnreachableError(
+                f'node "{peer}" is not connected: {link.core.last_error or "not reached yet"}',
+                hint='see "geomirror link list"',
+            )
+        return await link.calls.call(method, parameters, timeout_s)
+
+    def _link(self, peer: str) -> PeerLink:
+        link = self._peers.get(peer)
+        if link is None:
+            raise NotFoundError(f'no node "{peer}" among the peers of "{self._node}"')
+        return link
+
+    def _make(self, name: str) -> PeerLink:
+        return PeerLink(
+            node=self._node,
+            peer=name,
+            limits=self._limits,
+            clock=self._clock,
+            entropy=self._entropy,
+            driver=self._driver,
+            events=self._events,
+            incarnation=self._incarnation,
+        )
+
+    def _accept(self, peer: str) -> LinkConnection:
+        """Called by the driver for each authenticated connection."""
+        link = self._peers.get(peer)
+        if link is not None:
+            return link.accept()
+        now_ns = self._clock.now_ns()
+        if now_ns - self._stranger_log_ns.get(peer, -STRANGER_LOG_NS) >= STRANGER_LOG_NS:
+            self._stranger_log_ns[peer] = now_ns
+            _log.warning("link_connection_refused", peer=peer, reason="not a peer of this node")
+        stranger = self._make(peer).accept()
+        stranger.drop()
+        return stranger
