@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import pytest
 
+from geomirror.errors import StorageError
 from geomirror.limits import BLOCK_BYTES, KIB, MIB
 from geomirror.volume.epoch_table import FLAG_PUNCH
 from geomirror.volume.undo import UndoStore
+from tests.sim.disk import SimStore
 from tests.volume import apply_support
 from tests.volume.apply_support import GENERATION, LIMITS, Change, World, content_of, restored
 from tests.volume.memory_store import MemoryStore
@@ -170,3 +172,93 @@ def test_an_undo_file_that_exists_is_used_and_not_made_from_a_half_applied_image
     assert len(again.passes()) == 1
     assert again.find(0, 2, GENERATION) is not None
     assert again.find(0, 2, bytes(16)) is None, "the same numbers of another history"
+
+
+class StopError(Exception):
+    """The simulated machine stops here."""
+
+
+class StopAfter:
+    """Stops the machine before the k-th operation from now on."""
+
+    def __init__(self, store: SimStore, operations: int) -> None:
+        self.left = operations
+        store.on_operation = self
+
+    def __call__(self, operation: str, name: str) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise StopError
+
+
+def crash_world() -> World:
+    """Small enough to stop it at every single operation."""
+    sizes = [50 * BLOCK_BYTES, 12 * BLOCK_BYTES + 512]
+    world = World(sizes, lambda v: noise(v, 9 * BLOCK_BYTES).ljust(sizes[v], b"\0"))
+    world.epoch([(0, n, noise(n), 0) for n in (1, 2, 7, 30)] + [(1, 12, noise(5, 512), 0)])
+    world.epoch([(0, 2, noise(90), 0), (0, 5, 40, FLAG_PUNCH), (1, 0, 3, 0)])
+    world.epoch([(0, 2, noise(91), 0), (0, 8, noise(92), 0), (1, 2, noise(93), 0)])
+    return world
+
+
+def power_on(
+    world: World, store: SimStore, applied: int, target: int, stop_after: int | None
+) -> bool:
+    """Start, do what may be half done, then go on to `target`; False if the machine stopped."""
+    try:
+        if stop_after is not None:
+            StopAfter(store, stop_after)
+        images, undo = world.images(store), UndoStore(store, LIMITS)
+        pending = undo.pending_pass(applied)
+        if pending is not None:
+            world.job(images, undo, *pending).run()
+            applied = pending[1]
+        if applied < target:
+            world.job(images, undo, applied, target).run()
+    except StopError:
+        return False
+    finally:
+        store.on_operation = None
+    return True
+
+
+@pytest.mark.parametrize("lose_nothing", [False, True], ids=["power", "kill"])
+@pytest.mark.parametrize("seed", range(3))
+def test_after_a_crash_at_any_operation_the_pass_ends_and_the_past_is_intact(
+    seed: int, lose_nothing: bool
+) -> None:
+    rng = random.Random(seed)
+    world = crash_world()
+    has_ended, stop_after = False, 0
+    while not has_ended:
+        store = SimStore(f"{seed} {stop_after}")
+        world.create_images(store)
+        assert power_on(world, store, 0, 1, None)
+        # The checkpoint says 1; the machine stops in (1, 3], then perhaps again while repeating.
+        has_ended = power_on(world, store, 1, 3, stop_after)
+        store.crash(lose_nothing=lose_nothing)
+        while rng.random() < 0.4:
+            power_on(world, store, 1, 3, rng.randrange(20))
+            store.crash(lose_nothing=lose_nothing)
+        assert power_on(world, store, 1, 3, None)
+        images, undo = world.images(store), UndoStore(store, LIMITS)
+        assert content_of(images) == world.states[3], f"stopped after {stop_after} operations"
+        assert restored(images, undo, 1) == world.states[1], f"stopped after {stop_after}"
+        assert restored(images, undo, 0) == world.states[0]
+        assert len(undo.passes()) == 2
+        stop_after += 1
+    assert stop_after > 20
+
+
+@pytest.mark.parametrize("operation", ["pread", "pwritev", "zero", "fdatasync", "rename"])
+def test_a_failing_call_raises_and_the_pass_can_be_repeated(operation: str) -> None:
+    world, store = crash_world(), SimStore()
+    world.create_images(store)
+    images, undo = world.images(store), UndoStore(store, LIMITS)
+    store.fail(operation, "*")
+    with pytest.raises(StorageError):
+        world.job(images, undo, 0, 2).run()
+    images, undo = world.images(store), UndoStore(store, LIMITS)
+    world.job(images, undo, 0, 2).run()
+    assert content_of(images) == world.states[2]
+    assert restored(images, undo, 0) == world.states[0]
