@@ -109,6 +109,11 @@ class _Log:
                 position += size
         return highest
 
+    def close(self) -> None:
+        """Close all files."""
+        for file in self.files.values():
+            file.close()
+
 
 class _Scan:
     """Follows the log from `scan_lsn` to X, the first position without a valid record."""
@@ -186,16 +191,10 @@ def recover_journal(
         end = _kept_end(log, scan, kept, resource_id, durable_lsn)
         spares = _take_spares(store, limits)
         rewriter = Rewriter(store, entropy, end, durable_lsn, spares)
-        try:
-            for info, check in zip(scan.records[kept:], scan.payload_checks[kept:], strict=True):
-                rewriter.add(info, check, log.read)
-            new_end, segments = rewriter.commit()
-        finally:
-            rewriter.close()
+        new_end, segments = _rewrite(rewriter, scan, kept, log)
         old = _drop_void(store, log, end.end_lsn)
     except BaseException:
-        for file in log.files.values():
-            file.close()
+        log.close()
         raise
     journal = Journal(
         store,
@@ -209,6 +208,16 @@ def recover_journal(
         spares=spares,
     )
     return Recovered(journal, scan.records[:kept] + rewriter.records, rewriter.moved)
+
+
+def _rewrite(rewriter: Rewriter, scan: _Scan, kept: int, log: _Log) -> tuple[LogEnd, list[Segment]]:
+    """Write the records that are not proven durable again; the log's new end and segments."""
+    try:
+        for info, check in zip(scan.records[kept:], scan.payload_checks[kept:], strict=True):
+            rewriter.add(info, check, log.read)
+        return rewriter.commit()
+    finally:
+        rewriter.close()
 
 
 def _scan(log: _Log, scan_lsn: int, resource_id: bytes) -> _Scan:
