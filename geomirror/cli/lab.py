@@ -101,7 +101,7 @@ def up(
             command += ["--node", f"{site}/{name}"]
         for text in links:
             command += ["--link", text]
-        with open(directory / LOG_FILE, "ab") as log:
+        with open(directory / LOG_FILE, "wb") as log:
             # It has to outlive this command, so no death signal, and a session of its own.
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -236,8 +236,8 @@ def link_state(app: App, link: str, state: str, source: str | None, directory: P
 
 @lab.command()
 @click.argument("link")
-@click.option("--down", "down_s", type=parse_duration, default=2.0, help="Length of an outage.")
-@click.option("--period", "period_s", type=parse_duration, default=5.0, help="One per period.")
+@click.option("--down", "down_s", type=parse_duration, default="2s", help="Length of an outage.")
+@click.option("--period", "period_s", type=parse_duration, default="5s", help="One per period.")
 @click.option("--count", default=10, show_default=True, help="Outages; 0 ends a running schedule.")
 @directory_option
 @json_option

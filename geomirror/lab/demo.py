@@ -224,6 +224,7 @@ class _Demo:
             "lag_seconds_max": round(max(lags, default=0.0), 3),
             "logical_bytes": sampler.logical_bytes,
             "wire_bytes": sampler.wire_bytes,
+            "link_bytes": sampler.link_bytes,
             "resyncs": resyncs,
         }
 

@@ -35,6 +35,8 @@ class Sampler:
         self.resyncs: dict[str, int] = {}
         self.modes: set[str] = set()
         self.flaps = 0
+        self.link_bytes = 0
+        """Everything that crossed any link: also TLS, heartbeats and joins."""
         self._lab = lab
         self._primary = primary
         self._resource = resource
@@ -71,6 +73,9 @@ class Sampler:
         """Take one sample now; a dead daemon gives none."""
         links = await self._lab.emulator.call("status")
         self.flaps = sum(link["flaps"] for link in links)
+        self.link_bytes = sum(
+            direction["bytes_delivered"] for link in links for direction in link["directions"]
+        )
         self._view.show_links({link["name"]: link["is_up"] for link in links})
         try:
             status = await self._primary.call("status", {"name": self._resource}, timeout_s=2.0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from typing import cast
 
 from geomirror.environment import SECOND, Clock, Entropy, SeededEntropy, SystemClock
 from geomirror.errors import NotFoundError
@@ -37,10 +38,10 @@ class Side(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The socket is open."""
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
-        self._outgoing.source = transport
-        self._incoming.sink = transport
+        # A cast, not a check: uvloop's transports are no subclasses of asyncio's.
+        self.transport = self._outgoing.source = self._incoming.sink = cast(
+            asyncio.Transport, transport
+        )
         self._connection.side_opened(self)
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -214,8 +215,7 @@ class _Refuse(asyncio.Protocol):
     """Resets a connection at once."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        reset_transport(transport)
+        reset_transport(cast(asyncio.Transport, transport))
 
 
 class Link:

@@ -258,6 +258,7 @@ class Lab:
         :raises GeomirrorError: a step failed; what runs already is left to `stop`.
         """
         os.makedirs(self.directory, mode=0o700, exist_ok=True)
+        self.emulator_socket.unlink(missing_ok=True)  # of an emulator that was killed
         await self._start_emulator()
         first, *others = self.nodes
         # A data directory appears with its first file; an empty one is not a node yet.
@@ -275,8 +276,8 @@ class Lab:
         """Stop every daemon in an orderly way, then the emulator."""
         await asyncio.gather(*(node.stop() for node in self.nodes))
         await self._emulator_child.stop()
+        self.emulator_socket.unlink(missing_ok=True)
         if self.emulator_socket.parent != self.directory:
-            self.emulator_socket.unlink(missing_ok=True)
             self.emulator_socket.parent.rmdir()
 
     async def status(self) -> dict[str, object]:
