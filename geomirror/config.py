@@ -110,7 +110,7 @@ class Config(_Section, frozen=True):
         )
 
 
-RELOADABLE = frozenset({"log.level", "peers"})
+RELOADABLE = frozenset({"links.rate_bits_per_second", "log.level", "peers"})
 """Keys (or whole sections) that a running node takes over at SIGHUP; the rest needs a restart."""
 
 

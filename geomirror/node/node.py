@@ -238,6 +238,9 @@ class Node:
             endpoints = override.endpoints if override and override.endpoints else member.endpoints
             peers.append(PeerAddress(member.name, list(endpoints)))
         self._links.set_peers(peers)
+        rate = self._config.links.rate_bits_per_second
+        for peer in peers:
+            self._links.set_rate(peer.name, rate // 8 or None)
 
     def _members_changed(self) -> None:
         self._set_peers()

@@ -11,7 +11,7 @@ from geomirror.node.resource_definition import ResourceDefinition
 
 if TYPE_CHECKING:
     from geomirror.nbd.protocol import Export
-    from geomirror.wan_protocol.messages import Message
+    from geomirror.wan_protocol.messages import AnyMessage
 
 
 class Service(Protocol):
@@ -56,7 +56,7 @@ class Service(Protocol):
     def link_down(self, peer: str) -> None:
         """The link to a member is gone."""
 
-    def message(self, peer: str, session: int, message: Message) -> None:
+    def message(self, peer: str, session: int, message: AnyMessage) -> None:
         """A message of this resource's session."""
 
     def frame(
