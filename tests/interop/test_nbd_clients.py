@@ -1,0 +1,274 @@
+"""Real NBD clients against the server: nbdinfo, nbdcopy, qemu-img, qemu-io, fio, nbdfuse.
+
+A client that is not installed skips its tests, naming the tool; in CI it is a failure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import shutil
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from geomirror.nbd import constants as c
+from geomirror.nbd.server_io import NbdServer
+from tests.nbd.ram_export import RamExport
+
+pytestmark = [pytest.mark.interop, pytest.mark.timeout(240)]
+
+SIZE = 16 << 20
+
+
+def tool(name: str) -> str:
+    """Path of a client, or the end of the test."""
+    path = shutil.which(name)
+    if path is not None:
+        return path
+    message = f"{name} is not installed"
+    if os.environ.get("CI") == "true":
+        pytest.fail(message)
+    pytest.skip(message)
+
+
+async def run(*command: str | Path, is_failure_wanted: bool = False) -> str:
+    """Run a client beside the server in this loop; its output, both streams."""
+    process = await asyncio.create_subprocess_exec(
+        tool(str(command[0])),
+        *map(str, command[1:]),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    try:
+        async with asyncio.timeout(120):
+            output, _ = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    text = output.decode(errors="replace")
+    assert (process.returncode != 0) == is_failure_wanted, text
+    return text
+
+
+@dataclass
+class Served:
+    disk: RamExport
+    read_only: RamExport
+    picky: RamExport
+    server: NbdServer
+    path: Path
+    tcp: str
+
+    def uri(self, name: str = "vol/0") -> str:
+        return f"nbd+unix:///{name}?socket={self.path}"
+
+
+@pytest.fixture
+async def served(tmp_path: Path) -> AsyncIterator[Served]:
+    disk = RamExport(name="vol/0", size_bytes=SIZE, description="role: primary")
+    read_only = RamExport(name="ro", size_bytes=SIZE, is_read_only=True)
+    picky = RamExport(name="picky", size_bytes=SIZE, minimum_block=4096)
+    exports = {"vol/0": disk, "vol": disk, "ro": read_only, "picky": picky}
+    server = NbdServer(lambda: exports, default="vol/0")
+    path = tmp_path / "n.sock"
+    await server.start_unix(path)
+    host, port = await server.start_tcp("127.0.0.1", 0)
+    yield Served(disk, read_only, picky, server, path, f"nbd://{host}:{port}/vol/0")
+    await server.stop()
+    assert disk.open_count == 0
+
+
+def pattern(seed: int) -> bytes:
+    """A sparse disk image: random megabytes between empty ones."""
+    chance = random.Random(seed)
+    return b"".join(
+        chance.randbytes(1 << 20) if chance.random() < 0.5 else bytes(1 << 20)
+        for _ in range(SIZE >> 20)
+    )
+
+
+async def test_nbdinfo_reads_size_flags_contexts_and_block_sizes(served: Served) -> None:
+    told = json.loads(await run("nbdinfo", "--json", served.uri("vol")))
+    export = told["exports"][0]
+    assert told["protocol"] == "newstyle-fixed"
+    assert told["structured"] is True
+    assert export["export-size"] == SIZE
+    assert export["description"] == "role: primary"
+    assert export["contexts"] == ["base:allocation"]
+    can = {key: export[key] for key in export if key.startswith(("can_", "is_"))}
+    assert can.pop("is_rotational") is False
+    assert can.pop("is_read_only") is False
+    assert can
+    assert all(can.values()), can
+    assert (export["block_size_minimum"], export["block_size_preferred"]) == (1, 4096)
+    assert export["block_size_maximum"] == 32 << 20
+
+
+async def test_nbdinfo_lists_the_exports(served: Served) -> None:
+    told = json.loads(await run("nbdinfo", "--json", "--list", served.uri()))
+    names = sorted(export["export-name"] for export in told["exports"])
+    assert names == ["picky", "ro", "vol/0"]
+
+
+async def test_nbdinfo_sees_a_read_only_export_and_an_unknown_one(served: Served) -> None:
+    told = json.loads(await run("nbdinfo", "--json", served.uri("ro")))
+    assert told["exports"][0]["is_read_only"] is True
+    output = await run("nbdinfo", served.uri("nope"), is_failure_wanted=True)
+    assert "nope" in output
+
+
+async def test_nbdinfo_map_shows_data_and_holes(served: Served) -> None:
+    served.disk.data[1 << 20 : 2 << 20] = b"x" * (1 << 20)
+    extents = json.loads(await run("nbdinfo", "--json", "--map", served.uri()))
+    found = [(extent["offset"], extent["length"], extent["type"]) for extent in extents]
+    assert found == [
+        (0, 1 << 20, 3),
+        (1 << 20, 1 << 20, 0),
+        (2 << 20, SIZE - (2 << 20), 3),
+    ]
+
+
+@pytest.mark.parametrize("transport", ["unix", "tcp"])
+async def test_nbdcopy_copies_in_and_out(served: Served, tmp_path: Path, transport: str) -> None:
+    uri = served.uri() if transport == "unix" else served.tcp
+    source, target = tmp_path / "source.img", tmp_path / "target.img"
+    image = pattern(1)
+    source.write_bytes(image)
+    served.disk.data[:] = b"\xee" * SIZE
+    await run("nbdcopy", "--flush", source, uri)
+    assert served.disk.data == image
+    assert served.disk.counts[c.CMD_FLUSH] >= 1
+    await run("nbdcopy", uri, target)
+    assert target.read_bytes() == image
+
+
+async def test_nbdcopy_between_two_exports_over_many_connections(served: Served) -> None:
+    served.read_only.data[:] = pattern(2)
+    await run("nbdcopy", "-C", "4", served.uri("ro"), served.uri())
+    assert served.disk.data == served.read_only.data
+
+
+async def test_nbdcopy_cannot_write_to_a_read_only_export(served: Served, tmp_path: Path) -> None:
+    source = tmp_path / "source.img"
+    source.write_bytes(pattern(3))
+    await run("nbdcopy", source, served.uri("ro"), is_failure_wanted=True)
+    assert not any(served.read_only.data)
+
+
+async def test_qemu_io_writes_zeroes_discards_and_reads_back(served: Served) -> None:
+    commands = [
+        "write -P 0xab 512 1M",
+        "write -P 0xcd 777 333",
+        "write -f -P 0x11 4M 64k",
+        "write -z 5M 1M",
+        "write -z -u 6M 1M",
+        "discard 100k 100k",
+        "flush",
+        "read -P 0xcd 777 333",
+        "read -P 0xab 1110 4000",
+        "read -P 0 100k 100k",
+        "read -P 0x11 4M 64k",
+        "read -P 0 5M 2M",
+        "aio_write -P 0x77 8M 2M",
+        "aio_flush",
+        "read -P 0x77 8M 2M",
+    ]
+    served.disk.data[:] = b"\xee" * SIZE
+    arguments = [part for command in commands for part in ("-c", command)]
+    output = await run("qemu-io", "-f", "raw", *arguments, served.uri())
+    assert "verification failed" not in output
+    assert served.disk.data[777:1110] == b"\xcd" * 333
+    assert served.disk.data[5 << 20 : 7 << 20] == bytes(2 << 20)
+    assert any(command == c.CMD_WRITE and flags & 1 for command, flags in served.disk.flags_seen)
+
+
+async def test_qemu_io_respects_a_minimum_block(served: Served) -> None:
+    await run("qemu-io", "-f", "raw", "-c", "write -P 0x5a 5000 100", served.uri("picky"))
+    assert served.picky.data[5000:5100] == b"\x5a" * 100
+    assert not any(served.picky.data[:5000])
+
+
+async def test_qemu_io_past_the_end_and_read_only_fail_cleanly(served: Served) -> None:
+    past = ("-c", f"write {SIZE - 512} 1024")
+    await run("qemu-io", "-f", "raw", *past, served.uri(), is_failure_wanted=True)
+    await run("qemu-io", "-f", "raw", "-c", "write 0 4k", served.uri("ro"), is_failure_wanted=True)
+    assert not any(served.disk.data)
+
+
+async def test_qemu_img_maps_converts_and_compares(served: Served, tmp_path: Path) -> None:
+    image = tmp_path / "source.img"
+    image.write_bytes(pattern(4))
+    await run("qemu-img", "convert", "-n", "-f", "raw", "-O", "raw", image, served.uri())
+    assert served.disk.data == image.read_bytes()
+    output = await run("qemu-img", "compare", "-f", "raw", "-F", "raw", image, served.uri())
+    assert "identical" in output
+    extents = json.loads(await run("qemu-img", "map", "--output=json", "-f", "raw", served.uri()))
+    assert any(extent["data"] for extent in extents)
+    assert any(extent["zero"] for extent in extents)
+
+
+@pytest.mark.parametrize(("jobs", "mode"), [(1, "randwrite"), (4, "randrw")])
+async def test_fio_verifies_what_it_wrote(served: Served, jobs: int, mode: str) -> None:
+    part = SIZE // jobs
+    output = await run(
+        "fio",
+        "--name=verify",
+        "--ioengine=nbd",
+        f"--uri={served.uri()}",
+        f"--rw={mode}",
+        "--bsrange=512-64k",
+        "--bs_unaligned=1",
+        "--iodepth=32",
+        f"--numjobs={jobs}",
+        f"--size={part}",
+        f"--offset_increment={part}",
+        "--verify=crc32c",
+        "--verify_fatal=1",
+        "--do_verify=1",
+        "--randrepeat=1",
+        "--fsync=50",
+        "--output-format=json",
+    )
+    report = json.loads(output[output.index("{") :])
+    assert [job["error"] for job in report["jobs"]] == [0] * jobs
+    assert sum(job["write"]["total_ios"] for job in report["jobs"]) > 100
+    assert served.disk.counts[c.CMD_FLUSH] > 0
+
+
+async def test_fio_trims(served: Served) -> None:
+    served.disk.data[:] = b"\xee" * SIZE
+    uri = f"--uri={served.uri()}"
+    await run("fio", "--name=t", "--ioengine=nbd", uri, "--rw=trim", "--bs=64k", f"--size={SIZE}")
+    assert not any(served.disk.data)
+
+
+async def test_nbdfuse_carries_a_file_system_image(served: Served, tmp_path: Path) -> None:
+    tool("nbdfuse")
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        pytest.skip("/dev/fuse cannot be used here")
+    image, mount = tmp_path / "fs.img", tmp_path / "mount"
+    mount.mkdir()
+    with image.open("wb") as file:
+        file.truncate(SIZE)
+    await run("mke2fs", "-q", "-F", "-t", "ext4", "-d", Path(__file__).parent, image)
+    process = await asyncio.create_subprocess_exec(tool("nbdfuse"), str(mount), served.uri())
+    try:
+        disk = mount / "nbd"
+        async with asyncio.timeout(20):
+            while not await asyncio.to_thread(disk.exists):
+                assert process.returncode is None
+                await asyncio.sleep(0.05)
+        await run("dd", f"if={image}", f"of={disk}", "bs=1M", "conv=notrunc,fsync")
+        assert served.disk.data == image.read_bytes()
+        assert served.disk.counts[c.CMD_FLUSH] >= 1
+        await run("e2fsck", "-fn", disk)
+    finally:
+        await run("fusermount3", "-u", mount)
+        await process.wait()
