@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import structlog
 
@@ -12,7 +12,7 @@ from geomirror.node.calls import Caller, MethodRegistry
 from geomirror.node.definition_push import DefinitionPush
 from geomirror.node.resource_host import ResourceHost
 from geomirror.node.service import Service
-from geomirror.wan_protocol.messages import Message, SessionOpen, SessionRefuse
+from geomirror.wan_protocol.messages import AnyMessage, Message, SessionOpen, SessionRefuse
 
 _log = structlog.get_logger(component="links")
 
@@ -80,7 +80,7 @@ class LinkRouter:
         ):
             # The secondary lost its part, or was made anew: it needs the definition again.
             self._push.forgotten(service.definition.name, peer)
-        service.message(peer, session, message)
+        service.message(peer, session, cast("AnyMessage", message))
 
     def frame(
         self, peer: str, session: int, epoch: int, sequence: int, is_resync: bool, body: bytes
