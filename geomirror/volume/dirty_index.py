@@ -84,6 +84,8 @@ class DirtyIndex:
         self.touched: set[int] = set()
         self.partial: set[int] = set()
         """Blocks that were given parts; may name blocks that were written whole since."""
+        self.open_partial: set[int] = set()
+        """Those of them that were given parts since the last cut."""
         self._starts: list[int] = []
         self._ends: list[int] = []
         self._sources: list[int] = []
@@ -168,6 +170,7 @@ class DirtyIndex:
         self.entries[block] = parts
         self.touched.add(block)
         self.partial.add(block)
+        self.open_partial.add(block)
         self._part_count += len(parts)
 
     def _block_bytes(self, block: int) -> int:

@@ -40,6 +40,11 @@ class Image:
         assert 0 <= offset <= offset + length <= self.size_bytes
         return self.file.pread(length, offset)
 
+    def try_read(self, offset: int, length: int) -> bytes | bytearray | None:
+        """Like `read` if that needs no waiting for a disk, else None."""
+        assert 0 <= offset <= offset + length <= self.size_bytes
+        return self.file.try_read(length, offset)
+
     def read_block(self, block: int) -> bytes:
         """The content of one block."""
         return self.file.pread(self.block_bytes(block), block * BLOCK_BYTES)
@@ -50,25 +55,28 @@ class Image:
         return self.file.data_ranges(length, offset)
 
     def write_blocks(self, blocks: Sequence[tuple[int, Buffer]]) -> None:
-        """Write whole blocks, ascending by number, adjacent ones in one call. Not durable yet.
+        """Write (first block, contents of one or more whole blocks), ascending. Not durable yet.
 
-        :param blocks: (first block, content of that block and of those that follow it).
+        Adjacent ones go out in one call.
         """
         run: list[Buffer] = []
         first = following = run_bytes = 0
         for block, content in blocks:
-            count = -(-len(content) // BLOCK_BYTES)
-            assert len(content) == (count - 1) * BLOCK_BYTES + self.block_bytes(block + count - 1)
             assert block >= following, "blocks are not ascending"
-            if block != following or run_bytes + len(content) > WRITE_RUN_BYTES_MAX:
-                if run:
-                    self.file.pwritev(run, first * BLOCK_BYTES)
-                run, first, run_bytes = [], block, 0
+            if run and (block != following or run_bytes >= WRITE_RUN_BYTES_MAX):
+                self.file.pwritev(run, first * BLOCK_BYTES)
+                run, run_bytes = [], 0
+            if not run:
+                first = block
             run.append(content)
             run_bytes += len(content)
-            following = block + count
+            following = block + -(-len(content) // BLOCK_BYTES)
+            assert len(content) % BLOCK_BYTES == 0 or self._ends_at(block, content)
         if run:
             self.file.pwritev(run, first * BLOCK_BYTES)
+
+    def _ends_at(self, block: int, content: Buffer) -> bool:
+        return block * BLOCK_BYTES + len(content) == self.size_bytes
 
     def zero(self, first_block: int, count: int, *, punch: bool) -> None:
         """Make `count` blocks read as zeros, freeing their space with `punch`. Not durable yet."""

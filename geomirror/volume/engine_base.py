@@ -1,0 +1,370 @@
+"""What a resource's storage does on both sides: sync, apply, checkpoint, retain, read epochs.
+
+```
+ committed ──sync──▶ sealed (durable) ──apply──▶ applied (image) ──checkpoint──▶ persisted ─▶ trim
+```
+Invariants: sealed <= committed; applied <= sealed (I14); pins follow durable checkpoints only, so a
+crash at any point finds everything it needs.
+Deliberately not here: writing and sealing, spooling and committing (`engine`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import msgspec
+import numpy as np
+
+from geomirror.environment import Entropy
+from geomirror.errors import FencedError, RefusedError
+from geomirror.limits import Limits
+from geomirror.volume.apply import ApplyJob
+from geomirror.volume.dirty_index import DirtyIndex
+from geomirror.volume.engine_jobs import CheckpointJob
+from geomirror.volume.engine_recovery import needed_after, read_epoch
+from geomirror.volume.epoch_directory import EpochDirectory, EpochInfo
+from geomirror.volume.epoch_table import Epoch
+from geomirror.volume.image import Image
+from geomirror.volume.journal import Journal, SyncJob
+from geomirror.volume.open_epoch import EpochDraft, OpenEpoch
+from geomirror.volume.retention import Retention
+from geomirror.volume.store import Store
+from geomirror.volume.superblock import DataState, GenerationRecord, Superblock, SuperblockFile
+from geomirror.volume.undo import UndoStore
+
+NO_GENERATION = bytes(16)
+"""Generation of a secondary that no primary has spoken to yet."""
+
+
+class ChainEntry(Protocol):
+    """One entry of a generation chain as messages carry it."""
+
+    @property
+    def identity(self) -> bytes: ...
+    @property
+    def token(self) -> int: ...
+    @property
+    def parent(self) -> bytes: ...
+    @property
+    def parent_epoch(self) -> int: ...
+    @property
+    def parent_hash(self) -> bytes: ...
+    @property
+    def reason(self) -> str: ...
+    @property
+    def by(self) -> str: ...
+    @property
+    def wall_ns(self) -> int: ...
+
+
+@dataclass
+class EngineParts:
+    """What an engine is made of; see `engine_setup`."""
+
+    store: Store
+    limits: Limits
+    entropy: Entropy
+    superblock: Superblock
+    superblock_file: SuperblockFile
+    journal: Journal
+    images: dict[int, Image]
+    indexes: dict[int, DirtyIndex]
+    undo: UndoStore
+    directory: EpochDirectory
+    open_epoch: OpenEpoch
+    cut_number: int
+    sealed_epoch: int
+    sealed_hash: bytes
+    spooled: list[int] = field(default_factory=list)
+    moved: list[tuple[int, int]] = field(default_factory=list)
+
+
+class EngineBase:
+    """The shared half of `Engine`."""
+
+    def __init__(self, parts: EngineParts) -> None:
+        self.store = parts.store
+        self.limits = parts.limits
+        self.superblock = parts.superblock
+        self.journal = parts.journal
+        self.images = parts.images
+        self.indexes = parts.indexes
+        self.undo = parts.undo
+        self.moved = parts.moved
+        """(old LSN, new LSN) of records that recovery wrote again."""
+        self.sealed_epoch = parts.sealed_epoch
+        self.sealed_hash = parts.sealed_hash
+        self.committed_epoch = parts.sealed_epoch
+        """Newest epoch whose EPOCH record is appended; durable when `sealed_epoch` reaches it."""
+        self.committed_hash = parts.sealed_hash
+        self._superblock_file = parts.superblock_file
+        self._written = deepcopy(parts.superblock)
+        self._directory = parts.directory
+        self._open = parts.open_epoch
+        self._draft: EpochDraft | None = None
+        self._draft_lsn = 0
+        """Where the draft's records begin."""
+        self._draft_cut_number = 0
+        self._cut_number = parts.cut_number
+        self._spooled = parts.spooled
+        self._unsealed: deque[tuple[int, bytes, int]] = deque()
+        """(number, hash, end LSN of the EPOCH record) of committed epochs that are not durable."""
+        self._retention = Retention(self.journal, self._directory, self.superblock.scan_lsn)
+        for peer, record in self.superblock.peers.items():
+            self.retain(peer, needed_after(record))
+        self._retention.checkpointed(self.applied_epoch, self.superblock.scan_lsn)
+        self._is_undo_void = False
+        self._pending_pass: tuple[int, int] | None = None
+        self._find_pending_pass()
+
+    # Positions.
+
+    @property
+    def generation(self) -> bytes:
+        """Identity of the current history; `NO_GENERATION` before the first contact."""
+        chain = self.superblock.chain
+        return bytes.fromhex(chain[-1].identity) if chain else NO_GENERATION
+
+    @property
+    def applied_epoch(self) -> int:
+        """The epoch that the images hold."""
+        return self.superblock.applied_epoch
+
+    @property
+    def applied_hash(self) -> bytes:
+        """H(applied_epoch)."""
+        return bytes.fromhex(self.superblock.applied_hash)
+
+    @property
+    def completed_lsn(self) -> int:
+        """Everything completed lies below."""
+        return self.journal.end_lsn
+
+    @property
+    def scan_lsn(self) -> int:
+        """What is not applied lies at or above it: a pin here keeps all that can be read now."""
+        return self._retention.scan_lsn
+
+    @property
+    def sealed_end_lsn(self) -> int:
+        """Changes of the local journal below this position are in sealed epochs."""
+        if self.sealed_epoch < self.committed_epoch:
+            return self._directory.info(self.sealed_epoch + 1).data_lsn_min
+        return self._uncommitted_lsn
+
+    @property
+    def needs_redo(self) -> bool:
+        """A crash left a pass half applied: no image may be served before the next apply.
+
+        On a primary reads are right all the same, because the index covers what is not applied.
+        """
+        return self._pending_pass is not None
+
+    # Epochs.
+
+    def epoch_numbers(self) -> list[int]:
+        """The epochs in the journal, ascending; a fold by its last number."""
+        return self._directory.numbers()
+
+    def epoch_info(self, number: int) -> EpochInfo:
+        """Where an epoch (or the fold that covers it) lies. :raises NotFoundError: not here."""
+        return self._directory.info(number)
+
+    def load_epoch(self, number: int) -> Epoch:
+        """An epoch (or the fold that covers it) with its table. Blocking; for any thread.
+
+        :raises NotFoundError: it is not in the journal. :raises IntegrityError: it is damaged.
+        """
+        return read_epoch(self.journal, self.limits, self._directory.info(number).record_lsn)[0]
+
+    def bytes_backlog(self, epoch: int) -> int:
+        """Journal bytes, about, that are kept for epochs > `epoch`."""
+        floor = self._directory.floor_after(epoch)
+        return 0 if floor is None else min(self.journal.end_lsn - floor, self.journal.bytes_used)
+
+    def retain(self, owner: str, epoch: int) -> None:
+        """Keep every epoch > `epoch` readable for `owner`; replaces what it retained before."""
+        self._retention.retain(owner, epoch, self._uncommitted_lsn)
+
+    def release(self, owner: str) -> None:
+        """`owner` needs no epochs any more."""
+        self._retention.release(owner)
+
+    # Sync.
+
+    def sync_job(self) -> SyncJob:
+        """A job that makes everything appended so far durable."""
+        return self.journal.begin_sync()
+
+    def complete_sync(self, job: SyncJob) -> None:
+        """Move `journal.durable_lsn`, and `sealed_epoch` to the last epoch that is durable now."""
+        self.journal.complete_sync(job)
+        while self._unsealed and self._unsealed[0][2] <= self.journal.durable_lsn:
+            self.sealed_epoch, self.sealed_hash, _ = self._unsealed.popleft()
+
+    # Apply.
+
+    def apply_job(self, through_epoch: int) -> ApplyJob:
+        """A job that brings the images to `through_epoch`, which is sealed.
+
+        After a crash within a pass the first job repeats exactly that pass, whatever is asked for;
+        see the job's `to_epoch`.
+        """
+        first, last = self.applied_epoch, through_epoch
+        if self._pending_pass is not None:
+            last = self._pending_pass[1]
+        assert first < last <= self.sealed_epoch
+        assert self._directory.info(last).number == last, "a fold is applied as a whole"
+        infos = [info for info in self._directory.after(first) if info.number <= last]
+        lsns = [info.record_lsn for info in infos]
+
+        def load() -> Sequence[Epoch]:
+            return [read_epoch(self.journal, self.limits, lsn)[0] for lsn in lsns]
+
+        return ApplyJob(
+            first,
+            last,
+            load,
+            self.journal.read,
+            self.images,
+            self.undo,
+            self.limits,
+            with_undo=self.superblock.data_state == "consistent",
+        )
+
+    def complete_apply(self, job: ApplyJob) -> None:
+        """Take note that the images hold `job.to_epoch`; persisted by the next checkpoint."""
+        assert job.from_epoch == self.applied_epoch
+        info = self._directory.info(job.to_epoch)
+        assert info.chain_hash == job.chain_hash
+        for volume, index in self.indexes.items():
+            if index.entry_count:
+                low, high = np.searchsorted(job.table["volume"], [volume, volume + 1]).tolist()
+                index.forget(job.table[low:high], info.boundary_lsn)
+        superblock = self.superblock
+        superblock.applied_epoch = info.number
+        superblock.applied_hash = info.chain_hash.hex()
+        superblock.applied_first_epoch = info.first_number
+        superblock.applied_end_lsn = info.end_lsn
+        superblock.applied_wall_ns = info.wall_ns
+        superblock.last_epoch_lsn = info.record_lsn
+        self._pending_pass = None
+
+    # Checkpoint.
+
+    def checkpoint_job(self) -> CheckpointJob | None:
+        """A job that makes the superblock durable; None when nothing in it has changed.
+
+        Run one at a time, and never beside an apply job.
+        """
+        superblock = self.superblock
+        floor = self._directory.floor_after(self.applied_epoch)
+        start = self._uncommitted_lsn
+        scan_lsn = start if floor is None else min(floor, start)
+        # A floor is a lower bound; the position of an earlier checkpoint is one, too.
+        superblock.scan_lsn = max(scan_lsn, self.scan_lsn)
+        superblock.undo_next = self.undo.next_counter
+        same = {"known_durable_lsn": superblock.known_durable_lsn, "sequence": superblock.sequence}
+        if msgspec.structs.replace(self._written, **same) == superblock and not self._is_undo_void:
+            return None
+        superblock.known_durable_lsn = self.journal.durable_lsn
+        version = deepcopy(superblock)
+        undo = self.undo if self._is_undo_void else None
+        return CheckpointJob(version, self._superblock_file.write_job(version), undo)
+
+    def complete_checkpoint(self, job: CheckpointJob) -> None:
+        """The checkpoint is durable: the journal below it is not needed by recovery any more."""
+        self._written = job.superblock
+        if job.drops_undo:
+            self._is_undo_void = False
+        self._retention.checkpointed(job.superblock.applied_epoch, job.superblock.scan_lsn)
+
+    # The position of a copy that is made anew.
+
+    def reset_position(
+        self, generation: bytes, epoch: int, chain_hash: bytes, *, data_state: DataState
+    ) -> None:
+        """The images hold (or are being given) `epoch` of another node: forget all epochs here.
+
+        No job may be running. The next checkpoint persists it and drops the undo.
+
+        :raises RefusedError: `generation` is not the current one here.
+        """
+        if generation != self.generation:
+            raise RefusedError(
+                f'resource "{self.superblock.name}" follows another history: '
+                f"{self.generation.hex()} here, {generation.hex()} there"
+            )
+        assert not self._open_entries
+        self._directory.clear()
+        self._spooled.clear()
+        self._unsealed.clear()
+        superblock = self.superblock
+        superblock.applied_epoch = superblock.applied_first_epoch = epoch
+        superblock.applied_hash = chain_hash.hex()
+        superblock.applied_end_lsn = superblock.last_epoch_lsn = superblock.applied_wall_ns = 0
+        superblock.data_state = data_state
+        self.sealed_epoch = self.committed_epoch = epoch
+        self.sealed_hash = self.committed_hash = chain_hash
+        self._open.number = epoch + 1
+        self._is_undo_void = True
+        self._pending_pass = None
+
+    def adopt_chain(self, chain: Sequence[ChainEntry]) -> None:
+        """Take over the primary's generation chain; persisted by the next checkpoint."""
+        self.superblock.chain = [
+            GenerationRecord(
+                entry.identity.hex(),
+                entry.token,
+                entry.parent.hex(),
+                entry.parent_epoch,
+                entry.parent_hash.hex(),
+                entry.reason,
+                entry.by,
+                entry.wall_ns,
+            )
+            for entry in chain
+        ]
+
+    def close(self) -> None:
+        """Close all files; nothing is synced."""
+        self.journal.close()
+        self.undo.close()
+        self._superblock_file.close()
+        for image in self.images.values():
+            image.close()
+
+    @property
+    def _uncommitted_lsn(self) -> int:
+        """Nothing that an epoch without EPOCH record can need lies below."""
+        if self.superblock.role == "primary":
+            return self._open.boundary_lsn if self._draft is None else self._draft_lsn
+        return self._spooled[0] if self._spooled else self.journal.end_lsn
+
+    @property
+    def _open_entries(self) -> int:
+        return sum(len(index.touched) for index in self.indexes.values())
+
+    def _enter(self, epoch: Epoch, info: EpochInfo) -> None:
+        """An EPOCH record was appended."""
+        self._directory.append(info)
+        self._unsealed.append((epoch.number, epoch.chain_hash, self.journal.end_lsn))
+        self.committed_epoch, self.committed_hash = epoch.number, epoch.chain_hash
+
+    def _find_pending_pass(self) -> None:
+        if self.superblock.data_state != "consistent":
+            return
+        found = self.undo.pending_pass(self.applied_epoch)
+        if found is None:
+            return
+        if found[1] > self.sealed_epoch or found[1] not in self._directory.numbers():
+            raise FencedError(
+                f'resource "{self.superblock.name}": epochs {found} are half applied and not in '
+                f"the journal, which ends at epoch {self.sealed_epoch}",
+                hint="the journal is damaged; keep the data directory and make this copy anew",
+            )
+        self._pending_pass = found

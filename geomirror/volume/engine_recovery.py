@@ -1,0 +1,317 @@
+"""From a recovered log back to the state that the engine had before a stop or a crash.
+
+```
+ superblock: applied d ──┐
+ EPOCH(d) at last_epoch_lsn ◀─previous─ … walk back for peers
+ scan_lsn ▼
+ W W W EPOCH(d) W W W EPOCH(d+1) W W W EPOCH(d+2) W W        W = WRITE, ZERO, TRIM
+       └ applied: skipped ┘└────── index ──────┘ └ open ┘
+```
+A record belongs to the first epoch whose cut number is not below its own (`docs/disk_format.md`):
+LSNs do not decide, because recovery may have moved records above their epoch's LSN range.
+Invariant: everything in the recovered log is durable, so every epoch in it is sealed.
+Deliberately not here: reading and cutting the log (`recovery`), applying what was half applied.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from geomirror.errors import FencedError, IntegrityError
+from geomirror.limits import Limits
+from geomirror.volume.dirty_index import DirtyIndex
+from geomirror.volume.epoch_directory import EpochDirectory, EpochInfo
+from geomirror.volume.epoch_record import decode_epoch
+from geomirror.volume.epoch_table import KIND_DATA, Epoch, chain_hash
+from geomirror.volume.journal import Journal
+from geomirror.volume.open_epoch import OpenEpoch
+from geomirror.volume.record import HEADER_BYTES, RecordInfo, RecordType
+from geomirror.volume.superblock import PeerRecord, Superblock
+
+_CHANGES = frozenset((RecordType.WRITE, RecordType.ZERO, RecordType.TRIM))
+
+
+@dataclass
+class Replayed:
+    """What the log says beyond the superblock."""
+
+    directory: EpochDirectory
+    open_epoch: OpenEpoch
+    cut_number: int
+    """Of the open epoch."""
+    sealed_epoch: int
+    sealed_hash: bytes
+    spooled: list[int] = field(default_factory=list)
+    """LSNs of BLOCKS records, ascending."""
+
+
+def info_of(
+    epoch: Epoch,
+    *,
+    record_lsn: int,
+    boundary_lsn: int,
+    data_lsn_min: int,
+    previous_lsn: int,
+) -> EpochInfo:
+    """The directory's row of an epoch."""
+    return EpochInfo(
+        epoch.number,
+        epoch.first_number,
+        record_lsn,
+        epoch.first_lsn,
+        epoch.end_lsn,
+        boundary_lsn,
+        data_lsn_min,
+        epoch.raw_bytes(),
+        len(epoch.table),
+        epoch.wall_ns,
+        previous_lsn,
+        epoch.chain_hash,
+    )
+
+
+def lowest_address(epoch: Epoch, default: int) -> int:
+    """Lowest journal address in the epoch's table, or `default` if it is lower."""
+    addresses = epoch.table["address"][epoch.table["kind"] == KIND_DATA]
+    return min(default, int(addresses.min())) if len(addresses) else default
+
+
+def read_epoch(journal: Journal, limits: Limits, record_lsn: int) -> tuple[Epoch, int, int]:
+    """(epoch, LSN of the EPOCH record before, flags) of the EPOCH record at `record_lsn`.
+
+    :raises IntegrityError: there is none.
+    """
+    info, payload = journal.read_record(record_lsn)
+    if info.kind != RecordType.EPOCH:
+        raise IntegrityError(f"no EPOCH record at LSN {record_lsn}")
+    epoch, previous_lsn = decode_epoch(payload, entries_max=limits.epoch_entries_max)
+    return epoch, previous_lsn, info.flags
+
+
+def later(reference: int, flags: int) -> int:
+    """The cut number with these low 8 bits that is nearest to `reference`."""
+    return reference + ((flags - reference + 128) & 0xFF) - 128
+
+
+def replay(
+    superblock: Superblock,
+    journal: Journal,
+    records: Sequence[RecordInfo],
+    indexes: dict[int, DirtyIndex],
+    limits: Limits,
+) -> Replayed:
+    """Rebuild directory, indexes and open epoch. Blocking.
+
+    :param records: of the log, from the superblock's scan position on, ascending.
+    :raises FencedError: epochs are missing or their hashes do not follow each other.
+    """
+    history, applied_cut = _walk_back(superblock, journal, limits)
+    epochs, cuts = _sealed(superblock, journal, records, limits, applied_cut)
+    owners, cut_number = _assign(records, applied_cut, cuts)
+    sealed_count = len(epochs)
+    boundaries = _boundaries(records, owners, sealed_count, journal.end_lsn)
+
+    directory = EpochDirectory()
+    for info in history:
+        directory.append(info)
+    spooled = [each.lsn for each in records if each.kind == RecordType.BLOCKS]
+    is_primary = superblock.role == "primary"
+    for at, (record_lsn, epoch, previous_lsn) in enumerate(epochs):
+        lowest = lowest_address(epoch, record_lsn)
+        if is_primary:
+            lowest = min(lowest, boundaries[at - 1] if at else superblock.scan_lsn)
+        else:
+            lowest = record_start(spooled, lowest)
+        directory.append(
+            info_of(
+                epoch,
+                record_lsn=record_lsn,
+                boundary_lsn=boundaries[at],
+                data_lsn_min=lowest,
+                previous_lsn=previous_lsn,
+            )
+        )
+    open_epoch = _fill_indexes(superblock, records, owners, sealed_count, indexes)
+    if epochs:
+        last = epochs[-1][1]
+        open_epoch.number, open_epoch.first_lsn = last.number + 1, last.end_lsn
+        open_epoch.boundary_lsn = boundaries[-1]
+    return Replayed(
+        directory,
+        open_epoch,
+        cut_number,
+        open_epoch.number - 1,
+        epochs[-1][1].chain_hash if epochs else bytes.fromhex(superblock.applied_hash),
+        spooled,
+    )
+
+
+def record_start(lsns: Sequence[int], address: int) -> int:
+    """The highest of ascending `lsns` that is not above `address`; itself if there is none."""
+    at = bisect_right(lsns, address)
+    return lsns[at - 1] if at else address
+
+
+def _walk_back(
+    superblock: Superblock, journal: Journal, limits: Limits
+) -> tuple[list[EpochInfo], int]:
+    """Rows of applied epochs that peers may still need, and the applied epoch's cut number."""
+    segment_bytes = limits.segment_bytes
+    needed = [needed_after(record) for record in superblock.peers.values()]
+    lowest_needed = min(needed, default=superblock.applied_epoch)
+    found: list[EpochInfo] = []
+    cut_number = 0
+    record_lsn = superblock.last_epoch_lsn
+    number = superblock.applied_epoch
+    while record_lsn and record_lsn // segment_bytes >= journal.first_segment:
+        if number <= lowest_needed and found:
+            break
+        try:
+            epoch, previous_lsn, flags = read_epoch(journal, limits, record_lsn)
+        except IntegrityError:
+            break
+        if epoch.number != number:
+            break
+        if number == superblock.applied_epoch:
+            cut_number = flags
+        lowest = lowest_address(epoch, record_lsn)
+        if number <= lowest_needed or lowest // segment_bytes < journal.first_segment:
+            break
+        found.append(
+            info_of(
+                epoch,
+                record_lsn=record_lsn,
+                boundary_lsn=epoch.end_lsn,
+                data_lsn_min=lowest,
+                previous_lsn=previous_lsn,
+            )
+        )
+        number = epoch.first_number - 1
+        record_lsn = previous_lsn
+    found.reverse()
+    return found, cut_number
+
+
+def needed_after(record: PeerRecord) -> int:
+    """The newest epoch that a peer surely does not need from this journal."""
+    return max(record.durable_epoch, getattr(record, "bitmap_through", 0))
+
+
+def _sealed(
+    superblock: Superblock,
+    journal: Journal,
+    records: Sequence[RecordInfo],
+    limits: Limits,
+    applied_cut: int,
+) -> tuple[list[tuple[int, Epoch, int]], list[int]]:
+    """(record LSN, epoch, previous LSN) of the epochs beyond the applied one, and their cuts."""
+    epochs: list[tuple[int, Epoch, int]] = []
+    cuts: list[int] = []
+    number = superblock.applied_epoch
+    previous_hash = bytes.fromhex(superblock.applied_hash)
+    cut_number = applied_cut
+    for record in records:
+        if record.kind in _CHANGES:
+            cut_number = max(cut_number, later(cut_number, record.flags))
+        if record.kind != RecordType.EPOCH:
+            continue
+        payload = journal.read(record.lsn + HEADER_BYTES, record.payload_length)
+        epoch, previous_lsn = decode_epoch(payload, entries_max=limits.epoch_entries_max)
+        if epoch.number <= superblock.applied_epoch:
+            continue
+        if epoch.first_number != number + 1 or not _follows(epoch, previous_hash):
+            raise FencedError(
+                f'resource "{superblock.name}": epoch {epoch.number} in the journal does not '
+                f"follow epoch {number}",
+                hint="the journal is damaged; keep the data directory and make this copy anew",
+            )
+        epochs.append((record.lsn, epoch, previous_lsn))
+        cuts.append(later(cut_number, record.flags))
+        number, previous_hash = epoch.number, epoch.chain_hash
+    return epochs, cuts
+
+
+def _follows(epoch: Epoch, previous_hash: bytes) -> bool:
+    """Whether H(epoch) follows from the hash before; of an asserted one it cannot be known."""
+    return epoch.is_asserted or epoch.chain_hash == chain_hash(
+        previous_hash,
+        epoch.generation,
+        epoch.number,
+        epoch.first_lsn,
+        epoch.end_lsn,
+        epoch.table,
+    )
+
+
+def _assign(
+    records: Sequence[RecordInfo], applied_cut: int, cuts: Sequence[int]
+) -> tuple[list[int], int]:
+    """For each record the index of its epoch in `cuts`: -1 applied, len(cuts) open, -2 neither.
+
+    Also returns the cut number to go on with.
+    """
+    owners: list[int] = []
+    cut_number, sealed = applied_cut, 0
+    for record in records:
+        if record.kind not in _CHANGES:
+            owners.append(-2)
+            continue
+        own = later(cut_number, record.flags)
+        cut_number = max(cut_number, own)
+        while sealed < len(cuts) and cuts[sealed] < own:
+            sealed += 1
+        owners.append(-1 if own <= applied_cut else sealed)
+    return owners, max(cut_number, (cuts[-1] if cuts else applied_cut) + 1)
+
+
+def _boundaries(
+    records: Sequence[RecordInfo], owners: Sequence[int], count: int, end_lsn: int
+) -> list[int]:
+    """For each sealed epoch the LSN of the first change after it."""
+    boundaries: list[int] = []
+    for record, owner in zip(records, owners, strict=True):
+        while owner > len(boundaries):
+            boundaries.append(record.lsn)
+    return boundaries + [end_lsn] * (count - len(boundaries))
+
+
+def _fill_indexes(
+    superblock: Superblock,
+    records: Sequence[RecordInfo],
+    owners: Sequence[int],
+    sealed_count: int,
+    indexes: dict[int, DirtyIndex],
+) -> OpenEpoch:
+    """Enter every change that is not applied; what no epoch holds is touched."""
+    open_epoch = OpenEpoch(
+        superblock.applied_epoch + 1,
+        superblock.applied_end_lsn or superblock.scan_lsn,
+        superblock.scan_lsn,
+    )
+    is_open = False
+    for record, owner in zip(records, owners, strict=True):
+        if owner < 0:
+            continue
+        if owner == sealed_count and not is_open:
+            is_open = True
+            _settle(indexes)
+            open_epoch.since_wall_ns = record.wall_ns
+        index = indexes[record.volume]
+        if record.kind == RecordType.WRITE:
+            index.write(record.offset, record.length, record.address)
+        else:
+            is_trim = record.kind == RecordType.TRIM
+            index.zero(record.offset, record.length, record.lsn, punch=is_trim)
+        open_epoch.last_wall_ns = record.wall_ns
+    if not is_open:
+        _settle(indexes)
+    return open_epoch
+
+
+def _settle(indexes: dict[int, DirtyIndex]) -> None:
+    """What is in the indexes so far belongs to sealed epochs."""
+    for index in indexes.values():
+        index.touched.clear()
+        index.open_partial.clear()

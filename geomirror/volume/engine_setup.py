@@ -1,0 +1,202 @@
+"""Making a resource's storage, and opening it again.
+
+Order of creation: images, journal, superblock; the superblock is what makes the resource exist, so
+a crash before leaves files that belong to nothing.
+Deliberately not here: locks against a second daemon (the node), running anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from geomirror.environment import Entropy
+from geomirror.errors import RefusedError, UsageError
+from geomirror.limits import SECTOR_BYTES, Limits
+from geomirror.volume.dirty_index import DirtyIndex
+from geomirror.volume.engine_base import EngineParts
+from geomirror.volume.engine_recovery import replay
+from geomirror.volume.epoch_directory import EpochDirectory
+from geomirror.volume.epoch_table import HASH_ZERO
+from geomirror.volume.image import Image
+from geomirror.volume.journal import Journal
+from geomirror.volume.open_epoch import OpenEpoch
+from geomirror.volume.recovery import recover_journal
+from geomirror.volume.store import File, Store
+from geomirror.volume.superblock import (
+    GenerationRecord,
+    Role,
+    Superblock,
+    SuperblockFile,
+    VolumeRecord,
+)
+from geomirror.volume.undo import UndoStore
+
+VOLUMES_DIRECTORY = "volumes"
+
+
+@dataclass(frozen=True)
+class VolumeSpec:
+    """A volume to be made; without a backing it gets a sparse file in the store."""
+
+    index: int
+    name: str
+    size_bytes: int
+    backing: File | None = None
+    backing_name: str = ""
+    """How the superblock names the backing, for `open`; "" for the file in the store."""
+
+
+def volume_file_name(index: int) -> str:
+    """Name in the store of a volume's own backing file."""
+    return f"{VOLUMES_DIRECTORY}/{index}.img"
+
+
+def create_parts(
+    store: Store,
+    limits: Limits,
+    entropy: Entropy,
+    *,
+    name: str,
+    resource_id: bytes,
+    volumes: Sequence[VolumeSpec],
+    journal_bytes: int,
+    role: Role,
+    chain: Sequence[GenerationRecord],
+    wall_ns: int,
+) -> EngineParts:
+    """See `Engine.create`."""
+    _check(limits, volumes, journal_bytes)
+    with ExitStack() as stack:
+        images: dict[int, Image] = {}
+        for spec in volumes:
+            file = spec.backing or store.create(volume_file_name(spec.index), spec.size_bytes)
+            stack.callback(file.close)
+            if file.size() < spec.size_bytes:
+                raise RefusedError(
+                    f'volume "{spec.name}" of "{name}" needs {spec.size_bytes} bytes, '
+                    f"{file.name} has {file.size()}"
+                )
+            images[spec.index] = Image(spec.index, spec.name, spec.size_bytes, file)
+        if any(spec.backing is None for spec in volumes):
+            store.sync_directory(VOLUMES_DIRECTORY)
+        segments = journal_bytes // limits.segment_bytes
+        journal = Journal.create(
+            store,
+            limits,
+            entropy,
+            resource_id=resource_id,
+            journal_bytes=segments * limits.segment_bytes,
+        )
+        stack.callback(journal.close)
+        superblock = Superblock(
+            resource_id=resource_id.hex(),
+            name=name,
+            segment_bytes=limits.segment_bytes,
+            journal_bytes=segments * limits.segment_bytes,
+            volumes=[VolumeRecord(v.index, v.name, v.size_bytes, v.backing_name) for v in volumes],
+            role=role,
+            data_state="consistent" if role == "primary" else "blank",
+            chain=list(chain),
+            scan_lsn=journal.end_lsn,
+            known_durable_lsn=journal.end_lsn,
+            applied_end_lsn=journal.end_lsn,
+            applied_wall_ns=wall_ns,
+        )
+        undo = UndoStore(store, limits)
+        superblock_file = SuperblockFile(store)
+        stack.callback(superblock_file.close)
+        superblock_file.create(superblock)
+        stack.pop_all()
+    return EngineParts(
+        store,
+        limits,
+        entropy,
+        superblock,
+        superblock_file,
+        journal,
+        images,
+        _indexes(images, limits),
+        undo,
+        EpochDirectory(),
+        OpenEpoch(1, journal.end_lsn, journal.end_lsn),
+        cut_number=1,
+        sealed_epoch=0,
+        sealed_hash=HASH_ZERO,
+    )
+
+
+def open_parts(
+    store: Store,
+    limits: Limits,
+    entropy: Entropy,
+    open_backing: Callable[[VolumeRecord], File],
+) -> EngineParts:
+    """See `Engine.open`."""
+    with ExitStack() as stack:
+        superblock_file = SuperblockFile(store)
+        stack.callback(superblock_file.close)
+        superblock = superblock_file.load()
+        images: dict[int, Image] = {}
+        for volume in superblock.volumes:
+            own = volume_file_name(volume.index)
+            file = open_backing(volume) if volume.backing else store.open(own)
+            stack.callback(file.close)
+            images[volume.index] = Image(volume.index, volume.name, volume.size_bytes, file)
+        recovered = recover_journal(
+            store,
+            limits,
+            entropy,
+            resource_id=bytes.fromhex(superblock.resource_id),
+            journal_bytes=superblock.journal_bytes,
+            scan_lsn=superblock.scan_lsn,
+            known_durable_lsn=superblock.known_durable_lsn,
+        )
+        stack.callback(recovered.journal.close)
+        undo = UndoStore(store, limits, superblock.undo_next)
+        if superblock.data_state != "consistent":
+            undo.drop_all()
+        indexes = _indexes(images, limits)
+        replayed = replay(superblock, recovered.journal, recovered.records, indexes, limits)
+        stack.pop_all()
+    return EngineParts(
+        store,
+        limits,
+        entropy,
+        superblock,
+        superblock_file,
+        recovered.journal,
+        images,
+        indexes,
+        undo,
+        replayed.directory,
+        replayed.open_epoch,
+        replayed.cut_number,
+        replayed.sealed_epoch,
+        replayed.sealed_hash,
+        replayed.spooled,
+        recovered.moved,
+    )
+
+
+def _indexes(images: dict[int, Image], limits: Limits) -> dict[int, DirtyIndex]:
+    run_min = limits.zero_run_blocks_min
+    return {index: DirtyIndex(image.size_bytes, run_min) for index, image in images.items()}
+
+
+def _check(limits: Limits, volumes: Sequence[VolumeSpec], journal_bytes: int) -> None:
+    # An epoch's table has at most two entries for each of the index, so it always fits its bound.
+    assert 4 * limits.dirty_entries_max <= limits.epoch_entries_max
+    if not 0 < len(volumes) <= limits.volumes_max:
+        raise UsageError(f"{len(volumes)} volumes; a resource has 1 to {limits.volumes_max}")
+    if journal_bytes < limits.journal_bytes_min:
+        raise UsageError(
+            f"a journal of {journal_bytes} bytes is too small; at least {limits.journal_bytes_min}"
+        )
+    for spec in volumes:
+        if spec.size_bytes % SECTOR_BYTES or not 0 < spec.size_bytes <= limits.volume_bytes_max:
+            raise UsageError(
+                f'volume "{spec.name}" of {spec.size_bytes} bytes: a multiple of {SECTOR_BYTES} '
+                f"up to {limits.volume_bytes_max} is wanted"
+            )

@@ -1,0 +1,123 @@
+"""Cutting the open epoch: what it changed, captured in an instant.
+
+```
+ index.touched ─▶ whole blocks   (block, source) arrays     ┐
+                  parts          (block, parts at the cut)  ├─▶ EpochDraft ─▶ SealJob (thread)
+ index.extents ─▶ of this epoch  (first, end, source)       ┘
+```
+The index holds the newest source of every block, and a touched block's newest source is from the
+open epoch; so the values at the cut are the epoch, and no second map is kept by the write path.
+Invariant: a draft never changes. Parts and sources in it stay readable because the engine pins the
+journal from the cut until the epoch is committed.
+Deliberately not here: contents and digests (`seal`), when to cut (the primary's core).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import repeat
+
+import numpy as np
+import numpy.typing as npt
+
+from geomirror.limits import BLOCK_BYTES
+from geomirror.volume.dirty_index import DirtyIndex, Parts, source_lsn
+from geomirror.volume.epoch_table import ENTRY
+
+Column = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class VolumeDraft:
+    """What an epoch changed in one volume."""
+
+    volume: int
+    blocks: Column
+    """Blocks written or zeroed whole, in no order; one entry a block."""
+    sources: Column
+    """Source of each of them: address, or a negative zero source."""
+    parts: list[tuple[int, Parts]]
+    """Blocks written in part, with all their undestaged parts at the cut."""
+    extents: list[tuple[int, int, int]]
+    """Zero extents (first, end, source), ascending; blocks named above override them."""
+
+
+@dataclass(frozen=True)
+class EpochDraft:
+    """An epoch that is cut and not yet sealed. [first_lsn, end_lsn) is its LSN range."""
+
+    number: int
+    first_lsn: int
+    end_lsn: int
+    boundary_lsn: int
+    """Every record of it lies below this position of the local journal, later ones at or above."""
+    wall_ns: int
+    is_mark: bool
+    volumes: list[VolumeDraft] = field(repr=False)
+
+    @property
+    def entries_max(self) -> int:
+        """Most entries that its table can have."""
+        return sum(
+            2 * (len(each.blocks) + len(each.parts)) + len(each.extents) for each in self.volumes
+        )
+
+    @property
+    def reserve_bytes(self) -> int:
+        """Journal bytes that sealing it needs: fills and table, without record headers."""
+        fills = sum(len(each.parts) for each in self.volumes) * BLOCK_BYTES
+        return fills + self.entries_max * ENTRY.itemsize
+
+
+@dataclass
+class OpenEpoch:
+    """The epoch that takes writes now."""
+
+    number: int
+    first_lsn: int
+    boundary_lsn: int
+    """Where its records begin in the local journal; above `first_lsn` only after a recovery."""
+    since_wall_ns: int | None = None
+    """Wall clock of its first write; None while it is empty."""
+    last_wall_ns: int = 0
+
+
+def cut_volume(volume: int, index: DirtyIndex, boundary_lsn: int) -> VolumeDraft:
+    """Take what the open epoch changed in a volume; `index.touched` is empty afterwards.
+
+    About 0.1 µs a block, on the event loop.
+
+    :param boundary_lsn: where the open epoch's records begin: newer extents are its own.
+    """
+    entries, touched = index.entries, index.touched
+    index.recount()
+    parts = [
+        (block, entry)
+        for block in sorted(index.open_partial)
+        if isinstance(entry := entries.get(block), tuple)
+    ]
+    touched.difference_update([block for block, _ in parts])
+    blocks = np.fromiter(touched, dtype=np.int64, count=len(touched))
+    sources = np.fromiter(map(entries.get, touched, repeat(0)), dtype=np.int64, count=len(touched))
+    # A touched block without an entry lies in an extent of this epoch, which removed its entry.
+    has_entry = sources != 0
+    if not bool(has_entry.all()):
+        blocks, sources = blocks[has_entry], sources[has_entry]
+    extents = [each for each in index.extents if source_lsn(each[2]) >= boundary_lsn]
+    index.touched = set()
+    index.open_partial = set()
+    return VolumeDraft(volume, blocks, sources, parts, extents)
+
+
+def cut(
+    epoch: OpenEpoch,
+    indexes: Mapping[int, DirtyIndex],
+    *,
+    end_lsn: int,
+    wall_ns: int,
+    is_mark: bool = False,
+) -> EpochDraft:
+    """The draft of everything since the last cut; the caller opens the next epoch at `end_lsn`."""
+    volumes = [cut_volume(i, index, epoch.boundary_lsn) for i, index in sorted(indexes.items())]
+    return EpochDraft(epoch.number, epoch.first_lsn, end_lsn, end_lsn, wall_ns, is_mark, volumes)
