@@ -197,8 +197,10 @@ class DirtyBitmap:
 
     def delete(self) -> None:
         """Remove the file, durably: the peer has everything through the stream again."""
-        self._store.unlink(file_name(self.peer))
-        self._store.sync_directory(DIRECTORY)
+        name = file_name(self.peer)
+        if self._store.exists(name):
+            self._store.unlink(name)
+            self._store.sync_directory(DIRECTORY)
 
     def _finish_write(self, job: BitmapJob, *, is_written: bool) -> None:
         """The job has run, or failed: then what it held is written by the next one."""

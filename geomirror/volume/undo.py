@@ -166,9 +166,11 @@ class UndoStore:
 
     def drop_all(self) -> None:
         """Forget all undo, durably: before an image is overwritten without undo (resync)."""
-        for name in [each.name for each in self._passes] + sorted(self._damaged):
+        names = [each.name for each in self._passes] + sorted(self._damaged)
+        for name in names:
             self._drop(name)
-        self._store.sync_directory(DIRECTORY)
+        if names:
+            self._store.sync_directory(DIRECTORY)
 
     def close(self) -> None:
         """Close the files held open by readers."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from geomirror.errors import StorageError
 from geomirror.limits import BLOCK_BYTES, KIB, MIB
 from geomirror.volume.epoch_table import FLAG_PUNCH
+from geomirror.volume.store_io import DirectoryStore
 from geomirror.volume.undo import UndoStore
 from tests.sim.disk import SimStore
 from tests.volume import apply_support
@@ -262,3 +264,19 @@ def test_a_failing_call_raises_and_the_pass_can_be_repeated(operation: str) -> N
     world.job(images, undo, 0, 2).run()
     assert content_of(images) == world.states[2]
     assert restored(images, undo, 0) == world.states[0]
+
+
+def test_it_is_the_same_on_a_real_file_system(tmp_path: Path) -> None:
+    world, store = random_world(3), DirectoryStore(tmp_path)
+    world.create_images(store)
+    images, undo = world.images(store), UndoStore(store, LIMITS)
+    undo.drop_all()
+    world.job(images, undo, 0, 2).run()
+    world.job(images, undo, 2, 4).run()
+    assert content_of(images) == world.states[4]
+    assert restored(images, undo, 2) == world.states[2]
+    assert restored(images, undo, 0) == world.states[0]
+    undo.close()
+    for image in images.values():
+        image.close()
+    store.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from geomirror.limits import BLOCK_BYTES, GIB, REGION_BYTES, TIB
 from geomirror.volume.bitmap_file import PAGE_REGIONS, BitmapHeader
 from geomirror.volume.dirty_bitmap import DirtyBitmap
 from geomirror.volume.epoch_table import ENTRY, KIND_DATA, KIND_ZERO, Table
+from geomirror.volume.store_io import DirectoryStore
 from tests.sim.disk import SimStore
 from tests.volume.hexdump import VECTORS, dump, load
 
@@ -283,3 +285,21 @@ def test_the_file_is_byte_for_byte_as_documented() -> None:
     with closing(file.create(NAME, 0)) as raw:
         raw.pwritev([load(vector)], 0)
     assert dirty(DirtyBitmap.load(file, "west-1")) == dirty(bits)
+
+
+def test_it_is_the_same_on_a_real_file_system(tmp_path: Path) -> None:
+    store = DirectoryStore(tmp_path)
+    bits = DirtyBitmap.create(
+        store, "west-1", {0: 8 * TIB, 1: GIB}, generation=GENERATION, epoch=7, chain_hash=HASH
+    )
+    bits.delete()
+    bits.set_table(table_of([(0, 5, 1), (0, 2_000_000_000, 1000), (1, 77, 400)]), 8)
+    write(bits)
+    bits.clear_range(0, 0, 1)
+    write(bits)
+    loaded = DirtyBitmap.load(store, "west-1")
+    assert dirty(loaded) == dirty(bits)
+    assert (tmp_path / NAME).stat().st_blocks * 512 <= 64 << 10, "the file is sparse"
+    loaded.delete()
+    assert list((tmp_path / "bitmap").iterdir()) == []
+    store.close()

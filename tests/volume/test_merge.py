@@ -70,7 +70,7 @@ def assert_joined(table: Table) -> None:
         assert not (touches and zero), "adjacent zero runs were not joined"
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(canonical_rows(), min_size=2, max_size=6))
 def test_merging_equals_applying_block_by_block(layers: list[list[Row]]) -> None:
     tables = [table_of(rows, 1000 * (i + 1)) for i, rows in enumerate(layers)]
