@@ -115,12 +115,12 @@ class LinkCore:
         self._failing_since_ns = now_ns
         self._dial_ns = now_ns
         self._due_ns: int | None = None
+        """What `get_timer` said last: being called much later means that this node slept."""
         self.data_connections = limits.data_connections
         """Data connections of sets that this node dials."""
         self.round_trip = RoundTrip()
         """Of the current set; after an outage, of the last one."""
         self.last_error = ""
-        self._remember_due()
 
     @property
     def current(self) -> ConnectionSet | None:
@@ -254,7 +254,8 @@ class LinkCore:
         due += [attempt.started_ns + OPEN_NS_MAX for attempt in self._attempts.values()]
         if self._wants_dial():
             due.append(self._dial_ns)
-        return min(due, default=None)
+        self._due_ns = min(due, default=None)
+        return self._due_ns
 
     def handle_timer(self, now_ns: int) -> None:
         """Do what is due: pings, attempts, silences, closing."""
@@ -263,6 +264,7 @@ class LinkCore:
             for item in self._sets.values():
                 item.heard_ns = min(now_ns, item.heard_ns + now_ns - self._due_ns)
                 item.echo_ns = min(now_ns, item.echo_ns + now_ns - self._due_ns)
+        self._due_ns = None
         for item in list(self._sets.values()):
             self._check_set(item, now_ns)
         for link, attempt in list(self._attempts.items()):
@@ -310,7 +312,6 @@ class LinkCore:
                 self._decisions.append(Dial(item.link, item.endpoint, index))
         if self._wants_dial() and now_ns >= self._dial_ns:
             self._dial(now_ns)
-        self._remember_due()
 
     def _choose(self, now_ns: int, reason: str) -> None:
         chosen = choose(self._sets.values(), node=self._node, peer=self._peer)
@@ -371,6 +372,3 @@ class LinkCore:
         del self._sets[item.link]
         item.is_silent = True  # never chosen again
         self._decisions.append(Close(item.link, reason))
-
-    def _remember_due(self) -> None:
-        self._due_ns = self.get_timer()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable
+from dataclasses import dataclass
 from typing import Any
 
 import structlog
@@ -20,6 +21,7 @@ from geomirror.wan_protocol.frame import KIND_MESSAGE, KIND_PADDING, KIND_RESYNC
 from geomirror.wan_protocol.frame_sender_io import FrameSender
 from geomirror.wan_protocol.link import Close, Decision, Dial, Down, LinkCore, SendPing, Up
 from geomirror.wan_protocol.link_events import LinkEvents, LinkStatus
+from geomirror.wan_protocol.link_set_io import LinkSet, check_place
 from geomirror.wan_protocol.messages import (
     Call,
     Goodbye,
@@ -36,8 +38,6 @@ from geomirror.wan_protocol.peer_calls_io import PeerCalls
 from geomirror.wan_protocol.stream_connection_io import LinkConnection
 from geomirror.wan_protocol.stream_socket_io import set_pace
 
-EARLY_MESSAGES_MAX = 1024
-"""Messages that arrive before this side has seen its set come up."""
 UNGREETED_MAX = 32
 """Accepted connections of one peer that have not said hello yet."""
 GOODBYE_SECONDS_MAX = 1.0
@@ -45,55 +45,42 @@ GOODBYE_SECONDS_MAX = 1.0
 _log = structlog.get_logger(component="links")
 
 
-class LinkSet:
-    """The connections of one set."""
+@dataclass(frozen=True)
+class LinkContext:
+    """What all links of a node have in common."""
 
-    def __init__(self) -> None:
-        self.control: LinkConnection | None = None
-        self.data: dict[int, LinkConnection] = {}
-        self.dialling: set[asyncio.Task[None]] = set()
-        self.early: list[tuple[int, Message]] = []
-
-    def connections(self) -> list[LinkConnection]:
-        """All of them."""
-        return [*([self.control] if self.control else []), *self.data.values()]
+    node: str
+    limits: Limits
+    clock: Clock
+    entropy: Entropy
+    driver: LinkDriver
+    events: LinkEvents
+    incarnation: bytes
+    """16 random bytes, new at each start."""
 
 
 class PeerLink:
     """The connections to one peer."""
 
-    def __init__(
-        self,
-        *,
-        node: str,
-        peer: str,
-        limits: Limits,
-        clock: Clock,
-        entropy: Entropy,
-        driver: LinkDriver,
-        events: LinkEvents,
-        incarnation: bytes,
-    ) -> None:
-        self._node = node
+    def __init__(self, context: LinkContext, peer: str) -> None:
         self.peer = peer
-        self._limits = limits
-        self._clock = clock
-        self._driver = driver
-        self._events = events
-        self._incarnation = incarnation
+        self._context = context
+        self._clock = context.clock
+        self._events = context.events
+        now_ns = context.clock.now_ns()
         self.core = LinkCore(
-            node=node,
+            node=context.node,
             peer=peer,
-            limits=limits,
-            entropy=entropy,
+            limits=context.limits,
+            entropy=context.entropy,
             endpoints=[],
-            now_ns=clock.now_ns(),
+            now_ns=now_ns,
         )
-        self.calls = PeerCalls(peer, limits, self._send_link_message, self._serve)
-        self.frames = FrameSender(limits, self._writable)
+        self.calls = PeerCalls(peer, context.limits, self._send_link_message, self._serve)
+        self.frames = FrameSender(context.limits, self._writable)
         self._sets: dict[bytes, LinkSet] = {}
         self._current: LinkSet | None = None
-        self._since_ns = clock.now_ns()
+        self._since_ns = now_ns
         self._bytes_received = 0
         self._closed_bytes_sent = 0
         self._peer_incarnation = b""
@@ -126,7 +113,7 @@ class PeerLink:
             bytes_sent=self._closed_bytes_sent + sum(item.bytes_sent for item in self._open),
             bytes_received=self._bytes_received,
             last_error=self.core.last_error,
-            endpoint=(chosen.endpoint or _address(current)) if chosen is not None else "",
+            endpoint=(chosen.endpoint or current.remote_address) if chosen and current else "",
             is_dialled=chosen is not None and chosen.is_dialled,
             queued_bytes=self.frames.queued_bytes,
             incarnation=self._peer_incarnation,
@@ -136,7 +123,7 @@ class PeerLink:
         """Pace the data connections for a link of this rate; `None`: unpaced."""
         self._rate_bytes_per_second = bytes_per_second
         self.core.data_connections = data_connections(
-            self._limits, bytes_per_second, self.core.round_trip.smoothed_ns
+            self._context.limits, bytes_per_second, self.core.round_trip.smoothed_ns
         )
         for item in self._sets.values():
             self._pace(item)
@@ -148,7 +135,7 @@ class PeerLink:
 
     def accept(self) -> LinkConnection:
         """A connection of this peer has been authenticated."""
-        connection = LinkConnection(self, self._limits)
+        connection = LinkConnection(self, self._context.limits)
         if self._is_stopped or sum(not item.is_greeted for item in self._open) >= UNGREETED_MAX:
             connection.drop()
         return connection
@@ -207,7 +194,7 @@ class PeerLink:
         now_ns = self._clock.now_ns()
         item = self._sets.get(connection.link)
         is_stranger = not connection.is_greeted and not connection.is_dialled
-        if is_stranger:
+        if connection.is_refused:
             _log.warning("link_connection_refused", peer=self.peer, reason=reason)
         if item is None or is_stranger:
             return
@@ -231,6 +218,8 @@ class PeerLink:
 
     def packets(self, connection: LinkConnection, packets: list[Packet], count: int) -> None:
         """Dispatch what arrived. Raises `ProtocolError`."""
+        if self._is_stopped:
+            return
         self._bytes_received += count
         if connection.is_greeted and self.core.heard(connection.link, self._clock.now_ns()):
             self._execute()
@@ -249,19 +238,21 @@ class PeerLink:
     # Hello.
 
     def _send_hello(self, connection: LinkConnection) -> None:
+        node, incarnation = self._context.node, self._context.incarnation
         wall_ns = self._clock.wall_ns()
-        hello = make_hello(
-            self._node, self._incarnation, connection.link, connection.index, wall_ns
-        )
+        hello = make_hello(node, incarnation, connection.link, connection.index, wall_ns)
         connection.send(0, hello)
 
     def _greet(self, connection: LinkConnection, packet: Packet) -> None:
-        hello = read_hello(packet, self.peer, self._limits)
+        hello = read_hello(packet, self.peer, self._context.limits)
         if connection.is_dialled:
             if (hello.link, hello.index) != (connection.link, connection.index):
                 raise RemoteProtocolError("hello answers another connection")
         else:
-            self._check_place(hello)
+            item = self._sets.get(hello.link)
+            check_place(item, hello)
+            if item is not None and hello.index in item.data:
+                item.data[hello.index].close("replaced by a new connection of the same number")
             connection.link, connection.index = hello.link, hello.index
             connection.tune()
             self._send_hello(connection)
@@ -277,17 +268,6 @@ class PeerLink:
             self.core.data_up(connection.link, connection.index, now_ns)
             self._pace(item)
         self._execute()
-
-    def _check_place(self, hello: Hello) -> None:
-        """Whether an accepted connection may join the set that its hello names."""
-        item = self._sets.get(hello.link)
-        if hello.index == CONTROL_INDEX:
-            if item is not None:
-                raise RemoteProtocolError("hello of a control connection that is there already")
-        elif item is None or item.control is None or item.control.is_dialled:
-            raise RemoteProtocolError("hello of a data connection without its control connection")
-        elif hello.index in item.data:
-            item.data[hello.index].close("replaced by a new connection of the same number")
 
     # Packets.
 
@@ -309,10 +289,7 @@ class PeerLink:
             if item is self._current:
                 self._deliver(packet.session, message)
             elif self.core.is_opening(connection.link):
-                # The peer has seen the data connection come up a little earlier than this side.
-                if len(item.early) >= EARLY_MESSAGES_MAX:
-                    raise RemoteProtocolError("too many messages before the link is up")
-                item.early.append((packet.session, message))
+                item.keep_early(packet.session, message, len(packet.body))
 
     def _deliver(self, session: int, message: Message) -> None:
         if isinstance(message, Call | Reply):
@@ -361,20 +338,24 @@ class PeerLink:
 
     def _run(self, decision: Decision) -> None:
         match decision:
-            case Dial():
-                item = self._sets.setdefault(decision.link, LinkSet())
+            case Dial(link, _, index):
+                if index == CONTROL_INDEX:
+                    self._sets[link] = LinkSet()
+                elif link not in self._sets:
+                    return  # lost while the decision waited; the core knows
+                item = self._sets[link]
                 task = asyncio.get_running_loop().create_task(self._dial(decision, item))
                 item.dialling.add(task)
                 task.add_done_callback(item.dialling.discard)
             case Close(link, _):
                 self._drop_set(link)
-            case SendPing(link, now_ns):
+            case SendPing(link, now_ns) if link in self._sets:
                 control = self._sets[link].control
                 if control is not None:
                     control.send(0, Ping(now_ns))
-            case Up(link):
+            case Up(link) if link in self._sets:
                 self._up(self._sets[link])
-            case Down(reason):
+            case Down(reason) if self._current is not None:
                 self._current = None
                 self.frames.use(None)
                 self._since_ns = self._clock.now_ns()
@@ -386,9 +367,8 @@ class PeerLink:
         self.frames.use(item.data)
         self._since_ns = self._clock.now_ns()
         self._events.link_up(self.peer, self._since_ns)
-        early, item.early = item.early, []
         try:
-            for session, message in early:
+            for session, message in item.take_early():
                 self._deliver(session, message)
         except ProtocolError as error:
             if item.control is not None:
@@ -396,10 +376,12 @@ class PeerLink:
 
     async def _dial(self, decision: Dial, item: LinkSet) -> None:
         def factory() -> LinkConnection:
-            return LinkConnection(self, self._limits, link=decision.link, index=decision.index)
+            return LinkConnection(
+                self, self._context.limits, link=decision.link, index=decision.index
+            )
 
         try:
-            await self._driver.dial(self.peer, decision.endpoint, factory)
+            await self._context.driver.dial(self.peer, decision.endpoint, factory)
         except (GeomirrorError, OSError) as error:
             if self._sets.get(decision.link) is item:
                 reason = f"{decision.endpoint}: {error}"
@@ -411,8 +393,7 @@ class PeerLink:
     def _drop_set(self, link: bytes) -> None:
         item = self._sets.pop(link, None)
         if item is not None:
-            for task in item.dialling:
-                task.cancel()
+            item.cancel_dialling()
         for connection in list(self._open):
             if connection.link == link and not connection.is_closed:
                 connection.drop()
@@ -433,10 +414,3 @@ class PeerLink:
         self._timer = None
         self.core.handle_timer(self._clock.now_ns())
         self._execute()
-
-
-def _address(item: LinkSet | None) -> str:
-    """Where an accepted set comes from."""
-    if item is None or item.control is None:
-        return ""
-    return item.control.remote_address

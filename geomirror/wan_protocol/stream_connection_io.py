@@ -57,6 +57,8 @@ class LinkConnection(asyncio.BufferedProtocol):
         """Hellos were exchanged."""
         self.is_paused = False
         self.is_closed = False
+        self.is_refused = False
+        """Closed because of what the peer did or did not say."""
         self.congestion = ""
         self.bytes_sent = 0
         self._owner = owner
@@ -74,7 +76,7 @@ class LinkConnection(asyncio.BufferedProtocol):
             self._transport.abort()
             return
         loop = asyncio.get_running_loop()
-        self._hello_timer = loop.call_later(HELLO_SECONDS_MAX, self.close, "no hello in time")
+        self._hello_timer = loop.call_later(HELLO_SECONDS_MAX, self._not_greeted)
         self._owner.connection_ready(self)
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -91,6 +93,7 @@ class LinkConnection(asyncio.BufferedProtocol):
             if self._reader.failure is not None:
                 raise self._reader.failure
         except ProtocolError as error:
+            self.is_refused = True
             self.close(f"protocol error: {error}")
 
     def eof_received(self) -> bool:
@@ -111,6 +114,10 @@ class LinkConnection(asyncio.BufferedProtocol):
         self.is_paused = False
         self._owner.connection_writable(self)
 
+    def _not_greeted(self) -> None:
+        self.is_refused = True
+        self.close(f"no hello within {HELLO_SECONDS_MAX:g} s")
+
     # For the owner.
 
     def tune(self) -> None:
@@ -118,8 +125,9 @@ class LinkConnection(asyncio.BufferedProtocol):
         assert self._transport is not None
         self.congestion = tune(self._transport.get_extra_info("socket"), is_data=self.index >= 0)
         if self.index >= 0:
+            # One less, so that no room always means that `resume_writing` will come.
             self._transport.set_write_buffer_limits(
-                high=WRITE_BUFFER_BYTES, low=WRITE_BUFFER_BYTES // 4
+                high=WRITE_BUFFER_BYTES - 1, low=WRITE_BUFFER_BYTES // 4
             )
 
     def greeted(self) -> None:

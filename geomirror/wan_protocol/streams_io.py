@@ -14,7 +14,7 @@ from geomirror.limits import Limits
 from geomirror.tunnel.driver import LinkDriver, Listener
 from geomirror.wan_protocol.link_events import LinkEvents, LinkStatus, PeerAddress
 from geomirror.wan_protocol.messages import Message
-from geomirror.wan_protocol.peer_link_io import PeerLink
+from geomirror.wan_protocol.peer_link_io import LinkContext, PeerLink
 from geomirror.wan_protocol.stream_connection_io import LinkConnection
 
 __all__ = ["LinkEvents", "LinkStatus", "PeerAddress", "PeerLinks"]
@@ -55,17 +55,15 @@ class PeerLinks:
         events: LinkEvents,
     ) -> None:
         self._node = node
-        self._limits = limits
         self._clock = clock
-        self._entropy = entropy
         self._driver = driver
-        self._events = events
-        self._incarnation = entropy.token_bytes(16)
+        self._context = LinkContext(
+            node, limits, clock, entropy, driver, events, incarnation=entropy.token_bytes(16)
+        )
         self._peers: dict[str, PeerLink] = {}
         self._listener: Listener | None = None
         self._stopping: set[asyncio.Task[None]] = set()
         self._stranger_log_ns: dict[str, int] = {}
-        self._is_started = False
 
     @property
     def endpoint(self) -> str | None:
@@ -80,7 +78,6 @@ class PeerLinks:
         """
         if listen is not None:
             self._listener = await self._driver.listen(listen, self._accept)
-        self._is_started = True
 
     async def stop(self, reason: str = "the node stops") -> None:
         """Say goodbye to every peer and close everything; at most about a second."""
@@ -100,7 +97,7 @@ class PeerLinks:
             task.add_done_callback(self._stopping.discard)
         for name, peer in wanted.items():
             if name not in self._peers:
-                self._peers[name] = self._make(name)
+                self._peers[name] = PeerLink(self._context, name)
             self._peers[name].set_endpoints(list(peer.endpoints))
 
     def set_rate(self, peer: str, bytes_per_second: int | None) -> None:
@@ -169,18 +166,6 @@ class PeerLinks:
             raise NotFoundError(f'no node "{peer}" among the peers of "{self._node}"')
         return link
 
-    def _make(self, name: str) -> PeerLink:
-        return PeerLink(
-            node=self._node,
-            peer=name,
-            limits=self._limits,
-            clock=self._clock,
-            entropy=self._entropy,
-            driver=self._driver,
-            events=self._events,
-            incarnation=self._incarnation,
-        )
-
     def _accept(self, peer: str) -> LinkConnection:
         """Called by the driver for each authenticated connection."""
         link = self._peers.get(peer)
@@ -190,6 +175,6 @@ class PeerLinks:
         if now_ns - self._stranger_log_ns.get(peer, -STRANGER_LOG_NS) >= STRANGER_LOG_NS:
             self._stranger_log_ns[peer] = now_ns
             _log.warning("link_connection_refused", peer=peer, reason="not a peer of this node")
-        stranger = self._make(peer).accept()
+        stranger = PeerLink(self._context, peer).accept()
         stranger.drop()
         return stranger

@@ -1,0 +1,62 @@
+"""The connections of one set, and what arrived on them before the set was up."""
+
+from __future__ import annotations
+
+import asyncio
+
+from geomirror.errors import RemoteProtocolError
+from geomirror.limits import MIB
+from geomirror.wan_protocol.messages import Hello, Message
+from geomirror.wan_protocol.negotiation import CONTROL_INDEX
+from geomirror.wan_protocol.stream_connection_io import LinkConnection
+
+EARLY_MESSAGES_MAX = 256
+EARLY_BYTES_MAX = 4 * MIB
+
+
+class LinkSet:
+    """One control connection, some data connections, and dial attempts for more."""
+
+    def __init__(self) -> None:
+        self.control: LinkConnection | None = None
+        self.data: dict[int, LinkConnection] = {}
+        self.dialling: set[asyncio.Task[None]] = set()
+        self._early: list[tuple[int, Message]] = []
+        self._early_bytes = 0
+
+    def keep_early(self, session: int, message: Message, size_bytes: int) -> None:
+        """Keep a message of a peer that saw a data connection come up a little earlier.
+
+        :raises RemoteProtocolError: more of them than a short moment explains.
+        """
+        self._early_bytes += size_bytes
+        if len(self._early) >= EARLY_MESSAGES_MAX or self._early_bytes > EARLY_BYTES_MAX:
+            raise RemoteProtocolError("too many messages before the link is up")
+        self._early.append((session, message))
+
+    def take_early(self) -> list[tuple[int, Message]]:
+        """The kept messages, once."""
+        early, self._early, self._early_bytes = self._early, [], 0
+        return early
+
+    def cancel_dialling(self) -> None:
+        """Give up the attempts under way."""
+        for task in self.dialling:
+            task.cancel()
+
+    @property
+    def remote_address(self) -> str:
+        """`HOST:PORT` of the other end, if known."""
+        return self.control.remote_address if self.control is not None else ""
+
+
+def check_place(item: LinkSet | None, hello: Hello) -> None:
+    """Whether an accepted connection may join `item`, the set that its hello names.
+
+    :raises RemoteProtocolError: the control connection is there already, or is missing.
+    """
+    if hello.index == CONTROL_INDEX:
+        if item is not None:
+            raise RemoteProtocolError("hello of a control connection that is there already")
+    elif item is None or item.control is None or item.control.is_dialled:
+        raise RemoteProtocolError("hello of a data connection without its control connection")
