@@ -26,12 +26,3 @@ def zero_mask(data: Buffer) -> npt.NDArray[np.bool_]:
         tail = bytes(memoryview(data)[whole * BLOCK_BYTES :])
         mask = np.append(mask, tail.count(0) == len(tail))
     return mask
-
-
-def runs_of(mask: npt.NDArray[np.bool_]) -> list[tuple[int, int, bool]]:
-    """(first index, count, value) of the stretches of equal values, ascending."""
-    if not len(mask):
-        return []
-    heads = np.flatnonzero(np.append(True, mask[1:] != mask[:-1]))
-    counts = np.diff(np.append(heads, len(mask)))
-    return list(zip(heads.tolist(), counts.tolist(), mask[heads].tolist(), strict=True))
