@@ -7,8 +7,6 @@ the connections pause, and everything waits in order; nothing ever waits for a l
 
 from __future__ import annotations
 
-import asyncio
-import errno
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -30,6 +28,7 @@ from geomirror.nbd.protocol import ReplySink, Request
 from geomirror.node.volume_reads import VolumeReader
 from geomirror.volume.dirty_index import ZERO
 from geomirror.volume.engine import Write
+from geomirror.volume.engine_jobs import ReadJob
 from geomirror.volume.record import RecordType
 from geomirror.wan_protocol.primary import Primary
 
@@ -199,7 +198,7 @@ class PrimaryExport:
             except GeomirrorError as error:
                 FlushToken(attached.sink, [*cookies, *fua]).answer(error)
                 return
-        copies = [
+        copies: list[Write] = [
             (kind, volume, offset, length, None if payload is None else bytes(payload))
             for kind, volume, offset, length, payload in writes
         ]
@@ -267,15 +266,12 @@ def merge_extents(extents: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def answer_read(
-    sink: ReplySink, cookie: int, offset: int, future: asyncio.Future[list[bytes]]
+    sink: ReplySink, cookie: int, offset: int, job: ReadJob, error: GeomirrorError | None
 ) -> None:
     """Reply to a read that was done on a worker thread."""
-    error = future.exception()
     if sink.is_closed:
         return
     if error is None:
-        sink.reply_read(cookie, offset, future.result())
-    elif isinstance(error, GeomirrorError):
-        sink.reply(cookie, error.nbd_errno)
+        sink.reply_read(cookie, offset, job.buffers)
     else:
-        sink.reply(cookie, errno.EIO)
+        sink.reply(cookie, error.nbd_errno)

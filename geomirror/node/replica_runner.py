@@ -15,7 +15,7 @@ import structlog
 from geomirror.environment import SECOND
 from geomirror.errors import GeomirrorError
 from geomirror.node.context import NodeContext
-from geomirror.node.volume_reads import ReadJob
+from geomirror.volume.engine_jobs import ReadJob
 from geomirror.wan_protocol.decisions import (
     Decision,
     Emit,
@@ -102,21 +102,24 @@ class ReplicaRunner:
             self.drive()
 
     def run_read(
-        self, job: ReadJob, answer: Callable[[asyncio.Future[list[bytes]]], None]
+        self, job: ReadJob, answer: Callable[[ReadJob, GeomirrorError | None], None]
     ) -> None:
         """Run a read on a worker thread, then `answer` on the loop."""
         self._jobs += 1
         self._idle.clear()
-        future = self._loop.run_in_executor(self._context.executor, job.run)
+        future = self._loop.run_in_executor(self._context.executor, run_job, job)
 
-        def done(future: asyncio.Future[list[bytes]]) -> None:
-            self._jobs -= 1
-            if self._jobs == 0:
-                self._idle.set()
+        def done(future: asyncio.Future[GeomirrorError | None]) -> None:
+            self._ended()
             job.release()
-            answer(future)
+            answer(job, future.result())
 
         future.add_done_callback(done)
+
+    def _ended(self) -> None:
+        self._jobs -= 1
+        if self._jobs == 0:
+            self._idle.set()
 
     def _execute(self, decision: Decision) -> None:
         match decision:
@@ -140,9 +143,7 @@ class ReplicaRunner:
         future.add_done_callback(partial(self._job_done, run))
 
     def _job_done(self, run: RunJob, future: asyncio.Future[GeomirrorError | None]) -> None:
-        self._jobs -= 1
-        if self._jobs == 0:
-            self._idle.set()
+        self._ended()
         if self._is_stopped:
             future.exception()
             return

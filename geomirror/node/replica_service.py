@@ -140,7 +140,7 @@ class ReplicaService:
         """Epochs here; `lsn` is where the next write goes (primary) or what is applied."""
         engine = self._engine
         epoch = engine.sealed_epoch if self.role == "primary" else engine.applied_epoch
-        lsn = engine.completed_lsn if self.role == "primary" else engine.applied_end_lsn
+        lsn = engine.completed_lsn if self.role == "primary" else engine.superblock.applied_end_lsn
         return {
             "epoch": epoch,
             "lsn": lsn,
@@ -323,5 +323,3 @@ class ReplicaService:
             for peer in list(self._links_up):
                 self._room(peer)
             self._runner.drive()
-
-

@@ -183,7 +183,7 @@ class SecondaryStatus:
                 "node": core.primary,
                 "state": state,
                 "disk_state": "UpToDate" if core.is_open else "Unknown",
-                    "position": {"epoch": core.primary_epoch},
+                "position": {"epoch": core.primary_epoch},
                 "lag": {
                     "epochs": max(0, core.primary_epoch - engine.applied_epoch),
                     "bytes": None,
@@ -199,5 +199,3 @@ class SecondaryStatus:
                 "reason": core.refusal,
             }
         ]
-
-

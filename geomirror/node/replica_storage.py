@@ -26,58 +26,60 @@ def create_engine(
     :raises InUseError, StorageError, RefusedError: the backing is in use, missing or too small.
     """
     is_primary = definition.primary == node.name
+    assert definition.journal_bytes is not None
     store = DirectoryStore(node.resource_dir(definition.name), create=True)
     try:
-        chain: list[GenerationRecord] = []
-        if is_primary:
-            identity = node.entropy.token_bytes(16).hex()
-            wall_ns = node.clock.wall_ns()
-            chain.append(
-                GenerationRecord(identity, 1, reason="created", by=node.name, wall_ns=wall_ns)
-            )
-        specs = [
-            VolumeSpec(
-                volume.index,
-                volume.name,
-                volume.size_bytes,
-                _open_path(definition.backing_path(node.name, volume.name), volume.size_bytes),
-                definition.backing_path(node.name, volume.name) or "",
-            )
-            for volume in definition.volumes
-        ]
-        is_fresh = starts_as_zeros(definition)
-        assert definition.journal_bytes is not None
         engine = Engine.create(
             store,
             node.limits,
             node.entropy,
             name=definition.name,
             resource_id=definition.identity,
-            volumes=specs,
+            volumes=_volume_specs(definition, node.name),
             journal_bytes=definition.journal_bytes,
             role="primary" if is_primary else "secondary",
-            data_state=CONSISTENT if is_primary or is_fresh else BLANK,
-            chain=chain,
+            chain=[_first_generation(node)] if is_primary else [],
             wall_ns=node.clock.wall_ns(),
         )
-        if is_primary:
-            for name in definition.secondaries:
-                mode = STREAM if is_fresh else BITMAP
-                record = PeerRecord(mode=mode, is_initial=not is_fresh)
-                engine.superblock.peers[name] = record
-            job = engine.checkpoint_job()
-            if job is not None:
-                job.run()
-                engine.complete_checkpoint(job)
+        _note_beginning(engine, definition, is_primary=is_primary)
     except BaseException:
         store.close()
         raise
     return store, engine
 
 
-def open_engine(
-    definition: ResourceDefinition, node: NodeContext
-) -> tuple[DirectoryStore, Engine]:
+def _volume_specs(definition: ResourceDefinition, node: str) -> list[VolumeSpec]:
+    specs: list[VolumeSpec] = []
+    for volume in definition.volumes:
+        path = definition.backing_path(node, volume.name)
+        file = None if path is None else _open_path(path, volume.size_bytes)
+        specs.append(VolumeSpec(volume.index, volume.name, volume.size_bytes, file, path or ""))
+    return specs
+
+
+def _first_generation(node: NodeContext) -> GenerationRecord:
+    identity = node.entropy.token_bytes(16).hex()
+    return GenerationRecord(
+        identity, 1, reason="created", by=node.name, wall_ns=node.clock.wall_ns()
+    )
+
+
+def _note_beginning(engine: Engine, definition: ResourceDefinition, *, is_primary: bool) -> None:
+    """Record what the copies hold at the start: the same zeros, or nothing yet."""
+    is_fresh = starts_as_zeros(definition)
+    superblock = engine.superblock
+    superblock.data_state = CONSISTENT if is_primary or is_fresh else BLANK
+    if is_primary:
+        for name in definition.secondaries:
+            mode = STREAM if is_fresh else BITMAP
+            superblock.peers[name] = PeerRecord(mode=mode, is_initial=not is_fresh)
+    job = engine.checkpoint_job()
+    if job is not None:
+        job.run()
+        engine.complete_checkpoint(job)
+
+
+def open_engine(definition: ResourceDefinition, node: NodeContext) -> tuple[DirectoryStore, Engine]:
     """Recover what is on disk.
 
     :raises NotFoundError: the resource's directory is gone.
@@ -98,14 +100,12 @@ def open_engine(
     return store, engine
 
 
-def _open_volume(volume: VolumeRecord) -> File | None:
-    return _open_path(volume.backing or None, volume.size_bytes)
+def _open_volume(volume: VolumeRecord) -> File:
+    return _open_path(volume.backing, volume.size_bytes)
 
 
-def _open_path(path: str | None, size_bytes: int) -> File | None:
-    """The backing device, at least as large as the volume; None: a file of the resource's own."""
-    if path is None:
-        return None
+def _open_path(path: str, size_bytes: int) -> File:
+    """The backing device, at least as large as the volume."""
     file = open_backing(path)
     if file.size() < size_bytes:
         found = file.size()

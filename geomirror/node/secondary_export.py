@@ -17,8 +17,7 @@ from geomirror.limits import Limits
 from geomirror.nbd.constants import CMD_FLUSH, CMD_READ, STATE_HOLE, STATE_ZERO
 from geomirror.nbd.protocol import ReplySink, Request
 from geomirror.node.primary_export import answer_read, merge_extents
-from geomirror.node.volume_reads import ReadJob, VolumeReader
-from geomirror.volume.dirty_index import IMAGE, Piece
+from geomirror.node.volume_reads import VolumeReader
 from geomirror.wan_protocol.secondary import CONSISTENT, Secondary
 
 if TYPE_CHECKING:
@@ -150,13 +149,11 @@ class SecondaryExport:
         if reader.is_stale or core.fenced is not None or core.data_state != CONSISTENT:
             sink.reply(cookie, errno.EIO)
             return
-        image = core.engine.images[self.volume]
-        part = image.try_read(request.offset, request.length)
-        if part is not None:
-            sink.reply_read(cookie, request.offset, [part])
+        buffers = self.reader.read_now(request.offset, request.length)
+        if buffers is not None:
+            sink.reply_read(cookie, request.offset, buffers)
             return
-        piece = Piece(request.offset, request.length, IMAGE)
-        job = ReadJob(core.engine, self.volume, [piece], None)
+        job = self.reader.read_later(request.offset, request.length)
         self.pins.runner.run_read(job, partial(answer_read, sink, cookie, request.offset))
 
     def block_status(self, offset: int, length: int) -> list[tuple[int, int]]:

@@ -2,43 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
-from geomirror.volume.dirty_index import IMAGE, ZERO, Piece
+from geomirror.volume.dirty_index import IMAGE, ZERO
 from geomirror.volume.engine import Engine
-from geomirror.volume.journal import Pin
+from geomirror.volume.engine_jobs import ReadJob
+from geomirror.volume.store import Buffer
 
 READ_NOW_BYTES_MAX = 1 << 20
 """Longer reads go to a worker thread: copying them would hold up everybody's writes."""
-
-
-@dataclass
-class ReadJob:
-    """A read whose places were looked up on the loop; the journal stays pinned until it ends."""
-
-    engine: Engine
-    volume: int
-    pieces: list[Piece]
-    pin: Pin | None
-    buffers: list[bytes] = field(default_factory=list)
-
-    def run(self) -> list[bytes]:
-        """Blocking. Raises StorageError."""
-        image, journal = self.engine.images[self.volume], self.engine.journal
-        for piece in self.pieces:
-            if piece.source == ZERO:
-                self.buffers.append(bytes(piece.length))
-            elif piece.source == IMAGE:
-                self.buffers.append(image.read(piece.offset, piece.length))
-            else:
-                self.buffers.append(journal.read(piece.source, piece.length))
-        return self.buffers
-
-    def release(self) -> None:
-        """Let go of the journal; on the loop."""
-        if self.pin is not None:
-            self.pin.release()
-            self.pin = None
 
 
 class VolumeReader:
@@ -48,19 +18,19 @@ class VolumeReader:
         self._engine = engine
         self._volume = volume
 
-    def read_now(self, offset: int, length: int) -> list[bytes] | None:
+    def read_now(self, offset: int, length: int) -> list[Buffer] | None:
         """The bytes, or None when a disk would have to be waited for."""
         if length > READ_NOW_BYTES_MAX:
             return None
         engine = self._engine
         image, journal = engine.images[self._volume], engine.journal
-        buffers: list[bytes] = []
+        buffers: list[Buffer] = []
         for piece in engine.read_pieces(self._volume, offset, length):
             if piece.source == ZERO:
                 buffers.append(bytes(piece.length))
                 continue
             if piece.source == IMAGE:
-                part = image.try_read(piece.offset, piece.length)
+                part: Buffer | None = image.try_read(piece.offset, piece.length)
             else:
                 part = journal.try_read(piece.source, piece.length)
             if part is None:
@@ -70,10 +40,7 @@ class VolumeReader:
 
     def read_later(self, offset: int, length: int) -> ReadJob:
         """A job for a worker thread; `release` it afterwards."""
-        pieces = self._engine.read_pieces(self._volume, offset, length)
-        sources = [piece.source for piece in pieces if piece.source > 0]
-        pin = self._engine.journal.pin(min(sources), "read") if sources else None
-        return ReadJob(self._engine, self._volume, pieces, pin)
+        return self._engine.read_job(self._volume, offset, length)
 
     def image_status(self, offset: int, length: int, hole: int) -> list[tuple[int, int]]:
         """(length, state) of a range of the image: `hole` or 0."""

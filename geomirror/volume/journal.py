@@ -217,6 +217,13 @@ class Journal:
         assert offset + length <= self._segment_bytes
         return segment.file.pread(length, offset)
 
+    def try_read(self, address: int, length: int) -> bytes | bytearray | None:
+        """Like `read` if that needs no waiting for a disk, else None."""
+        number, offset = divmod(address, self._segment_bytes)
+        segment = self._segments.get(number)
+        assert segment is not None, f"address {address} is not pinned"
+        return segment.file.try_read(length, offset)
+
     def read_record(self, lsn: int) -> tuple[RecordInfo, bytes]:
         """The record at `lsn` and its payload, verified; on any thread, for what a pin holds.
 

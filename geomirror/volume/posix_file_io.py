@@ -75,6 +75,20 @@ class PosixFile:
             raise self._error(error, "read") from error
         return b"".join(parts) + bytes(missing)
 
+    def try_read(self, length: int, offset: int) -> bytearray | None:
+        """The bytes if all of them are in memory (RWF_NOWAIT), else None."""
+        if self._failure:
+            self._require()
+        data = bytearray(length)
+        try:
+            found = os.preadv(self._descriptor, [data], offset, os.RWF_NOWAIT)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EOPNOTSUPP):
+                return None
+            raise self._error(error, "read") from error
+        # Fewer bytes: only the first of them are in memory, or the file ends; `pread` will tell.
+        return data if found == length else None
+
     def pwritev(self, buffers: Sequence[Buffer], offset: int) -> None:
         """Write all buffers, completely. :raises NoSpaceError: the file system is full."""
         if self._failure:

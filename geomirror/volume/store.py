@@ -26,6 +26,9 @@ class File(Protocol):
     def pread(self, length: int, offset: int) -> bytes:
         """Exactly `length` bytes; what lies beyond the end reads as zeros."""
 
+    def try_read(self, length: int, offset: int) -> bytes | bytearray | None:
+        """Like `pread` if that needs no waiting for a disk, else None."""
+
     def pwritev(self, buffers: Sequence[Buffer], offset: int) -> None:
         """Write all buffers one after the other, completely. Not durable before `fdatasync`."""
 

@@ -23,7 +23,8 @@ SLOT_BYTES = 64 * 1024
 FORMAT_VERSION = 1
 _MAGIC = b"GMSBv1\0\0"
 _HEADER = struct.Struct("<8sIIQ16s")
-_SEQUENCE = struct.Struct("<Q")
+_COVERED = struct.Struct("<IIQ")
+"""Version, body length and sequence: the part of the header that the digest covers."""
 BODY_BYTES_MAX = SLOT_BYTES - _HEADER.size
 
 Role = Literal["primary", "secondary"]
@@ -112,7 +113,7 @@ def pack_slot(superblock: Superblock, sequence: int) -> bytes:
         raise StorageError(
             f"superblock of {superblock.name} would have {len(body)} bytes; {BODY_BYTES_MAX} fit"
         )
-    digest = xxh3_128_digest(_SEQUENCE.pack(sequence) + body)
+    digest = xxh3_128_digest(_COVERED.pack(FORMAT_VERSION, len(body), sequence) + body)
     return _HEADER.pack(_MAGIC, FORMAT_VERSION, len(body), sequence, digest) + body
 
 
@@ -127,7 +128,7 @@ def parse_slot(data: bytes) -> Superblock | None:
     if magic != _MAGIC or length > min(BODY_BYTES_MAX, len(data) - _HEADER.size):
         return None
     body = data[_HEADER.size : _HEADER.size + length]
-    if xxh3_128_digest(_SEQUENCE.pack(sequence) + body) != digest:
+    if xxh3_128_digest(_COVERED.pack(version, length, sequence) + body) != digest:
         return None
     if version != FORMAT_VERSION:
         raise IntegrityError(

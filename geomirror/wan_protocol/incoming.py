@@ -12,7 +12,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from geomirror.errors import IntegrityError, RemoteProtocolError
-from geomirror.volume.epoch_table import HASH_ZERO, Epoch, Table, chain_hash, empty_table, is_canonical
+from geomirror.volume.epoch_table import (
+    HASH_ZERO,
+    Epoch,
+    Table,
+    chain_hash,
+    empty_table,
+    is_canonical,
+)
 from geomirror.wan_protocol.messages import EpochCommit
 
 FRAMES_MAX = 1 << 17
@@ -99,5 +106,3 @@ class Incoming:
             is_asserted=is_fold,
             is_mark=commit.is_mark,
         )
-
-

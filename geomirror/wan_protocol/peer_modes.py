@@ -157,14 +157,19 @@ class PeerModes(Replica):
             return ""
         resync = self.resyncs.pop(sender.name, None)
         kept = self.bitmaps[sender.name]
-        if resync is not None and message.data_state == "consistent" and resync.is_end_sent:
-            if epoch >= resync.end_epoch and self._has_epochs_after(epoch):
-                self._finish_resync(sender, resync)
-                return ""
+        if resync is not None and self._has_finished(resync, message):
+            self._finish_resync(sender, resync)
+            return ""
         sender.mode = BITMAP
         if epoch < kept.base_epoch:
             self._start_over(sender, is_initial=False)
         return ""
+
+    def _has_finished(self, resync: ResyncSender, message: SessionAccept) -> bool:
+        """The peer got to the end of the resync before the link went away."""
+        is_past_end = resync.is_end_sent and message.durable_epoch >= resync.end_epoch
+        is_consistent = message.data_state == "consistent"
+        return is_past_end and is_consistent and self._has_epochs_after(message.durable_epoch)
 
     def _start_over(self, sender: Sender, *, is_initial: bool) -> None:
         """Everything may differ: set all bits and copy."""
@@ -199,8 +204,11 @@ class PeerModes(Replica):
         elif sender.mode == STREAM and backlog >= total * limits.fold_backlog_fraction:
             self._set_mode(sender, FOLD)
         elif sender.mode == FOLD and backlog < total * limits.fold_backlog_fraction / 4:
-            if self.now_ns - sender.mode_since_ns >= limits.mode_dwell_ns_min:
-                self._set_mode(sender, STREAM)
+            self._leave_fold(sender)
+
+    def _leave_fold(self, sender: Sender) -> None:
+        if self.now_ns - sender.mode_since_ns >= self.limits.mode_dwell_ns_min:
+            self._set_mode(sender, STREAM)
 
     def _overflow(self, sender: Sender) -> None:
         """The journal cannot hold this peer's backlog: go to (or back to) the bitmap."""
@@ -371,7 +379,7 @@ class PeerModes(Replica):
     def _peer_timers(self) -> list[int]:
         times: list[int] = []
         for name, kept in self.bitmaps.items():
-            if kept.through_epoch < self.engine.sealed_epoch:
-                if self.senders[name].mode == BITMAP and not self.is_running(f"bitmap:{name}"):
-                    times.append(max(kept.updated_ns + BITMAP_INTERVAL_NS, self.now_ns + 10 * MS))
+            is_waiting = self.senders[name].mode == BITMAP and not self.is_running(f"bitmap:{name}")
+            if is_waiting and kept.through_epoch < self.engine.sealed_epoch:
+                times.append(max(kept.updated_ns + BITMAP_INTERVAL_NS, self.now_ns + 10 * MS))
         return times

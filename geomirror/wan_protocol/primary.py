@@ -35,7 +35,7 @@ from geomirror.wan_protocol.messages import (
     SessionRefuse,
 )
 from geomirror.wan_protocol.peer_modes import PeerModes
-from geomirror.wan_protocol.sender import FOLD, RESYNC, STREAM, Sender
+from geomirror.wan_protocol.sender import FOLD, STREAM, Sender
 from geomirror.wan_protocol.session import chain_entries, session_number, volume_infos
 
 LAG_SAMPLES_MAX = 65536

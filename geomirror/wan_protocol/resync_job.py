@@ -18,7 +18,7 @@ from geomirror.wan_protocol.epoch_encode import encode_blocks
 
 @dataclass
 class Run:
-    """A block-aligned range of one volume (its end may be the volume's short end) and its pieces."""
+    """A block-aligned range of one volume (the volume's end may be short) and its pieces."""
 
     volume: int
     offset: int
@@ -118,4 +118,3 @@ class ResyncReadJob:
                 part = self.engine.journal.read(piece.source + start - piece.offset, stop - start)
             content[start - offset : stop - offset] = part
         return content
-

@@ -1,7 +1,7 @@
 """The secondary's side of a plain resync: copied blocks go straight into the image.
 
 ```
- begun ──▶ "inconsistent" durable ──▶ frames ──▶ image + fdatasync ──▶ acknowledged ──▶ end epoch durable
+ begun ─▶ "inconsistent" durable ─▶ frames ─▶ image + fdatasync ─▶ acknowledged ─▶ end recorded
 ```
 Nothing is written before the superblock says Inconsistent. Frames wait in memory only within the
 credit that was granted. A frame is acknowledged when its blocks are durable in the image.

@@ -26,6 +26,7 @@ from geomirror.errors import (
 )
 from geomirror.limits import Limits
 from geomirror.volume.engine import Engine
+from geomirror.volume.superblock import DataState
 from geomirror.wan_protocol.decisions import Emit, SendMessage
 from geomirror.wan_protocol.epoch_decode import FrameDecoder
 from geomirror.wan_protocol.incoming import Incoming, number_bitmap
@@ -44,9 +45,9 @@ from geomirror.wan_protocol.replica import Replica
 from geomirror.wan_protocol.resync_receiver import ResyncReceiver
 from geomirror.wan_protocol.session import session_number
 
-BLANK = "blank"
-INCONSISTENT = "inconsistent"
-CONSISTENT = "consistent"
+BLANK: DataState = "blank"
+INCONSISTENT: DataState = "inconsistent"
+CONSISTENT: DataState = "consistent"
 NO_GENERATION = bytes(16)
 """Of a secondary that no primary has spoken to yet: it takes over the primary's chain."""
 UNKNOWN_EPOCH = -1

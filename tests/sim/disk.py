@@ -3,7 +3,7 @@
 What is modelled:
 * Writes go to the cache. `fdatasync` makes a file's data and size durable, never its name.
 * `crash()`: every 512-byte sector written since the last sync survives, is lost, or (rarely) holds
-  garbage; garbage never hits a sector that held other, durable bytes, as sectors are atomic.
+  garbage; garbage only where nothing durable was before: overwriting a sector is atomic.
   The kernel may also have written back an older version of a dirty page at any time before.
 * Directory entries are durable after `sync_directory` only; at a crash a prefix of the pending
   operations survives, as on journaling file systems, sometimes an arbitrary part of them.
@@ -38,8 +38,6 @@ class Inode:
     durable: dict[int, bytes] = field(default_factory=dict)
     dirty: dict[int, int] = field(default_factory=dict)
     """Page → mask of the sectors written since the last sync."""
-    partial: dict[int, int] = field(default_factory=dict)
-    """Page → mask of the dirty sectors that also hold bytes from before."""
     reserved_bytes: int = 0
 
     def used_bytes(self) -> int:
@@ -283,7 +281,7 @@ class SimStore:
                 if mask & bit == 0:
                     continue
                 luck = chance()
-                if luck < style.garbage and not inode.partial.get(page, 0) & bit:
+                if luck < style.garbage and self._is_virgin(inode, page, sector):
                     garbage |= bit
                 elif luck < style.garbage + style.survive:
                     surviving |= bit
@@ -294,8 +292,12 @@ class SimStore:
             inode.durable_size = inode.size
         inode.size = inode.durable_size
         inode.dirty.clear()
-        inode.partial.clear()
         inode.cache = dict(inode.durable)
+
+    def _is_virgin(self, inode: Inode, page: int, sector: int) -> bool:
+        old = inode.durable.get(page)
+        start = sector * SECTOR
+        return old is None or old[start : start + SECTOR] == ZERO_PAGE[:SECTOR]
 
     def _survive(self, inode: Inode, page: int, mask: int) -> None:
         new = inode.cache.get(page, ZERO_PAGE)
@@ -353,6 +355,10 @@ class SimFile:
             data = data[: max(0, inode.size - offset)].ljust(length, b"\0")
         return data
 
+    def try_read(self, length: int, offset: int) -> bytes | None:
+        """A simulated disk needs no waiting for."""
+        return self.pread(length, offset)
+
     def pwritev(self, buffers: Sequence[Buffer], offset: int) -> None:
         """Write into the cache."""
         self._check("pwritev")
@@ -369,7 +375,6 @@ class SimFile:
         except StorageError:
             self._is_poisoned = True
             inode.dirty.clear()
-            inode.partial.clear()
             raise
         cache, durable = inode.cache, inode.durable
         for page in inode.dirty:
@@ -379,7 +384,6 @@ class SimFile:
             else:
                 durable[page] = content
         inode.dirty.clear()
-        inode.partial.clear()
         inode.durable_size = inode.size
 
     def zero(self, length: int, offset: int, *, punch: bool) -> None:
@@ -395,7 +399,6 @@ class SimFile:
         for page in self._pages(first, last):
             inode.cache.pop(page, None)
             inode.dirty[page] = ALL_SECTORS
-            inode.partial.pop(page, None)
         if first * PAGE > offset:
             self._write(bytes(first * PAGE - offset), offset)
         if end > last * PAGE:
@@ -450,7 +453,7 @@ class SimFile:
 
     def _write(self, data: bytes, offset: int) -> None:
         inode, store = self._inode, self._store
-        cache, dirty, partial = inode.cache, inode.dirty, inode.partial
+        cache, dirty = inode.cache, inode.dirty
         page, start = divmod(offset, PAGE)
         store.require_space(inode, (start + len(data) + PAGE - 1) // PAGE, self.name)
         position, size = 0, len(data)
@@ -459,18 +462,12 @@ class SimFile:
             if count == PAGE:
                 cache[page] = data[position : position + PAGE]
                 dirty[page] = ALL_SECTORS
-                partial.pop(page, None)
             else:
                 old = cache.get(page, ZERO_PAGE)
                 end = start + count
                 cache[page] = old[:start] + data[position : position + count] + old[end:]
                 touched = (1 << -(-end // SECTOR)) - (1 << start // SECTOR)
-                first_full, last_full = -(-start // SECTOR), end // SECTOR
-                full = (1 << last_full) - (1 << first_full) if last_full > first_full else 0
-                before = dirty.get(page, 0)
-                dirty[page] = before | touched
-                mixed = partial.get(page, 0) & ~full | (touched & ~full & ~before)
-                partial[page] = mixed
+                dirty[page] = dirty.get(page, 0) | touched
             position += count
             page, start = page + 1, 0
         inode.size = max(inode.size, offset + size)
