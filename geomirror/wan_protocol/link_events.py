@@ -6,6 +6,9 @@ from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from geomirror.environment import Clock, Entropy
+from geomirror.limits import Limits
+from geomirror.tunnel.driver import LinkDriver
 from geomirror.wan_protocol.messages import Message
 
 
@@ -66,3 +69,17 @@ class LinkEvents(Protocol):
 
     def call(self, peer: str, method: str, parameters: dict[str, Any]) -> Awaitable[dict[str, Any]]:
         """Serve a call; raises `GeomirrorError` to answer with an error."""
+
+
+@dataclass(frozen=True)
+class LinkContext:
+    """What all links of a node have in common."""
+
+    node: str
+    limits: Limits
+    clock: Clock
+    entropy: Entropy
+    driver: LinkDriver
+    events: LinkEvents
+    incarnation: bytes
+    """16 random bytes, new at each start."""

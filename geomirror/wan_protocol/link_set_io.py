@@ -8,7 +8,9 @@ from geomirror.errors import RemoteProtocolError
 from geomirror.limits import MIB
 from geomirror.wan_protocol.messages import Hello, Message
 from geomirror.wan_protocol.negotiation import CONTROL_INDEX
+from geomirror.wan_protocol.pacing import connection_rate
 from geomirror.wan_protocol.stream_connection_io import LinkConnection
+from geomirror.wan_protocol.stream_socket_io import set_pace
 
 EARLY_MESSAGES_MAX = 256
 EARLY_BYTES_MAX = 4 * MIB
@@ -43,6 +45,13 @@ class LinkSet:
         """Give up the attempts under way."""
         for task in self.dialling:
             task.cancel()
+
+    def pace(self, bytes_per_second: int | None) -> None:
+        """Divide the configured rate of the link over the data connections that are up."""
+        if bytes_per_second is not None and self.data:
+            pace = connection_rate(bytes_per_second, len(self.data))
+            for connection in self.data.values():
+                set_pace(connection.socket, pace)
 
     @property
     def remote_address(self) -> str:

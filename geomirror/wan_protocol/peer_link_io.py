@@ -8,19 +8,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable
-from dataclasses import dataclass
 from typing import Any
 
 import structlog
 
-from geomirror.environment import Clock, Entropy
 from geomirror.errors import GeomirrorError, ProtocolError, RemoteProtocolError
-from geomirror.limits import Limits
-from geomirror.tunnel.driver import LinkDriver
 from geomirror.wan_protocol.frame import KIND_MESSAGE, KIND_PADDING, KIND_RESYNC_FRAME, Packet
 from geomirror.wan_protocol.frame_sender_io import FrameSender
 from geomirror.wan_protocol.link import Close, Decision, Dial, Down, LinkCore, SendPing, Up
-from geomirror.wan_protocol.link_events import LinkEvents, LinkStatus
+from geomirror.wan_protocol.link_events import LinkContext, LinkStatus
 from geomirror.wan_protocol.link_set_io import LinkSet, check_place
 from geomirror.wan_protocol.messages import (
     Call,
@@ -33,30 +29,15 @@ from geomirror.wan_protocol.messages import (
     decode_message,
 )
 from geomirror.wan_protocol.negotiation import CONTROL_INDEX, make_hello, read_hello
-from geomirror.wan_protocol.pacing import connection_rate, data_connections
+from geomirror.wan_protocol.pacing import data_connections
 from geomirror.wan_protocol.peer_calls_io import PeerCalls
 from geomirror.wan_protocol.stream_connection_io import LinkConnection
-from geomirror.wan_protocol.stream_socket_io import set_pace
 
 UNGREETED_MAX = 32
 """Accepted connections of one peer that have not said hello yet."""
 GOODBYE_SECONDS_MAX = 1.0
 
 _log = structlog.get_logger(component="links")
-
-
-@dataclass(frozen=True)
-class LinkContext:
-    """What all links of a node have in common."""
-
-    node: str
-    limits: Limits
-    clock: Clock
-    entropy: Entropy
-    driver: LinkDriver
-    events: LinkEvents
-    incarnation: bytes
-    """16 random bytes, new at each start."""
 
 
 class PeerLink:
@@ -126,7 +107,7 @@ class PeerLink:
             self._context.limits, bytes_per_second, self.core.round_trip.smoothed_ns
         )
         for item in self._sets.values():
-            self._pace(item)
+            item.pace(self._rate_bytes_per_second)
 
     def set_endpoints(self, endpoints: list[str]) -> None:
         """Dial these from now on."""
@@ -204,7 +185,7 @@ class PeerLink:
         elif item.data.get(connection.index) is connection:
             del item.data[connection.index]
             self.core.data_lost(connection.link, connection.index, reason, now_ns)
-            self._pace(item)
+            item.pace(self._rate_bytes_per_second)
         elif not connection.is_greeted:
             self.core.dial_failed(connection.link, connection.index, reason, now_ns)
             if connection.index < 0:
@@ -266,7 +247,7 @@ class PeerLink:
         else:
             item.data[connection.index] = connection
             self.core.data_up(connection.link, connection.index, now_ns)
-            self._pace(item)
+            item.pace(self._rate_bytes_per_second)
         self._execute()
 
     # Packets.
@@ -314,13 +295,6 @@ class PeerLink:
 
     def _writable(self) -> None:
         self._events.writable(self.peer)
-
-    def _pace(self, item: LinkSet) -> None:
-        """Divide the configured rate over the data connections that are up."""
-        if self._rate_bytes_per_second is not None and item.data:
-            pace = connection_rate(self._rate_bytes_per_second, len(item.data))
-            for connection in item.data.values():
-                set_pace(connection.socket, pace)
 
     # Decisions.
 

@@ -12,9 +12,9 @@ from geomirror.environment import SECOND, Clock, Entropy
 from geomirror.errors import NotFoundError, UnreachableError
 from geomirror.limits import Limits
 from geomirror.tunnel.driver import LinkDriver, Listener
-from geomirror.wan_protocol.link_events import LinkEvents, LinkStatus, PeerAddress
+from geomirror.wan_protocol.link_events import LinkContext, LinkEvents, LinkStatus, PeerAddress
 from geomirror.wan_protocol.messages import Message
-from geomirror.wan_protocol.peer_link_io import LinkContext, PeerLink
+from geomirror.wan_protocol.peer_link_io import PeerLink
 from geomirror.wan_protocol.stream_connection_io import LinkConnection
 
 __all__ = ["LinkEvents", "LinkStatus", "PeerAddress", "PeerLinks"]
