@@ -60,7 +60,10 @@ class _Exchange:
         self.writer = writer
         ssl_object = writer.get_extra_info("ssl_object")
         if ssl_object.selected_alpn_protocol() != JOIN_PROTOCOL:
-            raise LinkError("the server does not offer the join exchange")
+            raise AuthError(
+                "the server is not of this network, or offers no join exchange",
+                hint="check the address; a token works only in the network that made it",
+            )
         self.leaf_der: bytes = ssl_object.getpeercert(binary_form=True)
         self.local_host: str = writer.get_extra_info("sockname")[0]
 

@@ -7,18 +7,25 @@ Without session tickets each connection proves its key anew, so a revocation can
 
 from __future__ import annotations
 
+import datetime
 import ssl
+import tempfile
 from collections.abc import Callable
 
+from cryptography import x509
+from cryptography.x509.oid import NameOID
+
+from geomirror.environment import Entropy
 from geomirror.errors import AuthError, GeomirrorError, IntegrityError, LinkError
 from geomirror.tunnel.authority import certificate_pem
 from geomirror.tunnel.driver import JOIN_PROTOCOL, LINK_PROTOCOL
+from geomirror.tunnel.identity import key_to_pem, new_key
 from geomirror.tunnel.network_state_io import NetworkState
 
 _NO_CHECK_TIME = ssl.VerifyFlags(0x200000)
 """X509_V_FLAG_NO_CHECK_TIME of OpenSSL; Python has no name for it."""
 
-_OTHER_NETWORK = ("UNRECOGNIZED_NAME", "UNKNOWN_CA", "CERTIFICATE_VERIFY_FAILED")
+_OTHER_NETWORK = ("UNKNOWN_CA", "CERTIFICATE_VERIFY_FAILED")
 _OUR_CERTIFICATE = ("CERTIFICATE_REQUIRED", "BAD_CERTIFICATE", "ACCESS_DENIED", "DECRYPT_ERROR")
 
 
@@ -30,13 +37,14 @@ def network_label(authority_hash: bytes) -> str:
     return f"{authority_hash[:16].hex()}.geomirror.internal"
 
 
-def server_context(state: NetworkState) -> ssl.SSLContext:
+def server_context(state: NetworkState, entropy: Entropy) -> ssl.SSLContext:
     """For accepting links and join exchanges; a client's certificate is checked if it shows one."""
+    label = network_label(state.authority_hash)
     context = _base(ssl.PROTOCOL_TLS_SERVER)
     context.verify_mode = ssl.CERT_OPTIONAL
     context.set_alpn_protocols([LINK_PROTOCOL, JOIN_PROTOCOL])
     context.num_tickets = 0
-    context.sni_callback = _require_label(network_label(state.authority_hash))
+    context.sni_callback = _require_label(label, _decoy_context(state, entropy))
     _trust(context, state)
     return context
 
@@ -107,10 +115,40 @@ def _trust(context: ssl.SSLContext, state: NetworkState) -> None:
     load_own(context, state)
 
 
-def _require_label(
-    label: str,
-) -> Callable[[ssl.SSLObject | ssl.SSLSocket, str | None, ssl.SSLContext], int | None]:
-    def check(_: object, name: str | None, __: ssl.SSLContext) -> int | None:
-        return None if name == label else ssl.ALERT_DESCRIPTION_UNRECOGNIZED_NAME
+Choose = Callable[[ssl.SSLObject, str | None, ssl.SSLContext], None]
 
-    return check
+
+def _decoy_context(state: NetworkState, entropy: Entropy) -> ssl.SSLContext:
+    """What strangers get: a certificate of nobody, and none of our protocols.
+
+    An alert would be more to the point, but event loops drop it when a handshake fails; so a node
+    of another network could not tell us from a broken one.
+    """
+    key = new_key(entropy)
+    nobody = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "nobody")])
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(nobody)
+        .issuer_name(nobody)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(datetime.datetime(2000, 1, 1, tzinfo=datetime.UTC))
+        .not_valid_after(datetime.datetime(2100, 1, 1, tzinfo=datetime.UTC))
+    )
+    pem = key_to_pem(key) + certificate_pem(builder.sign(key, None)).encode("ascii")
+    context = _base(ssl.PROTOCOL_TLS_SERVER)
+    context.num_tickets = 0
+    # OpenSSL reads key and certificate from files only; mode 0600, gone at once.
+    with tempfile.NamedTemporaryFile(dir=state.key_path.parent, prefix=".decoy.") as file:
+        file.write(pem)
+        file.flush()
+        context.load_cert_chain(file.name)
+    return context
+
+
+def _require_label(label: str, decoy: ssl.SSLContext) -> Choose:
+    def choose(connection: ssl.SSLObject, name: str | None, _: ssl.SSLContext) -> None:
+        if name != label:
+            connection.context = decoy
+
+    return choose

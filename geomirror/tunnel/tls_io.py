@@ -66,7 +66,7 @@ class TlsDriver:
         self.refused = refused
         self.join_service = JoinService(state, clock, entropy, refused=refused, joined=joined)
         self._client = client_context(state)
-        self._server = server_context(state)
+        self._server = server_context(state, entropy)
         self._loaded = state.certificate
         self._live: list[_Live] = []
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from geomirror.environment import SECOND, Entropy
-from geomirror.errors import RefusedError, TokenError, UsageError
+from geomirror.errors import IntegrityError, RefusedError, TokenError, UsageError
 from geomirror.limits import Limits
 from geomirror.tunnel.certificates import ROLE_MEMBER, TOKEN_ROLES
 from geomirror.tunnel.names import check_endpoints, check_name
@@ -250,11 +250,11 @@ class TokenBook:
 
     @classmethod
     def from_json(cls, data: bytes) -> TokenBook:
-        """:raises TokenError: not a token book."""
+        """Read the file back. :raises IntegrityError: it is not a token book."""
         try:
             records = msgspec.json.decode(data, type=list[TokenRecord])
         except (msgspec.DecodeError, msgspec.ValidationError):
-            raise TokenError("the file of join tokens is damaged") from None
+            raise IntegrityError("authority/tokens.json is damaged", hint="restore it") from None
         return cls({record.token_id: record for record in records})
 
 

@@ -150,9 +150,14 @@ def found(root: Path, clock: ShiftedClock, *, network: str = "acme") -> Site:
     return Site(state, clock)
 
 
-def token_of(site: Site, node: str | None = "west-1", **options) -> str:
-    options = {"site": "west", "expires_seconds": 600, "wall_ns": site.clock.wall_ns(), **options}
-    return create_token(site.state, node=node, **options)
+def token_of(authority: Site, node: str | None = "west-1", **options) -> str:
+    options = {
+        "site": "west",
+        "expires_seconds": 600,
+        "wall_ns": authority.clock.wall_ns(),
+        **options,
+    }
+    return create_token(authority.state, node=node, **options)
 
 
 async def join_as(root: Path, token: str, clock: ShiftedClock, **options) -> Site:
@@ -177,3 +182,21 @@ async def pair(root: Path) -> AsyncIterator[tuple[Site, Site]]:
     finally:
         await east.stop()
         await west.stop()
+
+
+@asynccontextmanager
+async def authority(root: Path, **options) -> AsyncIterator[Site]:
+    east = found(root / "east", ShiftedClock(), **options)
+    await east.start()
+    try:
+        yield east
+    finally:
+        await east.stop()
+
+
+def everything_stored(root: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in root.rglob("*") if path.is_file())
+
+
+def all_paths(root: Path) -> list[Path]:
+    return list(root.rglob("*"))
