@@ -96,7 +96,7 @@ class Faults:
         found = status["resources"][0]
         verdict = await judge_export(found["volumes"][0]["nbd_uri"], stage.ledger)
         stage.report.check(
-            "mirror_under_load_is_a_moment_of_the_primary",
+            "mirror_under_load_is_a_moment_of_the_history",
             verdict.is_legal_cut,
             f"broken {verdict.broken_slots[:3]}, missing {verdict.missing_before[:3]}",
         )

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from geomirror.errors import GeomirrorError, UnreachableError
+from geomirror.errors import GeomirrorError, NotFoundError, UnreachableError
 from geomirror.lab.demo_ledger import Ledger, Verdict, Write
 from geomirror.lab.process_io import run
 from geomirror.limits import BLOCK_BYTES, MIB
@@ -81,6 +81,8 @@ class Writer:
         self.reconnects = 0
         self.verdicts: list[Verdict] = []
         """What was found after each reconnect."""
+        self.outage_seconds_max = 0.0
+        """Longest time from a lost connection to the next one that serves."""
         self._uri = uri
         self._ledger = ledger
         self._pause_s = BATCH_WRITES * BLOCK_BYTES / bytes_per_second
@@ -96,9 +98,13 @@ class Writer:
 
         :raises GeomirrorError: the server answered a write with an error, or stays away too long.
         """
+        loop = asyncio.get_running_loop()
         is_finished = False
+        lost_at = loop.time()
         while not is_finished:
             client = await self._connect()
+            if self.reconnects:
+                self.outage_seconds_max = max(self.outage_seconds_max, loop.time() - lost_at)
             try:
                 if self._unknown or self._ledger.write_count:
                     await self._check_survivors(client)
@@ -107,6 +113,7 @@ class Writer:
                 is_finished = True
             except UnreachableError:
                 self.reconnects += 1
+                lost_at = loop.time()
             finally:
                 await client.close()
 
@@ -116,7 +123,8 @@ class Writer:
         while True:
             try:
                 return await NbdClient.connect(self._uri)
-            except UnreachableError:
+            except (UnreachableError, NotFoundError):
+                # A daemon that just started listens a moment before it serves its resources.
                 if loop.time() > deadline:
                     raise
             await asyncio.sleep(RECONNECT_S)

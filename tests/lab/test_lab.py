@@ -30,7 +30,7 @@ async def test_two_nodes_see_each_other_and_survive_a_kill(tmp_path: Path) -> No
     async with Lab(tmp_path / "lab", nodes=NODES, links=links) as lab:
         east, west = lab.nodes
         listed = await east.cli("node", "list", "--json")
-        assert {node["name"] for node in listed["nodes"]} == {"east-1", "west-1"}
+        assert {node["node"] for node in listed["nodes"]} == {"east-1", "west-1"}
         await west.kill()
         assert west.pid is None
         with pytest.raises(GeomirrorError):
