@@ -315,22 +315,26 @@ class LinkCore:
 
     def _choose(self, now_ns: int, reason: str) -> None:
         chosen = choose(self._sets.values(), node=self._node, peer=self._peer)
-        if chosen is self._current:
-            return
-        if self._current is not None:
-            is_replaced = chosen is not None and self._current.is_healthy
-            self._decisions.append(Down("replaced" if is_replaced else reason))
-            self._failing_since_ns = now_ns
-        self._current = chosen
-        if chosen is None:
-            return
+        if chosen is not self._current:
+            if self._current is not None:
+                is_replaced = chosen is not None and self._current.is_healthy
+                self._decisions.append(Down("replaced" if is_replaced else reason))
+                self._failing_since_ns = now_ns
+            self._current = chosen
+            if chosen is not None:
+                self._take_into_use(chosen)
+        for item in self._sets.values():
+            is_loser = chosen is not None and item is not chosen and item.is_healthy
+            if is_loser and item.retire_ns is None:
+                item.retire_ns = now_ns + LINGER_NS
+
+    def _take_into_use(self, chosen: ConnectionSet) -> None:
         chosen.retire_ns = None
-        self.round_trip = chosen.round_trip if chosen.has_echo else self.round_trip
+        if chosen.has_echo:
+            self.round_trip = chosen.round_trip
         for item in list(self._sets.values()):
             if item.is_silent:
                 self._close(item, "silent and replaced")
-            elif item is not chosen and item.retire_ns is None and item.is_healthy:
-                item.retire_ns = now_ns + LINGER_NS
         for link in list(self._attempts):
             self._give_up(link, "")
         self._decisions.append(Up(chosen.link))
