@@ -30,8 +30,8 @@ class RamExport:
     maximum_payload: int = 32 << 20
     is_single_writer: bool = False
     fail_errno: int = 0
-    data: bytearray = field(default_factory=bytearray)
-    held: list[tuple[Request, bytes, ReplySink]] | None = None
+    data: bytearray = field(default_factory=bytearray, repr=False)
+    held: list[tuple[Request, bytes, ReplySink]] | None = field(default=None, repr=False)
     open_count: int = 0
     counts: Counter[int] = field(default_factory=Counter)
     flags_seen: set[tuple[int, int]] = field(default_factory=set)
