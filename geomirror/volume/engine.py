@@ -17,6 +17,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
 from geomirror.environment import Entropy
+from geomirror.errors import GeomirrorError
 from geomirror.limits import BLOCK_BYTES, Limits
 from geomirror.volume.engine_recovery import info_of, lowest_address, record_start
 from geomirror.volume.engine_setup import VolumeSpec, create_parts, open_parts
@@ -83,14 +84,24 @@ class Engine(WritePath):
     ) -> Engine:
         """Recover a resource's storage after a stop or a crash. Blocking.
 
+        A pass that the crash left half applied is applied again, at most `dirty_bytes_max` of data:
+        blocks that were being written may hold anything, also where nothing new was to be.
+
         :param open_backing: opens a backing that lies outside the store.
 
         Epochs that peers may need, as the superblock knows them, are retained in their names.
 
         :raises FencedError: the journal is damaged, or does not fit the superblock.
         :raises IntegrityError: both superblock copies are damaged.
+        :raises StorageError: a device failed; nothing is lost.
         """
-        return cls(open_parts(store, limits, entropy, open_backing))
+        engine = cls(open_parts(store, limits, entropy, open_backing))
+        try:
+            engine._redo()
+        except GeomirrorError:
+            engine.close()
+            raise
+        return engine
 
     # Primary: sealing.
 

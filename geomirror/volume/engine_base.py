@@ -118,8 +118,6 @@ class EngineBase:
             self.retain(peer, needed_after(record))
         self._retention.checkpointed(self.applied_epoch, self.superblock.scan_lsn)
         self._is_undo_void = False
-        self._pending_pass: tuple[int, int] | None = None
-        self._find_pending_pass()
 
     # Positions.
 
@@ -155,14 +153,6 @@ class EngineBase:
         if self.sealed_epoch < self.committed_epoch:
             return self._directory.info(self.sealed_epoch + 1).data_lsn_min
         return self._uncommitted_lsn
-
-    @property
-    def needs_redo(self) -> bool:
-        """A crash left a pass half applied: no image may be served before the next apply.
-
-        On a primary reads are right all the same, because the index covers what is not applied.
-        """
-        return self._pending_pass is not None
 
     # Epochs.
 
@@ -211,12 +201,11 @@ class EngineBase:
     def apply_job(self, through_epoch: int) -> ApplyJob:
         """A job that brings the images to `through_epoch`, which is sealed.
 
-        After a crash within a pass the first job repeats exactly that pass, whatever is asked for;
-        see the job's `to_epoch`.
+        The pass before has to be checkpointed: after a crash, undo tells one half-applied pass from
+        the image, not two.
         """
+        assert self._written.applied_epoch == self.applied_epoch, "checkpoint the pass before first"
         first, last = self.applied_epoch, through_epoch
-        if self._pending_pass is not None:
-            last = self._pending_pass[1]
         assert first < last <= self.sealed_epoch
         assert self._directory.info(last).number == last, "a fold is applied as a whole"
         infos = [info for info in self._directory.after(first) if info.number <= last]
@@ -252,7 +241,6 @@ class EngineBase:
         superblock.applied_end_lsn = info.end_lsn
         superblock.applied_wall_ns = info.wall_ns
         superblock.last_epoch_lsn = info.record_lsn
-        self._pending_pass = None
 
     # Checkpoint.
 
@@ -312,7 +300,6 @@ class EngineBase:
         self.sealed_hash = self.committed_hash = chain_hash
         self._open.number = epoch + 1
         self._is_undo_void = True
-        self._pending_pass = None
 
     def adopt_chain(self, chain: Sequence[ChainEntry]) -> None:
         """Take over the primary's generation chain; persisted by the next checkpoint."""
@@ -355,7 +342,8 @@ class EngineBase:
         self._unsealed.append((epoch.number, epoch.chain_hash, self.journal.end_lsn))
         self.committed_epoch, self.committed_hash = epoch.number, epoch.chain_hash
 
-    def _find_pending_pass(self) -> None:
+    def _redo(self) -> None:
+        """Repeat exactly the pass that a crash may have left half applied (I6). Blocking."""
         if self.superblock.data_state != "consistent":
             return
         found = self.undo.pending_pass(self.applied_epoch)
@@ -367,4 +355,10 @@ class EngineBase:
                 f"the journal, which ends at epoch {self.sealed_epoch}",
                 hint="the journal is damaged; keep the data directory and make this copy anew",
             )
-        self._pending_pass = found
+        job = self.apply_job(found[1])
+        job.run()
+        self.complete_apply(job)
+        checkpoint = self.checkpoint_job()
+        assert checkpoint is not None
+        checkpoint.run()
+        self.complete_checkpoint(checkpoint)
