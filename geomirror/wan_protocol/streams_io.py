@@ -6,10 +6,8 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-import structlog
-
-from geomirror.environment import SECOND, Clock, Entropy
-from geomirror.errors import NotFoundError, UnreachableError
+from geomirror.environment import Clock, Entropy
+from geomirror.errors import AuthError, NotFoundError, UnreachableError
 from geomirror.limits import Limits
 from geomirror.tunnel.driver import LinkDriver, Listener
 from geomirror.wan_protocol.link_events import LinkContext, LinkEvents, LinkStatus, PeerAddress
@@ -18,9 +16,6 @@ from geomirror.wan_protocol.peer_link_io import PeerLink
 from geomirror.wan_protocol.stream_connection_io import LinkConnection
 
 __all__ = ["LinkEvents", "LinkStatus", "PeerAddress", "PeerLinks"]
-
-STRANGER_LOG_NS = 60 * SECOND
-"""A node that is not a peer tries again and again: one log line a minute is enough."""
 
 NO_LINK = LinkStatus(
     is_established=False,
@@ -33,8 +28,6 @@ NO_LINK = LinkStatus(
     last_error="",
     endpoint="",
 )
-
-_log = structlog.get_logger(component="links")
 
 
 class PeerLinks:
@@ -63,7 +56,6 @@ class PeerLinks:
         self._peers: dict[str, PeerLink] = {}
         self._listener: Listener | None = None
         self._stopping: set[asyncio.Task[None]] = set()
-        self._stranger_log_ns: dict[str, int] = {}
 
     @property
     def endpoint(self) -> str | None:
@@ -167,14 +159,8 @@ class PeerLinks:
         return link
 
     def _accept(self, peer: str) -> LinkConnection:
-        """Called by the driver for each authenticated connection."""
+        """Called by the driver for each authenticated connection; it tells and logs a refusal."""
         link = self._peers.get(peer)
-        if link is not None:
-            return link.accept()
-        now_ns = self._clock.now_ns()
-        if now_ns - self._stranger_log_ns.get(peer, -STRANGER_LOG_NS) >= STRANGER_LOG_NS:
-            self._stranger_log_ns[peer] = now_ns
-            _log.warning("link_connection_refused", peer=peer, reason="not a peer of this node")
-        stranger = PeerLink(self._context, peer).accept()
-        stranger.drop()
-        return stranger
+        if link is None:
+            raise AuthError(f'"{peer}" is not a peer of "{self._node}"')
+        return link.accept()

@@ -91,7 +91,11 @@ class PlainDriver:
             except OSError:
                 sock.close()
                 continue
-            protocol = factory(name)
+            try:
+                protocol = factory(name)
+            except GeomirrorError:
+                sock.close()
+                continue
             transport, _ = await loop.connect_accepted_socket(lambda p=protocol: p, sock)
             self.transports.append(transport)
 
