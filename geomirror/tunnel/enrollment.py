@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 from dataclasses import dataclass
 from typing import Any
 
@@ -373,10 +374,23 @@ class Desk:
 
 
 def _dialable(texts: list[str], observed_host: str) -> tuple[str, ...]:
-    """Replace "any address" by the one that the authority saw; keep the rest as it is said."""
+    """What others will dial: "any address" becomes the one that the authority saw.
+
+    Link-local and multicast addresses are dropped: no peer is there, but a cloud's metadata service
+    may be (169.254.169.254), and members must not be sent to it.
+    """
     found: list[str] = []
     for text in texts:
         host, port = split_endpoint(text, error=RefusedError)
         is_any = host in ("0.0.0.0", "::")
-        found.append(join_endpoint(observed_host, port) if is_any else text)
+        if not _is_senseless(host):
+            found.append(join_endpoint(observed_host, port) if is_any else text)
     return check_endpoints(found, error=RefusedError)
+
+
+def _is_senseless(host: str) -> bool:
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return address.is_link_local or address.is_multicast

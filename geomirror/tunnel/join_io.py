@@ -11,7 +11,6 @@ from pathlib import Path
 from geomirror.environment import SECOND, Clock, Entropy
 from geomirror.errors import (
     AuthError,
-    GeomirrorError,
     LinkError,
     NotFoundError,
     RemoteProtocolError,
@@ -131,31 +130,32 @@ async def join(
         split_endpoint(listen)
     proposed = propose_name(socket.gethostname()) if node is None else check_name(node, "node")
     identity = _load_or_create_identity(data_dir, entropy)
-
-    async def talk(exchange: _Exchange) -> Enrolled:
-        joiner = Joiner(parsed, identity, node=proposed, limits=limits)
-        endpoints = own_endpoints(listen, exchange.local_host)
-        hello = await exchange.read_line()
-        request = joiner.receive_hello(hello, exchange.leaf_der, endpoints, clock.wall_ns())
-        exchange.writer.write(request)
-        return joiner.receive_reply(await exchange.read_line(), clock.wall_ns())
-
-    failures: list[GeomirrorError] = []
+    failures: list[str] = []
     for endpoint in parsed.endpoints:
+        joiner = Joiner(parsed, identity, node=proposed, limits=limits)
         try:
             async with _connect(endpoint, parsed.authority_hash, limits) as exchange:
-                enrolled = await talk(exchange)
+                enrolled = await _enroll(exchange, joiner, listen, clock)
         except LinkError as error:
-            failures.append(error)
+            failures.append(error.message)
             continue
         return keep_network(
             data_dir, enrolled, identity, listen=listen, authority=None, limits=limits
         )
-    reasons = "; ".join(error.message for error in failures)
     raise UnreachableError(
-        f"no endpoint of the join token answers: {reasons}",
+        f"no endpoint of the join token answers: {'; '.join(failures)}",
         hint='start "geomirror node run" there, or make a token with another endpoint',
     )
+
+
+async def _enroll(
+    exchange: _Exchange, joiner: Joiner, listen: str | None, clock: Clock
+) -> Enrolled:
+    endpoints = own_endpoints(listen, exchange.local_host)
+    hello = await exchange.read_line()
+    request = joiner.receive_hello(hello, exchange.leaf_der, endpoints, clock.wall_ns())
+    exchange.writer.write(request)
+    return joiner.receive_reply(await exchange.read_line(), clock.wall_ns())
 
 
 def _load_or_create_identity(data_dir: Path, entropy: Entropy) -> NodeIdentity:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
-from typing import Any
 
-from geomirror.environment import SECOND, Clock, Entropy
+from geomirror.environment import Clock, Entropy
 from geomirror.limits import PRODUCTION, Limits
 from geomirror.tunnel.authority import DEFAULT_RANGE, Authority, check_range, choose_address
 from geomirror.tunnel.authority_io import (
@@ -17,11 +16,11 @@ from geomirror.tunnel.authority_io import (
     revoke_token,
     set_endpoints,
 )
-from geomirror.tunnel.certificates import ROLE_AUTHORITY, ROLE_MEMBER
-from geomirror.tunnel.enrollment import Enrolled
+from geomirror.tunnel.certificates import ROLE_AUTHORITY, ROLE_MEMBER, load_certificate
+from geomirror.tunnel.enrollment import Desk, Enrolled
 from geomirror.tunnel.identity import NodeIdentity
 from geomirror.tunnel.join_io import join, own_endpoints, renew_by_join
-from geomirror.tunnel.membership import Member, Membership, sign_member
+from geomirror.tunnel.membership import Member, Membership
 from geomirror.tunnel.names import check_name, propose_name, split_endpoint
 from geomirror.tunnel.network_state_io import (
     NetworkState,
@@ -29,6 +28,7 @@ from geomirror.tunnel.network_state_io import (
     keep_network,
     load_network,
 )
+from geomirror.tunnel.token import TokenBook
 
 __all__ = [
     "DEFAULT_LISTEN",
@@ -38,8 +38,6 @@ __all__ = [
     "join",
     "list_tokens",
     "load_network",
-    "network_show",
-    "node_list",
     "rename_node",
     "renew_by_join",
     "revoke_node",
@@ -78,34 +76,25 @@ def create_network(
     listen = listen or DEFAULT_LISTEN
     endpoints = own_endpoints(listen, _main_address(split_endpoint(listen)[0]))
     addresses = check_range(cidr or DEFAULT_RANGE)
-    wall_ns = clock.wall_ns()
-    authority = Authority.create(network, wall_ns, entropy)
+    authority = Authority.create(network, clock.wall_ns(), entropy)
     identity = NodeIdentity.create(entropy)
-    roles = (ROLE_AUTHORITY, ROLE_MEMBER)
-    address = choose_address(identity.public_key, addresses, ())
-    certificate = authority.issue(
-        identity.public_key,
-        name=name,
-        site=site,
-        address=address,
-        roles=roles,
-        wall_ns=wall_ns,
-        entropy=entropy,
-    )
-    member = Member(
+    founder = Member(
         network=network,
         node_id=identity.node_id,
         name=name,
         site=site,
-        roles=roles,
+        roles=(ROLE_AUTHORITY, ROLE_MEMBER),
         endpoints=endpoints,
-        address=address,
-        serial=f"{certificate.serial_number:x}",
+        address=choose_address(identity.public_key, addresses, ()),
+        serial="",
         version=1,
     )
-    membership = Membership(network, authority.public_key, limits)
-    membership.merge([sign_member(authority, member)])
-    enrolled = Enrolled(network, authority.certificate, certificate, addresses, membership)
+    desk = Desk(
+        authority, TokenBook(), Membership(network, authority.public_key, limits), addresses, limits
+    )
+    welcome = desk.issue_to(identity.public_key, founder, clock.wall_ns(), entropy)
+    certificate = load_certificate(welcome.certificate.encode("ascii"))
+    enrolled = Enrolled(network, authority.certificate, certificate, addresses, desk.membership)
     return keep_network(
         data_dir, enrolled, identity, listen=listen, authority=authority, limits=limits
     )
@@ -123,41 +112,3 @@ def _main_address(host: str) -> str:
             return "::1" if ":" in host else "127.0.0.1"
         found: str = probe.getsockname()[0]
         return found
-
-
-def network_show(state: NetworkState) -> dict[str, Any]:
-    """`network show --json` without its schema version. Times are Unix seconds."""
-    claims = state.claims
-    return {
-        "network": state.network,
-        "range": state.range,
-        "node": state.node,
-        "site": state.site,
-        "node_id": claims.node_id,
-        "address": claims.address,
-        "listen": state.listen,
-        "authority_key": state.authority_hash.hex(),
-        "authority_nodes": state.authority_names(),
-        "has_authority_key": state.authority is not None,
-        "certificate_expires": claims.not_after_ns / SECOND,
-        "nodes": len(state.membership.active()),
-        "membership_version": state.membership.version,
-        "revocations": state.membership.revocations.number,
-    }
-
-
-def node_list(state: NetworkState) -> list[dict[str, Any]]:
-    """`node list --json`: every member, revoked ones too, sorted by name."""
-    return [
-        {
-            "name": member.name,
-            "site": member.site,
-            "node_id": member.node_id,
-            "roles": list(member.roles),
-            "endpoints": list(member.endpoints),
-            "address": member.address,
-            "is_self": member.node_id == state.identity.node_id,
-            "is_revoked": state.membership.is_revoked(member.node_id),
-        }
-        for member in state.membership.members()
-    ]

@@ -8,6 +8,7 @@ import json
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
-from network_kit import Site, authority, everything_stored, found, join_as, pair, token_of
+from network_kit import Collect, Site, authority, everything_stored, found, join_as, pair, token_of
 
-from geomirror.environment import SeededEntropy
+from geomirror.environment import MS, SeededEntropy
 from geomirror.errors import AuthError, RefusedError, RemoteProtocolError
 from geomirror.limits import PRODUCTION
 from geomirror.tunnel.authority import certificate_pem
@@ -26,6 +27,7 @@ from geomirror.tunnel.certificates import load_certificate, public_key_of, read_
 from geomirror.tunnel.driver import JOIN_PROTOCOL
 from geomirror.tunnel.enrollment import Hello, Join, encode_line
 from geomirror.tunnel.identity import NodeIdentity
+from geomirror.tunnel.network_io import load_network
 from geomirror.tunnel.tls_context_io import joiner_context, network_label
 from geomirror.tunnel.token import parse_token
 
@@ -256,3 +258,52 @@ async def test_a_joiner_reaches_only_the_join_exchange(tmp_path: Path) -> None:
         answers = await talk_join(east, b'{"type":"renew","request":"x","proof":""}\n')
         assert answers[1]["code"] == AuthError.wire_code
         assert len(east.accepted) == count
+
+
+async def test_announced_endpoints_cannot_send_members_to_a_metadata_service(
+    tmp_path: Path,
+) -> None:
+    async with authority(tmp_path) as east:
+        request = request_of(east, NodeIdentity.create(SeededEntropy(5)).request_pem())
+        request.endpoints = ["169.254.169.254:80", "[fe80::1]:80", "224.0.0.1:9", "192.0.2.7:7701"]
+        enroll(
+            east.state,
+            request,
+            observed_host="127.0.0.1",
+            wall_ns=east.clock.wall_ns(),
+            entropy=east.entropy,
+        )
+        member = load_network(tmp_path / "east").membership.find("west-1")
+        assert member is not None
+        assert member.endpoints == ("192.0.2.7:7701",)
+
+
+async def test_a_silent_stranger_is_dropped_in_the_handshake_and_in_the_join_exchange(
+    tmp_path: Path,
+) -> None:
+    async with authority(tmp_path) as east:
+        east.state.limits = replace(
+            PRODUCTION, handshake_ns_max=300 * MS, join_exchange_ns_max=300 * MS
+        )
+        host, port = east.endpoint.rsplit(":", 1)
+        label = network_label(east.state.authority_hash)
+        for options in ({}, {"ssl": joiner_context(), "server_hostname": label}):
+            reader, writer = await asyncio.open_connection(host, int(port), **options)
+            async with asyncio.timeout(5):
+                with suppress(OSError):
+                    await reader.read()  # returns: the other side has ended it
+            writer.transport.abort()
+        east.state.limits = PRODUCTION
+        await join_as(tmp_path / "w", token_of(east), east.clock)
+
+
+async def test_links_between_members_live_without_the_authority(tmp_path: Path) -> None:
+    async with pair(tmp_path) as (east, west):
+        colo = await join_as(tmp_path / "colo", token_of(east, "colo-1"), east.clock, listen=None)
+        assert east.listener is not None
+        await east.listener.stop()
+        transport, protocol = await colo.driver.dial("west-1", west.endpoint, Collect)
+        transport.write(b"alone")
+        assert await protocol.wait(5) == b"alone"
+        transport.abort()
+        await protocol.lost

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import uvloop
 from cryptography.hazmat.primitives.serialization import Encoding
 from network_kit import HOUR, Collect, Site, free_endpoint, join_as, pair, token_of
 
@@ -22,13 +21,14 @@ from geomirror.tunnel.driver import JOIN_PROTOCOL, LINK_PROTOCOL
 from geomirror.tunnel.join_io import renew_by_join
 from geomirror.tunnel.tls_context_io import network_label
 
-LOOPS: list[Callable[[], asyncio.AbstractEventLoop]] = [
-    asyncio.new_event_loop,
-    uvloop.new_event_loop,
-]
+LOOPS: list[Callable[[], asyncio.AbstractEventLoop]] = [asyncio.new_event_loop]
+with contextlib.suppress(ImportError):
+    import uvloop  # an optional dependency
+
+    LOOPS.append(uvloop.new_event_loop)
 
 
-@pytest.fixture(params=LOOPS, ids=["asyncio", "uvloop"])
+@pytest.fixture(params=LOOPS, ids=lambda loop: loop.__module__.split(".")[0])
 def runner(request: pytest.FixtureRequest) -> Iterator[asyncio.Runner]:
     with asyncio.Runner(loop_factory=request.param) as found_runner:
         yield found_runner
