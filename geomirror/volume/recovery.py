@@ -132,11 +132,13 @@ class _Scan:
                 is_next = self.check is None or header.previous_check in (0, self.check)
                 if header.previous_end > self.position or not is_next:
                     break
-                self.position = header.start_lsn
-            if self.position == header.start_lsn:
-                self.check = header.previous_check
-                if not self.records and scan_lsn == header.start_lsn:
+            if self.position <= header.start_lsn:
+                if self.position == scan_lsn:
+                    # Not where the scan begins, but where the log really ended: a recovery that
+                    # began at an older checkpoint must come by the same way.
                     self.empty_end = (header.previous_end, header.previous_check)
+                self.position = header.start_lsn
+                self.check = header.previous_check
             self._scan_span(span)
 
     def _scan_span(self, span: _Span) -> None:

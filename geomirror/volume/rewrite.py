@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable
+from dataclasses import replace
 
 import msgspec
 import numpy as np
@@ -85,9 +86,13 @@ class Rewriter:
         :returns: the log's new end and the new segments, ascending.
         """
         self._flush()
+        first, *others = sorted(self._files)
+        # Once it has its name, all of this is durable, and the next recovery may know it. Only in
+        # the first header: the others have their names before the whole is in force.
+        self.headers[0] = replace(self.headers[0], durable_lsn=self._plan.end.end_lsn)
+        self._files[first].pwritev([self.headers[0].pack()], 0)
         for file in self._files.values():
             file.fdatasync()
-        first, *others = sorted(self._files)
         for number in others:
             self._store.rename(rewritten_name(number), segment_name(number))
         if others:
