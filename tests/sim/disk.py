@@ -26,6 +26,7 @@ SECTOR = 512
 SECTORS = PAGE // SECTOR
 ALL_SECTORS = (1 << SECTORS) - 1
 ZERO_PAGE = bytes(PAGE)
+UNLIMITED = 1 << 62
 
 
 @dataclass(eq=False)
@@ -84,7 +85,7 @@ class SimStore:
     """Implements `geomirror.volume.store.Store` in memory."""
 
     def __init__(
-        self, seed: int | str = 0, *, capacity_bytes: int = 1 << 40, writeback: float = 1 / 64
+        self, seed: int | str = 0, *, capacity_bytes: int = UNLIMITED, writeback: float = 1 / 64
     ) -> None:
         """:param writeback: chance that a write makes the kernel write back one dirty page."""
         self.random = random.Random(seed)
@@ -223,11 +224,13 @@ class SimStore:
             page = self.random.choice([*inode.dirty])
             self._survive(inode, page, inode.dirty[page])
 
-    def require_space(self, inode: Inode, pages: int, name: str) -> None:
-        """Refuse `pages` new pages when the disk is full."""
-        grown = (len(inode.cache) + pages) * PAGE - inode.used_bytes()
-        if grown > 0 and self.capacity_bytes < 1 << 40:
-            self._require_space(grown, name)
+    def require_space(self, inode: Inode, first: int, last: int, name: str) -> None:
+        """Refuse a write to the pages [first, last) when the disk has no room for new ones."""
+        if self.capacity_bytes < UNLIMITED:
+            count = sum(page not in inode.cache for page in range(first, last))
+            grown = (len(inode.cache) + count) * PAGE - inode.used_bytes()
+            if grown > 0:
+                self._require_space(grown, name)
 
     def _require_space(self, size: int, name: str) -> None:
         if size > self.free_bytes():
@@ -455,8 +458,10 @@ class SimFile:
         inode, store = self._inode, self._store
         cache, dirty = inode.cache, inode.dirty
         page, start = divmod(offset, PAGE)
-        store.require_space(inode, (start + len(data) + PAGE - 1) // PAGE, self.name)
         position, size = 0, len(data)
+        if size == 0:
+            return
+        store.require_space(inode, page, -(-(offset + size) // PAGE), self.name)
         while position < size:
             count = min(PAGE - start, size - position)
             if count == PAGE:

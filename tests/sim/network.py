@@ -1,0 +1,165 @@
+"""A simulated network: links of one control and several data connections.
+
+What is modelled: delay with jitter, rate, order within a connection and none between them, loss of
+single data connections with everything in flight, black holes one way and both, noticed late,
+flipped bits inside frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.sim.world import MS, SECOND, World
+
+DATA_CONNECTIONS = 2
+
+
+@dataclass
+class Link:
+    """State between two nodes. `number` grows with each new set of connections."""
+
+    is_up: bool = False
+    is_cut: tuple[bool, bool] = (False, False)
+    number: int = 0
+    busy_until: dict[tuple[str, int], int] = field(default_factory=dict)
+    broken: dict[tuple[str, int], int] = field(default_factory=dict)
+    queued: dict[str, int] = field(default_factory=dict)
+
+
+class Network:
+    """Links between nodes by name. `deliver(target, source, payload)` hands over what arrives."""
+
+    def __init__(
+        self,
+        world: World,
+        names: list[str],
+        deliver: Callable[[str, str, Any], None],
+        link_event: Callable[[str, str, bool], None],
+        *,
+        delay_ns: int,
+        jitter_ns: int,
+        bytes_per_second: int,
+        flip_chance: float,
+    ) -> None:
+        self.world = world
+        self.links = {(a, b): Link() for i, a in enumerate(names) for b in names[i + 1 :]}
+        self._deliver = deliver
+        self._link_event = link_event
+        self._delay_ns = delay_ns
+        self._jitter_ns = jitter_ns
+        self._rate = bytes_per_second
+        self._flip_chance = flip_chance
+        self.is_alive: Callable[[str], bool] = lambda name: True
+        self.window_bytes = 256 * 1024
+
+    def link(self, a: str, b: str) -> Link:
+        """The link of two nodes."""
+        return self.links[(a, b) if (a, b) in self.links else (b, a)]
+
+    def room(self, source: str, target: str) -> int:
+        """Bytes that the link's queue takes now."""
+        return max(0, self.window_bytes - self.link(source, target).queued.get(source, 0))
+
+    def send(self, source: str, target: str, payload: Any, size: int, *, is_frame: bool) -> None:
+        """Put something on a connection; it arrives later, or never."""
+        link = self.link(source, target)
+        if not link.is_up:
+            return
+        world, chance = self.world, self.world.random
+        connection = 1 + chance.randrange(DATA_CONNECTIONS) if is_frame else 0
+        if is_frame and self._flip_chance and chance.random() < self._flip_chance:
+            payload = flip(payload, chance.randrange(1 << 30))
+        key = (source, connection)
+        start = max(world.now_ns, link.busy_until.get((source, -1), 0))
+        sent = start + size * SECOND // self._rate
+        link.busy_until[(source, -1)] = sent
+        jitter = int(self._jitter_ns * chance.random())
+        arrival = max(sent + self._delay_ns + jitter, link.busy_until.get(key, 0))
+        link.busy_until[key] = arrival
+        link.queued[source] = link.queued.get(source, 0) + size
+        number, broken = link.number, link.broken.get(key, 0)
+
+        def leave() -> None:
+            if link.number == number:
+                link.queued[source] -= size
+
+        def arrive() -> None:
+            is_lost = link.number != number or link.broken.get(key, 0) != broken
+            index = 0 if (source, target) in self.links else 1
+            if is_lost or not link.is_up or link.is_cut[index] or not self.is_alive(target):
+                return
+            self._deliver(target, source, payload)
+
+        world.at(sent, leave)
+        world.at(arrival, arrive)
+
+    def break_connection(self, a: str, b: str) -> None:
+        """One data connection dies with everything in flight on it."""
+        link = self.link(a, b)
+        connection = 1 + self.world.random.randrange(DATA_CONNECTIONS)
+        for source in (a, b):
+            key = (source, connection)
+            link.broken[key] = link.broken.get(key, 0) + 1
+
+    def cut(self, a: str, b: str, directions: tuple[bool, bool]) -> None:
+        """A black hole, one way or both; each side notices after a while."""
+        link = self.link(a, b)
+        link.is_cut = directions
+        number = link.number
+
+        def notice() -> None:
+            if link.number == number and link.is_up and any(link.is_cut):
+                self.down(a, b)
+
+        self.world.after(self.world.between(300 * MS, 3 * SECOND), notice)
+
+    def heal(self, a: str, b: str) -> None:
+        """The black hole is gone; a link comes up if it was noticed."""
+        link = self.link(a, b)
+        link.is_cut = (False, False)
+        if not link.is_up:
+            self.connect_later(a, b)
+
+    def down(self, a: str, b: str) -> None:
+        """The link is lost, with everything in flight."""
+        link = self.link(a, b)
+        if not link.is_up:
+            return
+        link.is_up = False
+        link.number += 1
+        link.queued.clear()
+        link.busy_until.clear()
+        for one, other in ((a, b), (b, a)):
+            if self.is_alive(one):
+                self._link_event(one, other, False)
+        if not any(link.is_cut):
+            self.connect_later(a, b)
+
+    def connect_later(self, a: str, b: str) -> None:
+        """Try to bring the link up, again and again."""
+
+        def attempt() -> None:
+            link = self.link(a, b)
+            if link.is_up or any(link.is_cut):
+                return
+            if not (self.is_alive(a) and self.is_alive(b)):
+                self.world.after(SECOND, attempt)
+                return
+            link.is_up = True
+            link.number += 1
+            for one, other in ((a, b), (b, a)):
+                self._link_event(one, other, True)
+
+        self.world.after(self.world.between(50 * MS, SECOND), attempt)
+
+
+def flip(payload: Any, chance: int) -> Any:
+    """The same frame with one bit of its body flipped."""
+    kind, epoch, sequence, is_resync, body = payload
+    if not body:
+        return payload
+    damaged = bytearray(body)
+    damaged[chance % len(damaged)] ^= 1 << (chance >> 20) % 8
+    return (kind, epoch, sequence, is_resync, bytes(damaged))
