@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-import xxhash
 import zstandard
 
 from geomirror.errors import BadFrameError, LimitExceededError, RemoteProtocolError
 from geomirror.limits import BLOCK_BYTES, FRAME_RAW_BYTES_MAX, Limits
+from geomirror.volume.digest import ZERO_DIGEST, digest_of
 from geomirror.volume.epoch_table import (
     ENTRY,
     FLAG_PUNCH,
@@ -40,7 +40,6 @@ _ENTRY = np.dtype(
     [("volume", "<u2"), ("kind", "u1"), ("flags", "u1"), ("count", "<u4"), ("block", "<u8")]
 )
 assert _ENTRY.itemsize == FRAME_ENTRY.size
-_MASK_64 = (1 << 64) - 1
 _BLOCK_MAX = 1 << 52
 
 
@@ -170,13 +169,8 @@ def _expand(
 
 
 def _digest(content: memoryview) -> tuple[int, int]:
-    digest = xxhash.xxh3_128_intdigest(content)
-    zeros = _ZERO_DIGEST
-    if len(content) != BLOCK_BYTES:
-        zeros = xxhash.xxh3_128_intdigest(bytes(len(content)))
-    if digest == zeros:
+    digest = digest_of(content)
+    is_whole = len(content) == BLOCK_BYTES
+    if digest == (ZERO_DIGEST if is_whole else digest_of(bytes(len(content)))):
         raise RemoteProtocolError("frame has a block of zeros as data; they are sent as runs")
-    return digest & _MASK_64, digest >> 64
-
-
-_ZERO_DIGEST = xxhash.xxh3_128_intdigest(bytes(BLOCK_BYTES))
+    return digest

@@ -10,7 +10,7 @@ from geomirror.wan_protocol.messages import Hello, Message
 from geomirror.wan_protocol.negotiation import CONTROL_INDEX
 from geomirror.wan_protocol.pacing import connection_rate
 from geomirror.wan_protocol.stream_connection_io import LinkConnection
-from geomirror.wan_protocol.stream_socket_io import set_pace
+from geomirror.wan_protocol.stream_socket_io import UNPACED, set_pace
 
 EARLY_MESSAGES_MAX = 256
 EARLY_BYTES_MAX = 4 * MIB
@@ -48,9 +48,11 @@ class LinkSet:
 
     def pace(self, bytes_per_second: int | None) -> None:
         """Divide the configured rate of the link over the data connections that are up."""
-        if bytes_per_second is not None and self.data:
-            pace = connection_rate(bytes_per_second, len(self.data))
-            for connection in self.data.values():
+        for connection in self.data.values():
+            if bytes_per_second is None:
+                set_pace(connection.socket, UNPACED)
+            else:
+                pace = connection_rate(bytes_per_second, len(self.data))
                 set_pace(connection.socket, pace)
 
     @property

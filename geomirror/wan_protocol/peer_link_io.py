@@ -257,7 +257,7 @@ class PeerLink:
             raise RemoteProtocolError("control message on a data connection")
         message = decode_message(packet.body)
         if isinstance(message, Ping):
-            connection.send(0, Pong(message.now_ns))
+            connection.send(0, Pong(message.now_ns), is_followed=False)
         elif isinstance(message, Pong):
             self.core.pong(connection.link, message.now_ns, self._clock.now_ns())
             self._execute()
@@ -326,7 +326,7 @@ class PeerLink:
             case SendPing(link, now_ns) if link in self._sets:
                 control = self._sets[link].control
                 if control is not None:
-                    control.send(0, Ping(now_ns))
+                    control.send(0, Ping(now_ns), is_followed=False)
             case Up(link) if link in self._sets:
                 self._up(self._sets[link])
             case Down(reason) if self._current is not None:

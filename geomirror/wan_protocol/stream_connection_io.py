@@ -7,7 +7,13 @@ from typing import Any, Protocol, cast
 
 from geomirror.errors import ProtocolError
 from geomirror.limits import KIB, MIB, Limits
-from geomirror.wan_protocol.frame import KIND_MESSAGE, Packet, PacketReader, pack_header
+from geomirror.wan_protocol.frame import (
+    KIND_MESSAGE,
+    KIND_PADDING,
+    Packet,
+    PacketReader,
+    pack_header,
+)
 from geomirror.wan_protocol.messages import Message, encode_message
 from geomirror.wan_protocol.stream_socket_io import tune
 
@@ -16,6 +22,10 @@ WRITE_BUFFER_BYTES = 256 * KIB
 CONTROL_BUFFER_BYTES_MAX = 16 * MIB
 """Messages that a peer has not taken yet; a peer so far behind is disconnected."""
 HELLO_SECONDS_MAX = 10.0
+FOLLOW_SECONDS = 0.008
+"""A packet is followed by another within this time: TCP learns of a lost last packet from what
+comes after it, a lone one waits for a timer of RTT + 200 ms."""
+_FOLLOWER = pack_header(KIND_PADDING, 0)
 
 
 class ConnectionOwner(Protocol):
@@ -65,6 +75,8 @@ class LinkConnection(asyncio.BufferedProtocol):
         self._reader = PacketReader(limits)
         self._transport: asyncio.Transport | None = None
         self._hello_timer: asyncio.TimerHandle | None = None
+        self._follow_timer: asyncio.TimerHandle | None = None
+        self._written_at = 0.0
 
     # asyncio.BufferedProtocol
 
@@ -154,20 +166,36 @@ class LinkConnection(asyncio.BufferedProtocol):
             return 0
         return max(0, WRITE_BUFFER_BYTES - self._transport.get_write_buffer_size())
 
-    def write(self, data: bytes) -> None:
-        """Send packed packets."""
-        if self._transport is not None and not self.is_closed:
-            self.bytes_sent += len(data)
-            self._transport.write(data)
+    def write(self, data: bytes, *, is_followed: bool = True) -> None:
+        """Send packed packets, and a padding packet after them unless more comes soon."""
+        if self._transport is None or self.is_closed:
+            return
+        self.bytes_sent += len(data)
+        self._transport.write(data)
+        if is_followed:
+            loop = asyncio.get_running_loop()
+            self._written_at = loop.time()
+            if self._follow_timer is None:
+                self._follow_timer = loop.call_later(FOLLOW_SECONDS, self._follow)
 
-    def send(self, session: int, message: Message) -> None:
+    def send(self, session: int, message: Message, *, is_followed: bool = True) -> None:
         """Send a control message."""
         body = encode_message(message)
-        self.write(pack_header(KIND_MESSAGE, len(body), session=session) + body)
+        header = pack_header(KIND_MESSAGE, len(body), session=session)
+        self.write(header + body, is_followed=is_followed)
         if self._transport is None or self.is_closed:
             return
         if self._transport.get_write_buffer_size() > CONTROL_BUFFER_BYTES_MAX:
             self.close("the peer does not take its messages")
+
+    def _follow(self) -> None:
+        loop = asyncio.get_running_loop()
+        due = self._written_at + FOLLOW_SECONDS
+        self._follow_timer = None
+        if loop.time() < due:
+            self._follow_timer = loop.call_at(due, self._follow)
+        else:
+            self.write(_FOLLOWER, is_followed=False)
 
     def close(self, reason: str) -> None:
         """Close at once and tell the owner."""
@@ -180,6 +208,8 @@ class LinkConnection(asyncio.BufferedProtocol):
         self.is_closed = True
         if self._hello_timer is not None:
             self._hello_timer.cancel()
+        if self._follow_timer is not None:
+            self._follow_timer.cancel()
         if self._transport is None:
             return
         if is_graceful:

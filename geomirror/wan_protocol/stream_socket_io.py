@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 from typing import Any
 
 USER_TIMEOUT_MS = 10_000
 """Keepalive never notices a dead busy connection (measured: not in 40 s); this does."""
 NOT_SENT_BYTES = 128 * 1024
 """Unsent bytes in the kernel before it takes no more: frames wait in our queue instead."""
+UNPACED = 2**32 - 1
+"""The kernel's value for no limit."""
 _SO_MAX_PACING_RATE = 47
 _TCP_USER_TIMEOUT = getattr(socket, "TCP_USER_TIMEOUT", 18)
 _TCP_NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25)
@@ -44,6 +47,6 @@ def set_pace(sock: Any, bytes_per_second: int) -> None:
     """Limit what the kernel sends on this connection; works without the fq qdisc."""
     if sock is not None:
         with contextlib.suppress(OSError):
-            sock.setsockopt(
-                socket.SOL_SOCKET, _SO_MAX_PACING_RATE, min(bytes_per_second, 2**32 - 2)
-            )
+            # A 32-bit option on every kernel: 4.3 GB/s and above is no limit.
+            value = struct.pack("=I", min(bytes_per_second, UNPACED))
+            sock.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, value)
