@@ -65,5 +65,5 @@ def _peer_row(peer: dict[str, Any]) -> list[str]:
         format_bytes(lag.get("bytes")),
         format_seconds(peer.get("rpo_seconds")),
         f"{format_bytes(rate)}/s" if rate else "-",
-        str(peer.get("resyncs", "-")),
+        "-" if peer.get("resyncs") is None else str(peer["resyncs"]),
     ]

@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, cast
 
-import structlog
-
 from geomirror.errors import GeomirrorError, NotFoundError
 from geomirror.node.calls import Caller, MethodRegistry
 from geomirror.node.definition_push import DefinitionPush
 from geomirror.node.resource_host import ResourceHost
 from geomirror.node.service import Service
 from geomirror.wan_protocol.messages import AnyMessage, Message, SessionOpen, SessionRefuse
-
-_log = structlog.get_logger(component="links")
 
 
 class LinkRouter:
@@ -50,7 +46,6 @@ class LinkRouter:
     def link_up(self, peer: str, now_ns: int) -> None:
         """A link is established."""
         self._up.add(peer)
-        _log.info("link_up", peer=peer)
         self._host.context.emit("link_up", {"peer": peer})
         self.on_link_up(peer)
         for service in self._host.with_peer(peer):
@@ -60,7 +55,6 @@ class LinkRouter:
     def link_down(self, peer: str, reason: str, now_ns: int) -> None:
         """A link is gone; it is tried again for ever."""
         self._up.discard(peer)
-        _log.warning("link_down", peer=peer, reason=reason)
         self._host.context.emit("link_down", {"peer": peer, "reason": reason})
         self._push.link_down(peer)
         for service in self._host.with_peer(peer):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import datetime
-import os
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -56,7 +55,7 @@ class StatusRequest(Parameters, frozen=True):
 
 
 class Node:
-    """The running daemon. Make it, then `start`, then `stop`; once."""
+    """The running daemon. Make it on the loop, then `start`, then `stop`; once."""
 
     def __init__(
         self, data_dir: DataDir, config: Config, state: NetworkState, factory: ServiceFactory
@@ -100,7 +99,7 @@ class Node:
         self._nbd = NbdServer(self._host.exports, limits=limits)
         self._control = ControlServer(self._methods, self._events)
         self._tasks: list[asyncio.Task[None]] = []
-        self.failed: asyncio.Future[BaseException] | None = None
+        self.failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
         """Set when a part that must run for ever has ended."""
         self._register()
 
@@ -109,7 +108,6 @@ class Node:
 
         :raises GeomirrorError: a socket cannot be had; what was started is stopped by `stop`.
         """
-        self.failed = asyncio.get_running_loop().create_future()
         self._host.on_started = self._router.service_started
         self._router.on_link_up = self._network.link_up
         sockets = self._data_dir.prepare_socket_dir()
@@ -212,9 +210,10 @@ class Node:
         self._tasks.append(task)
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
-        if task.cancelled() or self.failed is None or self.failed.done():
+        if task.cancelled() or self.failed.done():
             return
         error = task.exception() or RuntimeError(f"task {task.get_name()} ended")
+        _log.error("task_failed", task=task.get_name(), exc_info=error)
         self.failed.set_result(error)
 
     async def _keep_notified(self) -> None:
@@ -275,9 +274,3 @@ class Node:
         time = datetime.datetime.fromtimestamp(wall_s, datetime.UTC).isoformat("T", "milliseconds")
         self._events.publish(kind, time.replace("+00:00", "Z"), fields)
         _log.info(kind, **fields)
-
-
-def refuse_optimized_python() -> None:
-    """:raises GeomirrorError: assertions are switched off, and invariants with them."""
-    if not __debug__ or os.environ.get("PYTHONOPTIMIZE"):
-        raise GeomirrorError("does not run with python -O", hint="unset PYTHONOPTIMIZE")

@@ -1,4 +1,8 @@
-"""`geomirror node run`: the process around a node: loop, signals, logs, exit code."""
+"""`geomirror node run`: the process around a node: lock, loop, signals, logs.
+
+The lock is taken before anything heavy is imported, so that commands given a moment after the
+start wait for the daemon instead of missing it.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +10,16 @@ import asyncio
 import contextlib
 import os
 import signal
+from typing import TYPE_CHECKING
 
-import structlog
-
-from geomirror.config import Config
 from geomirror.errors import GeomirrorError
-from geomirror.node.config_io import load_config
 from geomirror.node.lock_io import DaemonLock
-from geomirror.node.log import set_up_logging
-from geomirror.node.node import Node, refuse_optimized_python
 from geomirror.node.paths import DataDir
-from geomirror.node.service import ServiceFactory
-from geomirror.tunnel.network_state_io import NetworkState, load_network
 
-_log = structlog.get_logger(component="node")
+if TYPE_CHECKING:
+    from geomirror.config import Config
+    from geomirror.node.service import ServiceFactory
+    from geomirror.tunnel.network_state_io import NetworkState
 
 
 def run_node(data_dir: DataDir) -> None:
@@ -27,19 +27,34 @@ def run_node(data_dir: DataDir) -> None:
 
     :raises GeomirrorError: the node cannot start: no network, locked, configuration, storage.
     """
-    from geomirror.node.replica_service import ReplicaService
-
     refuse_optimized_python()
     os.umask(0o077)
+    # Without a network the directory may be anybody's: `load_network` says so, nothing is made.
+    lock = DaemonLock(data_dir) if (data_dir.root / "network").is_dir() else None
+    try:
+        _run_locked(data_dir)
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def refuse_optimized_python() -> None:
+    """:raises GeomirrorError: assertions are switched off, and invariants with them."""
+    if not __debug__ or os.environ.get("PYTHONOPTIMIZE"):
+        raise GeomirrorError("does not run with python -O", hint="unset PYTHONOPTIMIZE")
+
+
+def _run_locked(data_dir: DataDir) -> None:
+    from geomirror.node.config_io import load_config
+    from geomirror.node.log import set_up_logging
+    from geomirror.node.replica_service import ReplicaService
+    from geomirror.tunnel.network_state_io import load_network
+
     config = load_config(data_dir.config)
     state = load_network(data_dir.root, config.limits())
     set_up_logging(config.log.level, config.log.format, state.node)
-    lock = DaemonLock(data_dir)
-    try:
-        with _new_runner() as runner:
-            runner.run(serve(data_dir, config, state, ReplicaService))
-    finally:
-        lock.release()
+    with _new_runner() as runner:
+        runner.run(serve(data_dir, config, state, ReplicaService))
 
 
 def _new_runner() -> asyncio.Runner:
@@ -53,7 +68,12 @@ def _new_runner() -> asyncio.Runner:
 async def serve(
     data_dir: DataDir, config: Config, state: NetworkState, factory: ServiceFactory
 ) -> None:
-    """Start a node, wait for a signal or a failure, stop it."""
+    """Start a node, wait for a signal or a failure, stop it.
+
+    :raises GeomirrorError: it could not start, or a part that must run for ever has ended.
+    """
+    from geomirror.node.node import Node
+
     loop = asyncio.get_running_loop()
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -66,13 +86,10 @@ async def serve(
         await asyncio.wait((starting, waiting), return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             starting.result()
-            assert node.failed is not None
             await asyncio.wait((waiting, node.failed), return_when=asyncio.FIRST_COMPLETED)
             if node.failed.done():
                 error = node.failed.result()
-                _log.error("node_failed", exc_info=error)
-                raise GeomirrorError(f"the node failed: {error}") from error
-        _log.info("stopping")
+                raise GeomirrorError(f"the node failed: {error!r}") from error
     finally:
         waiting.cancel()
         if not starting.done():

@@ -59,8 +59,7 @@ class StatusReport:
         here = self._host.context.name
         for peer in found["peers"]:
             peer["site"] = self._site_of(peer["node"])
-            if self._is_up(peer["node"]):
-                peer["path"] = [here, peer["node"]]
+            peer["path"] = [here, peer["node"]] if self._is_up(peer["node"]) else []
             peer["pending"] = self._refusals.get((name, peer["node"]))
             if entry.definition.primary == here and peer["node"] in entry.pending_peers():
                 peer["state"] = "Pending"

@@ -79,6 +79,7 @@ class Secondary(Replica):
         self._unreported_bytes = 0
         self._acknowledge_at_ns: int | None = None
         self._applied_reported = engine.applied_epoch
+        self._state_reported = self.data_state
 
     @property
     def data_state(self) -> str:
@@ -302,7 +303,7 @@ class Secondary(Replica):
         """
         ahead = max(self._incoming)
         if ahead > min(self._incoming):
-            self._incoming[ahead].parts.clear()
+            self._incoming[ahead].drop_parts()
             self.engine.keep_spooled(self._lowest_spooled())
         self._decide(Emit("spool_full", {"epoch": epoch}))
 
@@ -332,12 +333,17 @@ class Secondary(Replica):
             except IntegrityError as error:
                 self._diverged(error)
                 return
-            engine.commit(epoch, epoch.wall_ns)
+            try:
+                engine.commit(epoch, epoch.wall_ns)
+            except (JournalFullError, NoSpaceError) as error:
+                self._stall("commit", error)
+                return
             del self._incoming[incoming.number]
             for number in [n for n in self._incoming if n <= epoch.number]:
                 del self._incoming[number]
             engine.keep_spooled(self._lowest_spooled())
             self._sync_wanted = True
+            self._pump_sync()
 
     def _diverged(self, error: IntegrityError) -> None:
         """What arrived is not what the primary sealed: take nothing, say so, ask again anew."""
@@ -352,7 +358,8 @@ class Secondary(Replica):
         self.engine.keep_spooled(0)
 
     def _lowest_spooled(self) -> int:
-        return min((i.lowest_address for i in self._incoming.values() if i.parts), default=0)
+        lowest = [i.lowest_address for i in self._incoming.values() if i.lowest_address]
+        return min(lowest, default=0)
 
     def _is_stuck(self, incoming: Incoming) -> bool:
         is_waiting = incoming.commit is not None and not incoming.is_complete
@@ -402,8 +409,11 @@ class Secondary(Replica):
         self._try_consistent()
 
     def _applied_moved(self) -> None:
-        if self.engine.applied_epoch != self._applied_reported:
+        # Also when only the state moved: the end of a resync that streams no epoch after it.
+        is_news = self.engine.applied_epoch != self._applied_reported
+        if is_news or self.data_state != self._state_reported:
             self._applied_reported = self.engine.applied_epoch
+            self._state_reported = self.data_state
             self._acknowledge()
         if self.resync is not None and self.resync.is_begun:
             self._resync_checkpointed(self.resync)
@@ -416,6 +426,7 @@ class Secondary(Replica):
         self._decide(Emit("resync_began", {"epoch": message.epoch, "bytes": message.total_bytes}))
 
     def _pump_role(self) -> None:
+        self._commit_complete()
         resync = self.resync
         if resync is None:
             return

@@ -1,0 +1,328 @@
+"""The quick start, to the letter, with real daemons; then what an operator does next."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from geomirror.nbd.client_io import NbdClient
+from geomirror.node.control_client_io import ControlClient
+from geomirror.node.paths import DataDir
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(120)]
+MIB = 1 << 20
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Site:
+    """One node on this machine."""
+
+    def __init__(self, root: Path, name: str) -> None:
+        self.data_dir = root / name
+        self.port = free_port()
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def command(self, *arguments: str) -> list[str]:
+        return [sys.executable, "-m", "geomirror", "--data-dir", str(self.data_dir), *arguments]
+
+    def run(self, *arguments: str, expected: int = 0, stdin: str = "") -> str:
+        done = subprocess.run(
+            self.command(*arguments),
+            capture_output=True,
+            text=True,
+            timeout=90,
+            check=False,
+            input=stdin,
+        )
+        assert done.returncode == expected, (arguments, done.stdout, done.stderr)
+        assert "Traceback" not in done.stderr
+        return done.stdout
+
+    def json(self, *arguments: str, expected: int = 0) -> Any:
+        document = json.loads(self.run(*arguments, "--json", expected=expected))
+        assert document["schema_version"] == 1
+        return document
+
+    def start(self) -> None:
+        log = (self.data_dir / "test.log").open("ab")
+        with log:
+            self.process = subprocess.Popen(self.command("node", "run"), stderr=log)
+
+    def restart(self) -> None:
+        """Start, and return when the daemon can be talked to."""
+        self.start()
+        until(ControlClient(DataDir(self.data_dir)).is_running)
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        assert self.process is not None
+        self.process.send_signal(number)
+        code = self.process.wait(15)
+        self.process = None
+        return code
+
+    def log(self) -> str:
+        return (self.data_dir / "test.log").read_text()
+
+    def resource(self, name: str = "pg") -> Any:
+        return self.json("status", name)["resources"][0]
+
+    def uri(self) -> str:
+        """Of the first volume, as soon as it is served."""
+        until(lambda: self.resource()["volumes"][0]["nbd_uri"])
+        return str(self.resource()["volumes"][0]["nbd_uri"])
+
+    def peer(self) -> Any:
+        return self.resource()["peers"][0]
+
+
+def until(condition: Any, timeout_s: float = 30) -> None:
+    give_up = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < give_up, "did not happen in time"
+        time.sleep(0.1)
+
+
+@pytest.fixture
+def sites(tmp_path: Path) -> Iterator[tuple[Site, Site]]:
+    found = Site(tmp_path, "a"), Site(tmp_path, "b")
+    yield found
+    for site in found:
+        if site.process is not None:
+            site.process.kill()
+            site.process.wait()
+
+
+def quick_start(a: Site, b: Site, size: str = "64M") -> None:
+    """DESIGN: "to the letter, on one machine, without root"; nothing waits in between."""
+    a.run(
+        *("network", "create", "acme", "--site", "east", "--node", "east-1"),
+        *("--listen", f"127.0.0.1:{a.port}"),
+    )
+    a.start()
+    token = a.run("token", "create", "--site", "west", "--node", "west-1").strip()
+    b.run("join", token, "--listen", f"127.0.0.1:{b.port}")
+    b.start()
+    a.run(
+        *("resource", "create", "pg", "--size", size),
+        *("--primary", "east-1", "--secondary", "west-1", "--journal-size", "256M"),
+    )
+
+
+async def write(site: Site, offset: int, data: bytes) -> None:
+    async with await NbdClient.connect(site.uri()) as client:
+        await client.write(offset, data)
+        await client.flush()
+
+
+async def read(site: Site, offset: int, length: int) -> bytes:
+    async with await NbdClient.connect(site.uri()) as client:
+        return bytes(await client.read(offset, length))
+
+
+async def test_the_quick_start_to_the_letter(sites: tuple[Site, Site]) -> None:
+    a, b = sites
+    quick_start(a, b)
+    found = a.json("status", "pg")
+    assert {"schema_version", "node", "site", "resources"} <= found.keys()
+    assert (found["node"], found["site"]) == ("east-1", "east")
+    resource = found["resources"][0]
+    expected = f"nbd+unix:///pg/0?socket={a.data_dir}/nbd.sock"
+    assert resource["volumes"][0]["nbd_uri"] == expected
+    check_shape(resource)
+    data = os.urandom(MIB)
+    await write(a, 3 * MIB + 123, data)
+    a.run("wait", "pg", "--applied", "--timeout", "60")
+    assert await read(b, 3 * MIB + 123, len(data)) == data
+    check_modes(a.data_dir)
+    check_modes(b.data_dir)
+    assert b.resource()["role"] == "secondary"
+    check_text(a)
+    for site in sites:
+        assert site.stop() == 0
+        assert "Traceback" not in site.log()
+
+
+def check_shape(resource: dict[str, Any]) -> None:
+    """The keys of the contract, and their types."""
+    assert {"name", "generation", "role", "state", "journal", "volumes", "position", "peers"} <= (
+        resource.keys()
+    )
+    assert {"bytes_used", "bytes_total", "covers_seconds"} <= resource["journal"].keys()
+    assert {"epoch", "lsn"} <= resource["position"].keys()
+    peer = resource["peers"][0]
+    assert {"epochs", "bytes", "seconds"} <= peer["lag"].keys()
+    for key in ("logical_bytes", "wire_bytes", "resyncs", "rate_bytes_per_second"):
+        assert isinstance(peer[key], int), key
+    assert {"node", "site", "state", "disk_state", "path", "position"} <= peer.keys()
+    assert {"rpo_seconds", "eta_seconds"} <= peer.keys()
+    assert isinstance(peer["position"]["epoch"], int)
+
+
+def check_modes(root: Path) -> None:
+    """Files 0600, directories 0700."""
+    for path in (root, *root.rglob("*")):
+        if path.name == "test.log":
+            continue
+        mode = stat.S_IMODE(path.lstat().st_mode)
+        assert mode == (0o700 if path.is_dir() else 0o600), (path, oct(mode))
+
+
+def check_text(a: Site) -> None:
+    text = a.run("status")
+    assert "pg  primary  ok" in text
+    assert re.search(r"west-1 +west +Stream +UpToDate", text)
+    assert "state: healthy" in text
+    assert a.run("check", "pg").startswith("OK - pg:")
+    assert "west-1" in a.run("link", "list")
+    assert a.json("link", "list")["links"][0]["is_established"]
+    assert [n["node"] for n in a.json("node", "list")["nodes"]] == ["east-1", "west-1"]
+    assert a.json("watch", "--count", "1")["node"] == "east-1"
+    assert "pg" in a.run("watch", "--count", "1", "--interval", "0.2")
+    kinds = {json.loads(line)["kind"] for line in a.run("events").splitlines()}
+    assert {"node_started", "link_up", "resource_created"} <= kinds
+
+
+async def test_kills_on_both_sides_lose_nothing_that_was_flushed(sites: tuple[Site, Site]) -> None:
+    a, b = sites
+    quick_start(a, b)
+    first, second = os.urandom(2 * MIB), os.urandom(2 * MIB)
+    await write(a, 0, first)
+    a.run("wait", "pg", "--durable", "--timeout", "60")
+    b.stop(signal.SIGKILL)
+    until(lambda: a.peer()["state"] == "Disconnected")
+    a.run("wait", "pg", "--durable", "--timeout", "0.5s", expected=6)
+    await write(a, MIB, second)
+    a.stop(signal.SIGKILL)
+    a.restart()
+    assert await read(a, 0, MIB) == first[:MIB]
+    assert await read(a, MIB, 2 * MIB) == second
+    b.start()
+    a.run("wait", "pg", "--applied", "--timeout", "60")
+    assert await read(b, 0, 3 * MIB) == first[:MIB] + second
+    assert a.peer()["resyncs"] == 0
+
+
+async def test_pause_holds_the_image_still_and_resume_goes_on(sites: tuple[Site, Site]) -> None:
+    a, b = sites
+    quick_start(a, b)
+    await write(a, 0, b"1" * 4096)
+    a.run("wait", "pg", "--applied", "--timeout", "60")
+    b.run("pause", "pg", "--peer", "west-1")
+    assert a.peer()["state"] == "Paused"
+    assert "resume pg --peer west-1" in a.run("status", "pg")
+    await write(a, 0, b"2" * 4096)
+    a.run("wait", "pg", "--timeout", "500ms", expected=6)
+    assert await read(b, 0, 4096) == b"1" * 4096
+    a.run("resume", "pg")
+    a.run("wait", "pg", "--applied", "--timeout", "60")
+    assert await read(b, 0, 4096) == b"2" * 4096
+
+
+async def test_delete_with_keep_data_leaves_plain_images(sites: tuple[Site, Site]) -> None:
+    a, b = sites
+    quick_start(a, b)
+    data = os.urandom(MIB)
+    await write(a, 5 * MIB, data)
+    a.run("wait", "pg", "--durable", "--timeout", "60")
+    a.run("resource", "delete", "pg", expected=2)
+    result = a.json("resource", "delete", "pg", "--keep-data", "--yes")
+    check_images(result["kept"], b.data_dir / "kept/pg/0.img", data)
+    assert a.json("resource", "list")["resources"] == []
+    a.run("status", "pg", expected=4)
+    assert a.json("status", "pg", expected=4)["error"]["code"] == "not_found"
+
+
+def check_images(kept: list[str], other: Path, data: bytes) -> None:
+    image = Path(kept[0]).read_bytes()
+    assert len(image) == 64 * MIB
+    assert image[5 * MIB : 6 * MIB] == data
+    until(other.exists)
+    assert other.read_bytes() == image
+
+
+async def test_an_adopted_image_is_kept_and_sent(sites: tuple[Site, Site], tmp_path: Path) -> None:
+    a, b = sites
+    quick_start(a, b)
+    image = tmp_path / "disk.img"
+    data = os.urandom(4 * MIB)
+    image.write_bytes(data)
+    create = ("resource", "create", "db", "--primary", "east-1", "--secondary", "west-1")
+    backing = ("--backing", f"east-1={image}", "--journal-size", "256M")
+    a.run(*create, *backing, "--size", "4M", expected=5)
+    a.run(*create, *backing, "--adopt", "east-1")
+    a.run("wait", "db", "--applied", "--timeout", "60")
+    uri = b.resource("db")["volumes"][0]["nbd_uri"]
+    async with await NbdClient.connect(uri) as client:
+        assert bytes(await client.read(0, len(data))) == data
+
+
+def test_mistakes_have_their_exit_codes_and_no_traceback(sites: tuple[Site, Site]) -> None:
+    a, b = sites
+    a.run("status", expected=3)
+    a.run("node", "run", expected=4)
+    a.run("network", "create", "ac me", "--site", "east", expected=2)
+    quick_start(a, b)
+    a.run("network", "create", "acme", "--site", "east", expected=5)
+    a.run("node", "run", expected=5)
+    token = a.run("token", "create", "--site", "south").strip()
+    c = Site(a.data_dir.parent, "c")
+    c.run("join", "-", stdin=token[:-3] + "xyz", expected=10)
+    c.run("join", "-", stdin=token + "\n")
+    Site(a.data_dir.parent, "d").run("join", token, expected=10)
+    until(lambda: "pg" in a.run("resource", "list"))
+    a.run("resource", "create", "x", "--size", "1Q", "--primary", "east-1", expected=2)
+    a.run("resource", "create", "x", "--size", "1M", "--primary", "nobody", expected=4)
+    a.run("resource", "create", "pg", "--size", "1M", "--primary", "east-1", expected=5)
+    a.run("pause", "pg", "--peer", "nobody", expected=4)
+    a.run("nonsense", expected=2)
+    assert a.json("nonsense", expected=2)["error"]["code"] == "usage"
+
+
+def test_reload_takes_over_a_peer_and_refuses_nonsense(sites: tuple[Site, Site]) -> None:
+    a, b = sites
+    quick_start(a, b)
+    assert a.process is not None
+    config = a.data_dir / "geomirror.toml"
+    config.write_text("[node]\nlisten = 7\n")
+    config.chmod(0o600)
+    a.run("node", "check-config", expected=2)
+    a.process.send_signal(signal.SIGHUP)
+    until(lambda: "configuration_refused" in a.run("events"))
+    config.write_text("[log]\nlevel = 'debug'\n[replication]\nepoch_age_ms = 100\n")
+    a.run("node", "check-config")
+    a.process.send_signal(signal.SIGHUP)
+    until(lambda: "configuration_reloaded" in a.run("events"))
+    event = [json.loads(e) for e in a.run("events").splitlines() if "reloaded" in e][-1]
+    assert event["restart_needed_for"] == ["replication.epoch_age_ms"]
+
+
+def test_status_starts_fast_and_without_heavy_modules(sites: tuple[Site, Site]) -> None:
+    a, _ = sites
+    a.run("network", "create", "acme", "--site", "east", "--listen", f"127.0.0.1:{a.port}")
+    a.restart()
+    a.run("status")
+    program = (
+        "import sys; from geomirror.cli.main import run;"
+        f"code = run(['--data-dir', {str(a.data_dir)!r}, 'status']);"
+        "heavy = {'numpy', 'aiohttp', 'cryptography', 'structlog', 'asyncio'} & set(sys.modules);"
+        "sys.exit(str(heavy) if heavy or code else 0)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
+    assert a.stop() == 0
