@@ -308,6 +308,37 @@ async def test_a_lost_data_connection_is_no_event_and_is_replaced(pair: tuple[No
     assert a.events.log == ["up b"] and b.events.log == ["up a"]
 
 
+async def test_a_lone_packet_is_followed_by_another_once(pair: tuple[Node, Node]) -> None:
+    a, b = pair
+    await until(lambda: a.links.state("b").connections == 4)
+    await asyncio.sleep(0.05)  # the hellos' followers
+    data = [item for item in a.links._peers["b"]._open if item.index >= 0]
+    before = sum(item.bytes_sent for item in data)
+    a.links.send_frame("b", 1, 2, 3, b"12345678")
+    await until(lambda: sum(item.bytes_sent for item in data) - before == 32 + 8 + 32)
+    await asyncio.sleep(0.05)
+    assert sum(item.bytes_sent for item in data) - before == 32 + 8 + 32
+    assert len(b.events.frames) == 1
+
+
+async def test_the_rate_of_a_link_is_divided_over_its_data_connections(
+    pair: tuple[Node, Node],
+) -> None:
+    a, _ = pair
+    await until(lambda: a.links.state("b").connections == 4)
+
+    def paces() -> list[int]:
+        data = [item for item in a.links._peers["b"]._open if item.index >= 0]
+        return [item.socket.getsockopt(socket.SOL_SOCKET, 47) & 0xFFFF_FFFF for item in data]
+
+    a.links.set_rate("b", 100_000_000)
+    assert paces() == [23_500_000] * 4
+    a.links.set_rate("b", None)
+    assert set(paces()) == {0xFFFF_FFFF}
+    with pytest.raises(NotFoundError):
+        a.links.set_rate("nobody", 1)
+
+
 async def test_both_may_dial_and_end_with_one_set() -> None:
     a, b = Node("a"), Node("b")
     await a.links.start("127.0.0.1:0")
