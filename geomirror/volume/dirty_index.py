@@ -12,13 +12,16 @@ of a negated zero source says whether the range may be punched. Every source the
 age: whatever lies below the boundary LSN of an epoch was written in that epoch or before, and
 `forget` drops exactly that, once the epoch is in the image. Final contents of partly written blocks
 (FILL records) are never entered: they lie above their epoch's boundary.
-`touched` names the blocks changed since the last cut; their values at the cut are the epoch.
+`touched` has the sources of the blocks changed whole since the last cut: it is the open epoch, but
+for blocks changed in part (0 there) and extents, whose values at the cut are looked up.
 Deliberately not here: reading contents, durability, bounds (the engine counts `entry_count`).
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections import deque
+from itertools import compress, repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -81,7 +84,8 @@ class DirtyIndex:
         self.size_bytes = size_bytes
         self.zero_run_blocks_min = zero_run_blocks_min
         self.entries: dict[int, Entry] = {}
-        self.touched: set[int] = set()
+        self.touched: dict[int, int] = {}
+        """Blocks changed since the last cut → source, 0 when changed in part last."""
         self.partial: set[int] = set()
         """Blocks that were given parts; may name blocks that were written whole since."""
         self.open_partial: set[int] = set()
@@ -136,7 +140,7 @@ class DirtyIndex:
             self._add_extent(first, end, source)
         elif first < end:
             self.entries.update(dict.fromkeys(range(first, end), source))
-            self.touched.update(range(first, end))
+            self.touched.update(dict.fromkeys(range(first, end), source))
         for block, start, stop in self._edges(offset, end_offset, first, end):
             self._write_part(block, start, stop, source)
 
@@ -155,7 +159,7 @@ class DirtyIndex:
     def _write_whole(self, first: int, end: int, address: int) -> None:
         addresses = range(address, address + ((end - first) << _BLOCK_SHIFT), BLOCK_BYTES)
         self.entries.update(zip(range(first, end), addresses, strict=True))
-        self.touched.update(range(first, end))
+        self.touched.update(zip(range(first, end), addresses, strict=True))
 
     def _write_part(self, block: int, start: int, end: int, source: int) -> None:
         old = self.entries.get(block)
@@ -168,7 +172,7 @@ class DirtyIndex:
             parts = ((0, self._block_bytes(block), base),) if base else ()
         parts = overlay(parts, start, end, source)
         self.entries[block] = parts
-        self.touched.add(block)
+        self.touched[block] = 0
         self.partial.add(block)
         self.open_partial.add(block)
         self._part_count += len(parts)
@@ -177,13 +181,13 @@ class DirtyIndex:
         return min(BLOCK_BYTES, self.size_bytes - block * BLOCK_BYTES)
 
     def _add_extent(self, first: int, end: int, source: int) -> None:
-        entries = self.entries
-        if end - first < len(entries):
-            for block in range(first, end):
-                entries.pop(block, None)
-        else:
-            for block in [b for b in entries if first <= b < end]:
-                del entries[block]
+        for blocks in (self.entries, self.touched):
+            if end - first < len(blocks):
+                for block in range(first, end):
+                    blocks.pop(block, None)
+            else:
+                for block in [b for b in blocks if first <= b < end]:
+                    del blocks[block]
         starts, ends, sources = self._starts, self._ends, self._sources
         low = bisect_right(ends, first)
         high = bisect_left(starts, end)
@@ -205,30 +209,64 @@ class DirtyIndex:
     # Reading.
 
     def lookup(self, offset: int, length: int) -> list[Piece]:
-        """Where the bytes of a range lie now; ascending, gapless, neighbours joined."""
-        if not self.entries and not self._starts:
-            return [Piece(offset, length, IMAGE)] if length else []
+        """Where the bytes of a range lie now; ascending, gapless, adjacent whole blocks joined."""
+        if not length:
+            return []
+        entries = self.entries
+        first = offset >> _BLOCK_SHIFT
+        if (offset + length - 1) >> _BLOCK_SHIFT == first:
+            # One block, whole in the journal or not in it: nearly every random read.
+            entry = entries.get(first)
+            if entry is None and not self._starts:
+                return [Piece(offset, length, IMAGE)]
+            if isinstance(entry, int) and entry > 0:
+                return [Piece(offset, length, entry + (offset & _BLOCK_MASK))]
+        elif not entries and not self._starts:
+            return [Piece(offset, length, IMAGE)]
+        return self._lookup(offset, offset + length)
+
+    def _lookup(self, offset: int, stop: int) -> list[Piece]:
         found: list[Piece] = []
-        position, stop = offset, offset + length
+        get, has_extents = self.entries.get, bool(self._starts)
+        # The run under way: from `start`, with `source`, and what would continue it at `position`.
+        position = start = offset
+        source = follows = 0
         while position < stop:
             block = position >> _BLOCK_SHIFT
-            base = block << _BLOCK_SHIFT
-            low, high = position - base, min(stop - base, BLOCK_BYTES)
-            entry = self.entries.get(block)
-            if isinstance(entry, tuple):
-                for start, end, source in self._fill_gaps(block, entry):
-                    if start < high and end > low:
-                        cut = max(low, start)
-                        at = source + cut - start if source > 0 else source
-                        _join(found, base + cut, min(end, high) - cut, at)
+            end = min(stop, (block + 1) << _BLOCK_SHIFT)
+            entry = get(block)
+            if entry is None:
+                own = IMAGE if not has_extents or not self._extent_source(block) else ZERO
+            elif isinstance(entry, int):
+                own = entry + (position & _BLOCK_MASK) if entry > 0 else ZERO
             else:
-                source = entry if entry is not None else self._extent_source(block)
-                if source > 0:
-                    _join(found, position, high - low, source + low)
-                else:
-                    _join(found, position, high - low, ZERO if source else IMAGE)
-            position = base + high
+                if position > start:
+                    found.append(Piece(start, position - start, source))
+                self._lookup_parts(found, block, entry, position, end)
+                position = start = end
+                follows = 0
+                continue
+            if own != follows:
+                if position > start:
+                    found.append(Piece(start, position - start, source))
+                start, source, follows = position, own, own
+            if own > 0:
+                follows += end - position
+            position = end
+        if position > start:
+            found.append(Piece(start, position - start, source))
         return found
+
+    def _lookup_parts(
+        self, found: list[Piece], block: int, parts: Parts, position: int, stop: int
+    ) -> None:
+        base = block << _BLOCK_SHIFT
+        low, high = position - base, stop - base
+        for start, end, source in self._fill_gaps(block, parts):
+            if start < high and end > low:
+                cut = max(low, start)
+                at = source + cut - start if source > 0 else source
+                found.append(Piece(base + cut, min(end, high) - cut, at))
 
     def _fill_gaps(self, block: int, parts: Parts) -> list[Part]:
         """Parts over the whole block, with public sources where it is zeros or image."""
@@ -280,12 +318,15 @@ class DirtyIndex:
         :param table: entries of this volume only, of the epochs just applied, merged.
         :param boundary_lsn: where the records of later epochs begin in this journal.
         """
-        is_data = table["kind"] == KIND_DATA
-        for block in table["block"][is_data].tolist():
-            self._forget_block(block, boundary_lsn)
-        if not bool(is_data.all()):
-            for block in self._entries_in_runs(table[~is_data]):
-                self._forget_block(block, boundary_lsn)
+        for block in self.partial:
+            entry = self.entries.get(block)
+            if isinstance(entry, tuple):
+                parts = tuple(part for part in entry if source_lsn(part[2]) >= boundary_lsn)
+                if parts:
+                    self.entries[block] = parts
+                else:
+                    del self.entries[block]
+        self._forget_whole(self._entries_of(table), boundary_lsn)
         kept = [i for i, s in enumerate(self._sources) if source_lsn(s) >= boundary_lsn]
         if len(kept) < len(self._sources):
             self._starts = [self._starts[i] for i in kept]
@@ -293,42 +334,35 @@ class DirtyIndex:
             self._sources = [self._sources[i] for i in kept]
         self.recount()
 
-    def _entries_in_runs(self, runs: Table) -> list[int]:
+    def _forget_whole(self, blocks: list[int], boundary_lsn: int) -> None:
+        """Drop whole entries of these blocks that are old enough; 0.2 µs a block."""
+        if self.partial:
+            blocks = [b for b in blocks if not isinstance(self.entries.get(b), tuple)]
+        sources = np.fromiter(map(self.entries.get, blocks, repeat(0)), np.int64, len(blocks))
+        lsns = np.where(sources > 0, sources, -sources & ~1)
+        is_old = (lsns > 0) & (lsns < boundary_lsn)
+        # A deque of length 0 runs the iterator dry without a loop in Python.
+        deque(map(self.entries.pop, compress(blocks, is_old.tolist())), maxlen=0)
+
+    def _entries_of(self, table: Table) -> list[int]:
+        """Blocks of a table, those of its zero runs only if they have an entry."""
+        is_data = table["kind"] == KIND_DATA
+        blocks: list[int] = table["block"][is_data].tolist()
+        if bool(is_data.all()):
+            return blocks
+        runs = table[~is_data]
         if int(runs["count"].sum()) <= len(self.entries):
             pairs = zip(runs["block"].tolist(), runs["count"].tolist(), strict=True)
-            return [b for first, count in pairs for b in range(first, first + count)]
-        blocks = np.fromiter(self.entries.keys(), dtype=np.int64, count=len(self.entries))
+            return blocks + [b for first, count in pairs for b in range(first, first + count)]
+        known = np.fromiter(self.entries.keys(), np.int64, len(self.entries))
         starts = runs["block"].astype(np.int64)
         ends = starts + runs["count"].astype(np.int64)
-        at = np.searchsorted(starts, blocks, side="right") - 1
-        inside: list[int] = blocks[(at >= 0) & (blocks < ends[np.maximum(at, 0)])].tolist()
-        return inside
-
-    def _forget_block(self, block: int, boundary_lsn: int) -> None:
-        entry = self.entries.get(block)
-        if isinstance(entry, int):
-            if source_lsn(entry) < boundary_lsn:
-                del self.entries[block]
-        elif isinstance(entry, tuple):
-            kept = tuple(part for part in entry if source_lsn(part[2]) >= boundary_lsn)
-            if kept:
-                self.entries[block] = kept
-            else:
-                del self.entries[block]
+        at = np.searchsorted(starts, known, side="right") - 1
+        blocks += known[(at >= 0) & (known < ends[np.maximum(at, 0)])].tolist()
+        return blocks
 
     def recount(self) -> None:
         """Make `entry_count` and `partial` exact again."""
         parts = {b: len(e) for b in self.partial if isinstance(e := self.entries.get(b), tuple)}
         self.partial = set(parts)
         self._part_count = sum(parts.values())
-
-
-def _join(found: list[Piece], offset: int, length: int, source: int) -> None:
-    """Append a piece, or extend the last one when the bytes go on where it ends."""
-    if found:
-        last = found[-1]
-        follows = last.source + last.length if last.source > 0 else last.source
-        if follows == source:
-            found[-1] = Piece(last.offset, last.length + length, last.source)
-            return
-    found.append(Piece(offset, length, source))

@@ -163,6 +163,7 @@ class Engine(WritePath):
         """
         draft = job.draft
         assert draft is self._draft
+        self._room_budget = 0
         assert self.applied_epoch < draft.number == self.committed_epoch + 1
         self._append_fills(job, draft.wall_ns)
         epoch = Epoch(

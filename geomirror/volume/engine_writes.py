@@ -29,10 +29,15 @@ _WRITE, _TRIM = int(RecordType.WRITE), int(RecordType.TRIM)
 _BLOCK_MASK = BLOCK_BYTES - 1
 _RECORD_BYTES = HEADER_BYTES + 8
 """Header and padding of one record, at most."""
+_PARTS_MAX = 3
+"""Index entries and parts that one partly written block adds, at most."""
 
 
 class WritePath(EngineBase):
     """The part of `Engine` that NBD requests reach."""
+
+    _room_budget = 0
+    _entry_budget = 0
 
     def write(self, writes: Sequence[Write], wall_ns: int) -> int:
         """Journal and index a batch; it is *completed* on return, and durable after a sync.
@@ -43,39 +48,34 @@ class WritePath(EngineBase):
         :raises JournalFullError: held back by the journal's or the index's bound; nothing changed.
         :raises NoSpaceError: the disk is full; nothing changed.
         """
-        payload_max = self.limits.record_payload_bytes_max
-        run_min = self.limits.zero_run_blocks_min
-        size = blocks = parts = 0
-        is_long = False
+        size = mask = 0
+        is_plain = True
         for kind, _, offset, length, _ in writes:
-            if kind == _WRITE:
-                size += length
-                blocks += length >> 12
-                is_long = is_long or length > payload_max
-            else:
-                blocks += min(length >> 12, run_min)
-            if (offset | length) & _BLOCK_MASK:
-                parts += 2
-        if is_long:
-            writes = list(_split(writes, payload_max))
-        needed = size + _RECORD_BYTES * len(writes)
-        self._require_room(needed, blocks + 2 * len(writes), parts)
+            size += length
+            mask |= offset | length
+            is_plain = is_plain and kind == _WRITE
+        count = len(writes)
+        if is_plain and not mask & _BLOCK_MASK:
+            self._take_room(size + _RECORD_BYTES * count, size >> 12, 0)
+        else:
+            self._take_room(*self._measure(writes))
+        if size > self.limits.record_payload_bytes_max:
+            writes = list(_split(writes, self.limits.record_payload_bytes_max))
 
         lsns = self.journal.append(writes, wall_ns, flags=self._cut_number & 0xFF)
 
         indexes = self.indexes
         for (kind, volume, offset, length, _), lsn in zip(writes, lsns, strict=True):
+            index = indexes[volume]
             if kind == _WRITE:
                 if length == BLOCK_BYTES and not offset & _BLOCK_MASK:
                     # `DirtyIndex.write` for the one case that counts: one whole block.
-                    index = indexes[volume]
                     block = offset >> 12
-                    index.entries[block] = lsn + HEADER_BYTES
-                    index.touched.add(block)
+                    index.touched[block] = index.entries[block] = lsn + HEADER_BYTES
                 else:
-                    indexes[volume].write(offset, length, lsn + HEADER_BYTES)
+                    index.write(offset, length, lsn + HEADER_BYTES)
             elif length:
-                indexes[volume].zero(offset, length, lsn, punch=kind == _TRIM)
+                index.zero(offset, length, lsn, punch=kind == _TRIM)
         epoch = self._open
         if epoch.since_wall_ns is None and writes:
             epoch.since_wall_ns = wall_ns
@@ -87,12 +87,42 @@ class WritePath(EngineBase):
         blocks = size // BLOCK_BYTES + 2
         return self._lacks(size + _RECORD_BYTES * blocks, blocks, 2) == ""
 
-    def _require_room(self, needed: int, blocks: int, parts: int) -> None:
-        lacking = self._lacks(needed, blocks, parts)
-        if lacking:
-            raise JournalFullError(
-                f'resource "{self.superblock.name}" holds writes back: {lacking}'
+    def _measure(self, writes: Sequence[Write]) -> tuple[int, int, int]:
+        """Journal bytes, whole blocks at most, and partly written blocks at most of a batch."""
+        run_min = self.limits.zero_run_blocks_min
+        size = blocks = parts = 0
+        for kind, _, offset, length, _ in writes:
+            if kind == _WRITE:
+                size += length
+                blocks += length >> 12
+            else:
+                blocks += min(length >> 12, run_min)
+            if (offset | length) & _BLOCK_MASK:
+                parts += 2
+        return size + _RECORD_BYTES * len(writes), blocks, parts
+
+    def _take_room(self, needed: int, blocks: int, parts: int) -> None:
+        """Admit a batch or hold it back.
+
+        Budgets are lower bounds of what is free, so that most batches are admitted without looking
+        at journal and indexes; sealing resets them, because it uses the journal as well.
+        """
+        needed += _RECORD_BYTES * (needed // self.limits.record_payload_bytes_max)
+        bookkeeping = parts * BLOCK_BYTES + 2 * (blocks + parts) * ENTRY.itemsize
+        entries = blocks + _PARTS_MAX * parts
+        if needed + bookkeeping > self._room_budget or entries > self._entry_budget:
+            lacking = self._lacks(needed, blocks, parts)
+            if lacking:
+                name = self.superblock.name
+                raise JournalFullError(f'resource "{name}" holds writes back: {lacking}')
+            limits = self.limits
+            self._room_budget = self.journal.room_bytes() - self._reserve_bytes(0, 0)
+            self._entry_budget = min(
+                limits.dirty_entries_max - self.dirty_entries,
+                (limits.dirty_bytes_max - self.dirty_bytes) // BLOCK_BYTES,
             )
+        self._room_budget -= needed + bookkeeping
+        self._entry_budget -= entries
 
     def _lacks(self, needed: int, blocks: int, parts: int) -> str:
         """Why a batch cannot be taken, "" if it can."""
@@ -101,7 +131,7 @@ class WritePath(EngineBase):
             return "the journal is full until peers or the local disk catch up"
         entries = self.dirty_entries
         # One batch is always taken by an empty index, or it would wait for ever.
-        if entries and entries + blocks + parts > limits.dirty_entries_max:
+        if entries and entries + blocks + _PARTS_MAX * parts > limits.dirty_entries_max:
             return f"{entries} index entries wait for the local disk"
         if entries and self.dirty_bytes + blocks * BLOCK_BYTES > limits.dirty_bytes_max:
             return f"{self.dirty_bytes} bytes wait for the local disk"

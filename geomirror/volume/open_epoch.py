@@ -5,8 +5,8 @@
                   parts          (block, parts at the cut)  ├─▶ EpochDraft ─▶ SealJob (thread)
  index.extents ─▶ of this epoch  (first, end, source)       ┘
 ```
-The index holds the newest source of every block, and a touched block's newest source is from the
-open epoch; so the values at the cut are the epoch, and no second map is kept by the write path.
+A touched block's newest source is from the open epoch, so the newest sources at the cut are the
+epoch, whatever happened in between.
 Invariant: a draft never changes. Parts and sources in it stay readable because the engine pins the
 journal from the cut until the epoch is committed.
 Deliberately not here: contents and digests (`seal`), when to cut (the primary's core).
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import repeat
 
 import numpy as np
 import numpy.typing as npt
@@ -86,26 +85,25 @@ class OpenEpoch:
 def cut_volume(volume: int, index: DirtyIndex, boundary_lsn: int) -> VolumeDraft:
     """Take what the open epoch changed in a volume; `index.touched` is empty afterwards.
 
-    About 0.1 µs a block, on the event loop.
+    About 0.05 µs a block, on the event loop.
 
     :param boundary_lsn: where the open epoch's records begin: newer extents are its own.
     """
     entries, touched = index.entries, index.touched
     index.recount()
+    # A block changed in part and whole or zeroed since is not among these parts.
     parts = [
         (block, entry)
         for block in sorted(index.open_partial)
         if isinstance(entry := entries.get(block), tuple)
     ]
-    touched.difference_update([block for block, _ in parts])
-    blocks = np.fromiter(touched, dtype=np.int64, count=len(touched))
-    sources = np.fromiter(map(entries.get, touched, repeat(0)), dtype=np.int64, count=len(touched))
-    # A touched block without an entry lies in an extent of this epoch, which removed its entry.
-    has_entry = sources != 0
-    if not bool(has_entry.all()):
-        blocks, sources = blocks[has_entry], sources[has_entry]
+    blocks = np.fromiter(touched.keys(), dtype=np.int64, count=len(touched))
+    sources = np.fromiter(touched.values(), dtype=np.int64, count=len(touched))
+    if parts:
+        is_whole = sources != 0
+        blocks, sources = blocks[is_whole], sources[is_whole]
     extents = [each for each in index.extents if source_lsn(each[2]) >= boundary_lsn]
-    index.touched = set()
+    index.touched = {}
     index.open_partial = set()
     return VolumeDraft(volume, blocks, sources, parts, extents)
 
