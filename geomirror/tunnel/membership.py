@@ -220,5 +220,5 @@ def decode_updates(data: bytes) -> list[Signed]:
     """Parse entries. :raises AuthError: malformed."""
     try:
         return msgspec.json.decode(data, type=list[Signed])
-    except (msgspec.DecodeError, msgspec.ValidationError):
+    except (msgspec.DecodeError, ValueError):  # ValueError: text that is not UTF-8
         raise AuthError("membership entries cannot be read") from None

@@ -171,7 +171,7 @@ def load_network(data_dir: Path, limits: Limits = PRODUCTION) -> NetworkState:
         ) from None
     try:
         file = msgspec.json.decode(data, type=NetworkFile)
-    except (msgspec.DecodeError, msgspec.ValidationError):
+    except (msgspec.DecodeError, ValueError):  # ValueError: text that is not UTF-8
         raise IntegrityError(f"{path} is damaged", hint="restore it") from None
     if file.format != FORMAT:
         raise IntegrityError(f"{path} has format {file.format}, this version reads {FORMAT}")

@@ -111,7 +111,7 @@ def parse_token(text: str, limits: Limits) -> Token:
         raise damaged
     try:
         wire = msgspec.msgpack.decode(body, type=_Wire)
-    except (msgspec.DecodeError, msgspec.ValidationError):
+    except (msgspec.DecodeError, ValueError):  # ValueError: text that is not UTF-8
         raise damaged from None
     sizes = (len(wire.authority_hash), len(wire.token_id), len(wire.secret))
     if sizes != (32, ID_BYTES, SECRET_BYTES) or not 0 < wire.expires_seconds < 1 << 33:
@@ -253,7 +253,7 @@ class TokenBook:
         """Read the file back. :raises IntegrityError: it is not a token book."""
         try:
             records = msgspec.json.decode(data, type=list[TokenRecord])
-        except (msgspec.DecodeError, msgspec.ValidationError):
+        except (msgspec.DecodeError, ValueError):  # ValueError: text that is not UTF-8
             raise IntegrityError("authority/tokens.json is damaged", hint="restore it") from None
         return cls({record.token_id: record for record in records})
 

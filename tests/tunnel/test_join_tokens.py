@@ -6,7 +6,7 @@ import base64
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from geomirror.environment import SECOND, SeededEntropy
@@ -96,6 +96,7 @@ def with_valid_check(body: bytes) -> str:
 
 
 @given(st.binary(max_size=400))
+@example(b"\x96\xa1\x80")
 def test_any_bytes_with_a_valid_check_are_refused(body: bytes) -> None:
     with pytest.raises(TokenError):
         parse_token(with_valid_check(body), PRODUCTION)

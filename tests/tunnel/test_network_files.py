@@ -58,7 +58,7 @@ def test_an_empty_directory_says_what_to_run(tmp_path: Path) -> None:
         "network/membership.json",
     ],
 )
-@pytest.mark.parametrize("content", [b"", b"\xff\x00junk"])
+@pytest.mark.parametrize("content", [b"", b"\xff\x00junk", b'[{"kind":"\xff"}]'])
 def test_a_damaged_file_is_an_integrity_error(tmp_path: Path, name: str, content: bytes) -> None:
     found(tmp_path, ShiftedClock())
     (tmp_path / name).write_bytes(content)
@@ -76,6 +76,14 @@ def test_a_file_of_another_node_does_not_fit(tmp_path: Path, name: str) -> None:
     (tmp_path / "a" / name).write_bytes((tmp_path / "b" / name).read_bytes())
     with pytest.raises(IntegrityError):
         load_network(tmp_path / "a")
+
+
+def test_a_damaged_token_book_is_an_integrity_error(tmp_path: Path) -> None:
+    site = found(tmp_path, ShiftedClock())
+    for content in (b"", b"{}", b'[{"token_id":"\xff"}]'):
+        (tmp_path / "authority" / "tokens.json").write_bytes(content)
+        with pytest.raises(IntegrityError, match=r"tokens\.json is damaged"):
+            token_of(site)
 
 
 def test_a_creation_that_crashed_can_be_repeated(tmp_path: Path) -> None:
