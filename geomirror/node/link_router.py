@@ -6,11 +6,15 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from geomirror.errors import GeomirrorError, NotFoundError
+from geomirror.limits import PRODUCTION
 from geomirror.node.calls import Caller, MethodRegistry
 from geomirror.node.definition_push import DefinitionPush
 from geomirror.node.resource_host import ResourceHost
 from geomirror.node.service import Service
 from geomirror.wan_protocol.messages import AnyMessage, Message, SessionOpen, SessionRefuse
+
+HELD_MAX = PRODUCTION.resources_max
+"""Sessions that wait for their resource to be opened."""
 
 
 class LinkRouter:
@@ -26,6 +30,8 @@ class LinkRouter:
     def __init__(self) -> None:
         self.on_link_up: Callable[[str], None] = lambda peer: None
         self._up: set[str] = set()
+        self._held: dict[tuple[str, int], SessionOpen] = {}
+        """(peer, session) -> what waits for its resource to be opened; one per session."""
 
     def bind(self, host: ResourceHost, push: DefinitionPush, methods: MethodRegistry) -> None:
         """Say where everything goes."""
@@ -42,6 +48,9 @@ class LinkRouter:
         for peer in service.definition.peers_of(self._host.context.name):
             if peer in self._up:
                 self._connect(service, peer)
+                held = self._held.pop((peer, service.definition.session), None)
+                if held is not None:
+                    service.message(peer, held.session, held)
 
     def link_up(self, peer: str, now_ns: int) -> None:
         """A link is established."""
@@ -57,6 +66,8 @@ class LinkRouter:
         self._up.discard(peer)
         self._host.context.emit("link_down", {"peer": peer, "reason": reason})
         self._push.link_down(peer)
+        for key in [key for key in self._held if key[0] == peer]:
+            del self._held[key]
         for service in self._host.with_peer(peer):
             service.link_down(peer)
 
@@ -65,7 +76,7 @@ class LinkRouter:
         service = self._host.by_session(session, peer)
         if service is None:
             if isinstance(message, SessionOpen):
-                self._refuse(peer, session, message)
+                self._hold_or_refuse(peer, session, message)
             return
         if (
             isinstance(message, SessionRefuse)
@@ -99,7 +110,10 @@ class LinkRouter:
         if not is_primary or self._push.is_confirmed(definition.name, peer):
             service.link_up(peer)
 
-    def _refuse(self, peer: str, session: int, message: SessionOpen) -> None:
+    def _hold_or_refuse(self, peer: str, session: int, message: SessionOpen) -> None:
+        if message.name in self._host.opening and len(self._held) < HELD_MAX:
+            self._held[peer, session] = message
+            return
         error: GeomirrorError = NotFoundError(f'no resource "{message.name}" here')
         try:
             self._host.get(message.name)

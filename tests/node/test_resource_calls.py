@@ -266,6 +266,22 @@ async def test_a_resource_that_cannot_be_opened_says_why_and_refuses_sessions(ne
         )
 
 
+async def test_a_session_waits_while_its_resource_is_being_opened(network):
+    a, b = network.nodes["a"], network.nodes["b"]
+    network.connect("a", "b")
+    await a.ask("resource.create", name="pg", sizes=[MIB], **Members)
+    await until(lambda: a.push.is_confirmed("pg", "b"))
+    definition = b.store.get("pg").definition
+    await b.host.close("pg")
+    opening = asyncio.ensure_future(b.host.open(definition))
+    await asyncio.sleep(0)
+    asked = SessionOpen(definition.session, b"", "pg", [], [], 0, b"")
+    b.router.message("a", definition.session, asked)
+    assert b.links.sent == []
+    await opening
+    assert b.service("pg").calls[-1] == ("message", "a", asked)
+
+
 async def test_a_secondary_that_lost_everything_is_given_the_definition_again(network, tmp_path):
     a, b = network.nodes["a"], network.nodes["b"]
     network.connect("a", "b")
