@@ -22,30 +22,30 @@ EXIT_INTERRUPTED = 130
 
 PANELS: dict[str, dict[str, str]] = {
     "Network": {
-        "network": "geomirror.cli.network:network",
-        "token": "geomirror.cli.token:token",
-        "join": "geomirror.cli.join:join",
-        "node": "geomirror.cli.node:node",
-        "link": "geomirror.cli.link:link",
+        "network": "geomirror.cli.network",
+        "token": "geomirror.cli.token",
+        "join": "geomirror.cli.join",
+        "node": "geomirror.cli.node",
+        "link": "geomirror.cli.link",
     },
     "Replication": {
-        "resource": "geomirror.cli.resource:resource",
-        "pause": "geomirror.cli.replication:pause",
-        "resume": "geomirror.cli.replication:resume",
-        "wait": "geomirror.cli.replication:wait",
+        "resource": "geomirror.cli.resource",
+        "pause": "geomirror.cli.replication",
+        "resume": "geomirror.cli.replication",
+        "wait": "geomirror.cli.replication",
     },
     "Observation": {
-        "status": "geomirror.cli.status:status",
-        "watch": "geomirror.cli.watch:watch",
-        "events": "geomirror.cli.events:events",
-        "check": "geomirror.cli.check:check",
+        "status": "geomirror.cli.status",
+        "watch": "geomirror.cli.watch",
+        "events": "geomirror.cli.events",
+        "check": "geomirror.cli.check",
     },
     "Trying out": {
-        "lab": "geomirror.cli.lab:lab",
-        "demo": "geomirror.cli.demo:demo",
+        "lab": "geomirror.cli.lab",
+        "demo": "geomirror.cli.demo",
     },
 }
-"""Panel of the help text -> command -> module:attribute."""
+"""Panel of the help text -> command -> module; the command object has the command's name."""
 
 
 class LazyGroup(click.RichGroup):
@@ -53,26 +53,23 @@ class LazyGroup(click.RichGroup):
 
     def list_commands(self, context: click.Context) -> list[str]:
         """Names of all commands that this installation has."""
-        return [name for name in _targets() if _exists(name)]
+        return [name for name in _modules() if _exists(name)]
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         """The command object, or None."""
-        target = _targets().get(name)
-        if target is None or not _exists(name):
+        if name not in _modules() or not _exists(name):
             return None
-        module, _, attribute = target.partition(":")
-        command = getattr(importlib.import_module(module), attribute)
+        command = getattr(importlib.import_module(_modules()[name]), name)
         assert isinstance(command, click.Command)
         return command
 
 
-def _targets() -> dict[str, str]:
-    return {name: target for panel in PANELS.values() for name, target in panel.items()}
+def _modules() -> dict[str, str]:
+    return {name: module for panel in PANELS.values() for name, module in panel.items()}
 
 
 def _exists(name: str) -> bool:
-    module = _targets()[name].partition(":")[0]
-    return importlib.util.find_spec(module) is not None
+    return importlib.util.find_spec(_modules()[name]) is not None
 
 
 def _help_configuration() -> click.RichHelpConfiguration:
