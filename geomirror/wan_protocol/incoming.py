@@ -54,6 +54,11 @@ class Incoming:
         if address and not 0 < self.lowest_address < address:
             self.lowest_address = address
 
+    def drop_parts(self) -> None:
+        """Forget all frames; they are asked for again once the commit is here."""
+        self.parts.clear()
+        self.lowest_address = 0
+
     @property
     def is_complete(self) -> bool:
         """Every frame that the commit names is here."""

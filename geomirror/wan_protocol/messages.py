@@ -209,8 +209,7 @@ class ResyncAcknowledge(Message, frozen=True):
     number: int
     frames: int
     received_bytes: int
-    missing_frames: list[int]
-    credit_bytes: int = 0
+    credit_bytes: int
     is_finished: bool = False
     """The end epoch of the resync is durable at the secondary: nothing of it is needed again."""
 

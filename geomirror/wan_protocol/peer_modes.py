@@ -263,6 +263,7 @@ class PeerModes(Replica):
             self._resync_number,
             base_epoch,
             base_hash,
+            progress_ns=self.now_ns,
         )
         self.resyncs[sender.name] = resync
         self._set_mode(sender, RESYNC)
@@ -275,7 +276,7 @@ class PeerModes(Replica):
             return
         if message.frames > resync.next_sequence:
             raise RemoteProtocolError(f'peer "{sender.name}" acknowledges frames never sent')
-        is_finished = resync.acknowledge(message)
+        is_finished = resync.acknowledge(message, self.now_ns)
         if message.frames:
             # From here on the bitmap is only right for a peer that kept what was copied.
             self.bitmaps[sender.name].base_epoch = resync.base_epoch
@@ -349,6 +350,9 @@ class PeerModes(Replica):
             if job is not None:
                 pin = self.engine.journal.pin(self.engine.scan_lsn, kind)
                 self._run(kind, job, partial(self._read_done, sender.name, resync, pin))
+        stuck_at = resync.stuck_at()
+        if stuck_at is not None and self.now_ns >= stuck_at:
+            resync.send_again(self.now_ns)
         for decision in resync.next_sends(self.engine.sealed_epoch):
             self._decide(decision)
 
@@ -377,7 +381,8 @@ class PeerModes(Replica):
         sender.add_unit(job.encoded, commit_message(job.encoded, self.session))
 
     def _peer_timers(self) -> list[int]:
-        times: list[int] = []
+        stuck = [resync.stuck_at() for resync in self.resyncs.values()]
+        times = [at_ns for at_ns in stuck if at_ns is not None]
         for name, kept in self.bitmaps.items():
             is_waiting = self.senders[name].mode == BITMAP and not self.is_running(f"bitmap:{name}")
             if is_waiting and kept.through_epoch < self.engine.sealed_epoch:

@@ -22,6 +22,7 @@ from geomirror.errors import (
     LocalProtocolError,
     NoSpaceError,
     RemoteProtocolError,
+    StorageError,
 )
 from geomirror.limits import Limits
 from geomirror.volume.engine import Engine, Write
@@ -85,6 +86,11 @@ class Primary(PeerModes):
         except JournalFullError:
             self._room_wanted = True
             self._pump()
+            raise
+        except NoSpaceError:
+            raise
+        except StorageError as error:
+            self._fence(error)
             raise
         self._last_wall_ns = wall_ns
         if self.open_since_ns is None:
@@ -260,6 +266,9 @@ class Primary(PeerModes):
             self.engine.complete_seal(self._sealing)
         except NoSpaceError as error:
             self._stall("seal", error)
+            return
+        except StorageError as error:
+            self._fence(error)
             return
         self._sealing = None
         self._sync_wanted = True

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 from geomirror.environment import SECOND
-from geomirror.errors import FencedError, GeomirrorError, NoSpaceError
+from geomirror.errors import FencedError, GeomirrorError, NoSpaceError, StorageError
 from geomirror.limits import Limits
 from geomirror.volume.engine import Engine
 from geomirror.wan_protocol.decisions import Decision, Emit, FlushDone, Job, RoomAvailable, RunJob
@@ -199,7 +199,7 @@ class Replica:
             return
         self._fence(error)
 
-    def _stall(self, kind: str, error: NoSpaceError) -> None:
+    def _stall(self, kind: str, error: StorageError) -> None:
         """Wait for disk space. Nothing is lost: the data stays in the journal until then."""
         self.stalled = error
         self._retry_at_ns = self.now_ns + RETRY_NS

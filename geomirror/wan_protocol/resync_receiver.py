@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from geomirror.errors import LimitExceededError
+from geomirror.errors import BadFrameError, LimitExceededError, RemoteProtocolError
 from geomirror.limits import Limits
 from geomirror.volume.engine import Engine
 from geomirror.volume.epoch_table import FLAG_PUNCH, KIND_DATA
@@ -31,12 +31,22 @@ class ResyncWriteJob:
     decoder: FrameDecoder
     number: int
     frames: list[tuple[int, bytes]]
+    damaged: set[int] = field(default_factory=set)
+    """After `run`: frames whose content is not what was sent; they come again."""
+    hostile: RemoteProtocolError | None = None
+    """After `run`: why the session has to end; what came before is written."""
 
     def run(self) -> None:
-        """Blocking. Raises BadFrameError, RemoteProtocolError, StorageError."""
+        """Blocking. Raises StorageError."""
         touched: set[int] = set()
-        for _, body in self.frames:
-            touched |= self._write(self.decoder.decode(body))
+        for sequence, body in self.frames:
+            try:
+                touched |= self._write(self.decoder.decode(body))
+            except BadFrameError:
+                self.damaged.add(sequence)
+            except RemoteProtocolError as error:
+                self.hostile = error
+                self.damaged.add(sequence)
         for volume in sorted(touched):
             self.images[volume].fdatasync()
 
@@ -105,8 +115,10 @@ class ResyncReceiver:
     def written(self, job: ResyncWriteJob) -> None:
         """A job's blocks are durable."""
         for sequence, body in job.frames:
-            if self._queue.pop(sequence, None) is not None:
-                self.queued_bytes -= len(body)
+            if self._queue.pop(sequence, None) is None:
+                continue
+            self.queued_bytes -= len(body)
+            if sequence not in job.damaged:
                 self._ahead.add(sequence)
         while self.frames_durable in self._ahead:
             self._ahead.discard(self.frames_durable)
@@ -138,7 +150,6 @@ class ResyncReceiver:
             self.number,
             self.frames_durable,
             received_bytes,
-            [],
             credit_bytes,
             self.is_finished,
         )

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+from geomirror.environment import SECOND
 from geomirror.limits import BLOCK_BYTES, REGION_BYTES, Limits
 from geomirror.volume.dirty_bitmap import DirtyBitmap
 from geomirror.volume.engine import Engine
@@ -25,6 +26,9 @@ from geomirror.wan_protocol.sender import Sender
 SPARSE_INDEX_ENTRIES = 1024
 """With fewer undestaged entries a whole GiB is looked at in one step, else 16 MiB."""
 DENSE_RUN_BYTES = 16 << 20
+LOST_AFTER_NS = 3 * SECOND
+"""No frame of a resync became durable for so long: those on the way are sent again. At 1 Mbit/s a
+frame takes half a second."""
 
 
 @dataclass
@@ -45,6 +49,7 @@ class ResyncSender:
     is_read_to_end: bool = False
     is_end_sent: bool = False
     next_sequence: int = 0
+    progress_ns: int = 0
     _frames: dict[int, bytes] = field(default_factory=dict)
     _to_send: deque[int] = field(default_factory=deque)
     _chunks: deque[tuple[int, list[tuple[int, int, int]]]] = field(default_factory=deque)
@@ -144,13 +149,27 @@ class ResyncSender:
         self._reading = []
         self.sender.counters.logical_bytes += job.data_bytes
 
+    def stuck_at(self) -> int | None:
+        """When frames on the way count as lost with their connection, None when none are."""
+        is_waiting = self._frames and not self._to_send and self.sender.is_open
+        return self.progress_ns + LOST_AFTER_NS if is_waiting else None
+
+    def send_again(self, now_ns: int) -> None:
+        """Nothing was heard for long: send everything on the way once more."""
+        self.progress_ns = now_ns
+        self._to_send.extend(sorted(self._frames))
+        self.sender.uncount_sent(sum(map(len, self._frames.values())))
+
     def next_sends(self, sealed_epoch: int) -> list[Decision]:
         """Frames that may go out now, and the end once all is durable at the peer."""
         decisions: list[Decision] = []
         name, session = self.sender.name, self.sender.session
         while self._to_send:
             sequence = self._to_send[0]
-            body = self._frames[sequence]
+            body = self._frames.get(sequence)
+            if body is None:
+                self._to_send.popleft()  # Durable at the peer meanwhile.
+                continue
             if not self.sender.may_send(len(body)):
                 return decisions
             self._to_send.popleft()
@@ -163,17 +182,14 @@ class ResyncSender:
             decisions.append(SendMessage(name, session, end))
         return decisions
 
-    def acknowledge(self, message: ResyncAcknowledge) -> bool:
+    def acknowledge(self, message: ResyncAcknowledge, now_ns: int) -> bool:
         """Take what is durable in the peer's image; True once the peer needs no more copying."""
         if message.number != self.number:
             return False
         self.sender.grant(message.received_bytes, message.credit_bytes)
         for sequence in [s for s in self._frames if s < message.frames]:
             del self._frames[sequence]
-        waiting = set(self._to_send)
-        for sequence in message.missing_frames:
-            if sequence in self._frames and sequence not in waiting:
-                self._to_send.append(sequence)
+            self.progress_ns = now_ns
         while self._chunks and self._chunks[0][0] <= message.frames:
             for volume, first, stop in self._chunks.popleft()[1]:
                 self.bitmap.clear_range(volume, first, stop - first)

@@ -22,7 +22,9 @@ from geomirror.errors import (
     JournalFullError,
     LimitExceededError,
     NoSpaceError,
+    RefusedError,
     RemoteProtocolError,
+    StorageError,
 )
 from geomirror.limits import Limits
 from geomirror.volume.engine import Engine
@@ -111,7 +113,8 @@ class Secondary(Replica):
         """
         self.now_ns = max(self.now_ns, now_ns)
         if peer != self.primary or self.fenced is not None:
-            self._send_to(peer, SessionRefuse(self.session, 6, self._why_not(peer)))
+            refuse = SessionRefuse(self.session, RefusedError.wire_code, self._why_not(peer))
+            self._send_to(peer, refuse)
             return
         match message:
             case SessionOpen():
@@ -214,10 +217,7 @@ class Secondary(Replica):
         engine = self.engine
         problem = self._mismatch(message)
         if problem:
-            self.is_open = False
-            self.refusal = problem
-            self._send(SessionRefuse(self.session, 6, problem))
-            self._decide(Emit("session_refused", {"reason": problem}))
+            self._refuse_session(RefusedError(problem))
             return
         if message.incarnation != self._incarnation:
             # Another start of the primary may cut the same epoch into other frames.
@@ -292,6 +292,9 @@ class Secondary(Replica):
             except (JournalFullError, NoSpaceError):
                 self._spool_full(epoch)
                 return
+            except StorageError as error:
+                self._fence(error)
+                return
         incoming.progress_ns = self.now_ns
         incoming.add(sequence, frame.table.copy(), address)
         self._commit_complete()
@@ -338,6 +341,9 @@ class Secondary(Replica):
             except (JournalFullError, NoSpaceError) as error:
                 self._stall("commit", error)
                 return
+            except StorageError as error:
+                self._fence(error)
+                return
             del self._incoming[incoming.number]
             for number in [n for n in self._incoming if n <= epoch.number]:
                 del self._incoming[number]
@@ -348,9 +354,13 @@ class Secondary(Replica):
     def _diverged(self, error: IntegrityError) -> None:
         """What arrived is not what the primary sealed: take nothing, say so, ask again anew."""
         self._forget_incoming()
+        self._refuse_session(error)
+
+    def _refuse_session(self, error: GeomirrorError) -> None:
         self.is_open = False
+        self.resync = None
         self.refusal = str(error)
-        self._decide(Emit("integrity_error", {"error": str(error)}))
+        self._decide(Emit("session_refused", {"reason": str(error)}))
         self._send(SessionRefuse(self.session, error.wire_code, str(error)))
 
     def _forget_incoming(self) -> None:
@@ -451,6 +461,8 @@ class Secondary(Replica):
         if self.resync is not None and job.number == self.resync.number:
             self.resync.written(job)
             self._acknowledge()
+            if job.hostile is not None:
+                self._refuse_session(job.hostile)
 
     def _resync_checkpointed(self, resync: ResyncReceiver) -> None:
         resync.checkpointed()

@@ -196,6 +196,10 @@ class Sender:
         self.room_bytes -= length
         self.counters.wire_bytes += length
 
+    def uncount_sent(self, length: int) -> None:
+        """So many bytes count as lost: they will be sent again."""
+        self._sent_bytes -= length
+
     def grant(self, received_bytes: int, credit_bytes: int) -> None:
         """Positions of flow control from an acknowledgement of another kind."""
         self._received_bytes = max(self._received_bytes, received_bytes)

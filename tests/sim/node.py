@@ -117,7 +117,12 @@ class SimNode:
         self.engine = Engine.open(
             self.store, self.setup.limits, self.entropy, lambda volume: self.store.open("none")
         )
+        self.on_recovered()
         self._begin()
+
+    def on_recovered(self) -> None:
+        """Storage is recovered, nothing runs yet; replaced by the runner."""
+        raise NotImplementedError
 
     def _begin(self) -> None:
         world, setup = self.world, self.setup

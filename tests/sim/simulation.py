@@ -124,6 +124,7 @@ class Simulation:
         self._next_burst_ns = 0
         for node in self.nodes.values():
             node.on_stopped = lambda node=node: self._stopped(node)  # type: ignore[method-assign]
+            node.on_recovered = lambda node=node: self._check_recovered(node)  # type: ignore[method-assign]
             node.on_fenced = lambda node=node: self._fenced(node)  # type: ignore[method-assign]
 
     # The story.
@@ -317,7 +318,6 @@ class Simulation:
         except (FencedError, IntegrityError) as error:
             self._noticed(node, error)
             return
-        self._check_recovered(node)
         for peer in NAMES:
             if peer != node.name and PRIMARY in (peer, node.name):
                 self.network.connect_later(node.name, peer)
