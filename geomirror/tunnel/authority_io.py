@@ -17,6 +17,7 @@ import msgspec
 from geomirror.environment import Entropy, SystemEntropy
 from geomirror.errors import AuthError, NotFoundError, RefusedError
 from geomirror.tunnel.certificates import ROLE_AUTHORITY
+from geomirror.tunnel.decoding import convert
 from geomirror.tunnel.enrollment import (
     Desk,
     Join,
@@ -181,10 +182,8 @@ def renewal_request(state: NetworkState) -> dict[str, Any]:
 
 def install_renewal(state: NetworkState, reply: dict[str, Any], *, wall_ns: int) -> None:
     """Check and use what `renew` answered. :raises AuthError: it does not fit; nothing changed."""
-    try:
-        welcome = msgspec.convert(reply, type=Welcome)
-    except msgspec.ValidationError:
-        raise AuthError("the answer to a request to renew cannot be read") from None
+    unreadable = AuthError("the answer to a request to renew cannot be read")
+    welcome: Welcome = convert(reply, Welcome, unreadable)
     install_welcome(state, welcome, wall_ns=wall_ns)
 
 

@@ -50,6 +50,7 @@ from geomirror.tunnel.certificates import (
     public_key_of,
     read_claims,
 )
+from geomirror.tunnel.decoding import decode_json
 from geomirror.tunnel.identity import NodeIdentity, key_hash, node_id_of, read_request
 from geomirror.tunnel.membership import Member, Membership, Signed, sign_member
 from geomirror.tunnel.names import check_endpoints, check_name, join_endpoint, split_endpoint
@@ -152,11 +153,8 @@ def refusal(error: GeomirrorError) -> Refuse:
 
 
 def _decode(line: bytes, kind: Any) -> Any:
-    try:
-        return msgspec.json.decode(line, type=kind)
-    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError):
-        # The cause is not repeated: it may quote a secret.
-        raise RemoteProtocolError("a line of the join exchange cannot be read") from None
+    unreadable = RemoteProtocolError("a line of the join exchange cannot be read")
+    return decode_json(line, kind, unreadable)
 
 
 def _printable(text: str) -> str:

@@ -12,7 +12,6 @@ Not done here: who may sign (there is one authority key), and files.
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -23,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from geomirror.errors import AuthError, IntegrityError
 from geomirror.limits import Limits
 from geomirror.tunnel.authority import Authority
+from geomirror.tunnel.decoding import decode_json
 
 _MEMBER = b"geomirror member v1\0"
 _REVOCATIONS = b"geomirror revocations v1\0"
@@ -189,12 +189,13 @@ class Membership:
 
     def _open(self, signed: Signed, prefix: bytes, kind: type[_Payload]) -> _Payload:
         payload = signed.payload.encode("utf-8", "surrogatepass")
+        unsigned = AuthError("a membership entry is not signed by the authority")
         try:
             signature = base64.b64decode(signed.signature, validate=True)
             self._key.verify(signature, prefix + payload)
-            item = msgspec.json.decode(payload, type=kind)
-        except (InvalidSignature, binascii.Error, ValueError, msgspec.DecodeError):
-            raise AuthError("a membership entry is not signed by the authority") from None
+        except (InvalidSignature, ValueError):
+            raise unsigned from None
+        item: _Payload = decode_json(payload, kind, unsigned)
         if item.network != self.network:
             raise AuthError("a membership entry belongs to another network")
         return item
@@ -218,7 +219,6 @@ class Membership:
 
 def decode_updates(data: bytes) -> list[Signed]:
     """Parse entries. :raises AuthError: malformed."""
-    try:
-        return msgspec.json.decode(data, type=list[Signed])
-    except (msgspec.DecodeError, ValueError):  # ValueError: text that is not UTF-8
-        raise AuthError("membership entries cannot be read") from None
+    unreadable = AuthError("membership entries cannot be read")
+    entries: list[Signed] = decode_json(data, list[Signed], unreadable)
+    return entries

@@ -25,6 +25,7 @@ from geomirror.tunnel.certificates import (
     public_key_of,
     read_claims,
 )
+from geomirror.tunnel.decoding import convert, decode_json
 from geomirror.tunnel.enrollment import Enrolled
 from geomirror.tunnel.identity import NodeIdentity, key_from_pem, key_hash
 from geomirror.tunnel.key_files_io import locked, make_directory, read_file, write_file
@@ -142,10 +143,8 @@ class NetworkState:
         :returns: whether anything changed; then routes, peers and live sessions must be looked at.
         :raises AuthError: malformed or not signed by the authority; nothing changed.
         """
-        try:
-            entries = msgspec.convert(list(updates), type=list[Signed])
-        except (msgspec.ValidationError, TypeError):
-            raise AuthError("membership entries cannot be read") from None
+        unreadable = AuthError("membership entries cannot be read")
+        entries: list[Signed] = convert(updates, list[Signed], unreadable)
         if not self.membership.merge(entries):
             return False
         with locked(self.lock_path):
@@ -169,10 +168,8 @@ def load_network(data_dir: Path, limits: Limits = PRODUCTION) -> NetworkState:
             f"{data_dir} belongs to no network yet",
             hint='run "geomirror network create NAME --site SITE" or "geomirror join TOKEN"',
         ) from None
-    try:
-        file = msgspec.json.decode(data, type=NetworkFile)
-    except (msgspec.DecodeError, ValueError):  # ValueError: text that is not UTF-8
-        raise IntegrityError(f"{path} is damaged", hint="restore it") from None
+    damaged = IntegrityError(f"{path} is damaged", hint="restore it")
+    file: NetworkFile = decode_json(data, NetworkFile, damaged)
     if file.format != FORMAT:
         raise IntegrityError(f"{path} has format {file.format}, this version reads {FORMAT}")
     key_path = data_dir / "identity" / "node.key"

@@ -22,6 +22,7 @@ from geomirror.environment import SECOND, Entropy
 from geomirror.errors import IntegrityError, RefusedError, TokenError, UsageError
 from geomirror.limits import Limits
 from geomirror.tunnel.certificates import ROLE_MEMBER, TOKEN_ROLES
+from geomirror.tunnel.decoding import decode_json, decode_msgpack
 from geomirror.tunnel.names import check_endpoints, check_name
 
 PREFIX = "gm1."
@@ -109,10 +110,7 @@ def parse_token(text: str, limits: Limits) -> Token:
     body = data[_CHECK_BYTES:]
     if not hmac.compare_digest(data[:_CHECK_BYTES], _check(body)):
         raise damaged
-    try:
-        wire = msgspec.msgpack.decode(body, type=_Wire)
-    except (msgspec.DecodeError, ValueError):  # ValueError: text that is not UTF-8
-        raise damaged from None
+    wire: _Wire = decode_msgpack(body, _Wire, damaged)
     sizes = (len(wire.authority_hash), len(wire.token_id), len(wire.secret))
     if sizes != (32, ID_BYTES, SECRET_BYTES) or not 0 < wire.expires_seconds < 1 << 33:
         raise damaged
@@ -251,10 +249,8 @@ class TokenBook:
     @classmethod
     def from_json(cls, data: bytes) -> TokenBook:
         """Read the file back. :raises IntegrityError: it is not a token book."""
-        try:
-            records = msgspec.json.decode(data, type=list[TokenRecord])
-        except (msgspec.DecodeError, ValueError):  # ValueError: text that is not UTF-8
-            raise IntegrityError("authority/tokens.json is damaged", hint="restore it") from None
+        damaged = IntegrityError("authority/tokens.json is damaged", hint="restore it")
+        records: list[TokenRecord] = decode_json(data, list[TokenRecord], damaged)
         return cls({record.token_id: record for record in records})
 
 

@@ -149,6 +149,7 @@ async def talk_join(east: Site, *lines: bytes) -> list[dict]:
         b'{"type":"join","token_id":"../../etc/passwd","secret":"","request":"","node":null,'
         b'"endpoints":[]}\n',
         b"[" * 60_000 + b"\n",
+        b'{"type":"join","x":' + b"[" * 30_000 + b"]" * 30_000 + b"}\n",
         b"x" * 70_000 + b"\n",
     ],
 )
