@@ -354,6 +354,28 @@ def test_a_crash_at_any_call_of_a_recovery_changes_nothing_of_its_result(seed: i
     assert call >= 20
 
 
+def test_a_crash_while_the_rewritten_segments_get_their_names() -> None:
+    for seed in range(40):
+        disk = Disk(seed)
+        for batch in range(6):
+            disk.append(*random_writes(random.Random(batch), 60))
+        disk.store.crash(style=KEPT)
+        renames = 0
+
+        def hook(operation: str, name: str) -> None:
+            nonlocal renames
+            renames += operation == "rename"
+            if operation == "sync_directory" and renames > 2:
+                raise Stop
+
+        disk.store.on_operation = hook
+        with pytest.raises(Stop):
+            disk.recover()
+        disk.store.on_operation = None
+        disk.store.crash(style=CrashStyle(0.5))
+        assert len(disk.adopt(disk.recover()).records) == 360
+
+
 def test_a_full_disk_at_recovery_leaves_the_log_as_it_was() -> None:
     disk = Disk()
     disk.append_blocks(*[BLOCK] * 30)
