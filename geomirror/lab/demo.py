@@ -114,8 +114,10 @@ class _Demo:
                 self.report.check("finished", True)
             except TimeoutError:
                 self.report.check("finished", False, f"not done after {TIMEOUT_S} s")
+                await self._keep_status(lab)
             except GeomirrorError as error:
                 self.report.check("finished", False, str(error))
+                await self._keep_status(lab)
             finally:
                 with view.step("stop"):
                     await lab.stop()
@@ -130,21 +132,36 @@ class _Demo:
         ledger = Ledger(image.slot_offsets, self._maker, entropy)
         sampler = Sampler(lab, primary, RESOURCE, view)
         stage = Stage(lab, primary, first, second, RESOURCE, ledger, view, self.report)
-        async with sampler:
-            self.lags = sampler.lags
-            await self._copy(primary, image, uri, view)
-            writer = Writer(uri, ledger, WRITE_BYTES_PER_SECOND)
-            with view.step("files overwritten while links fail and daemons are killed"):
-                await self._load(writer, stage)
-            with view.step("both mirrors have everything"):
-                wait = ("wait", RESOURCE, "--applied", "--timeout", str(WAIT_TIMEOUT_S))
-                await primary.cli(*wait, timeout_s=WAIT_TIMEOUT_S + 20)
-            await sampler.sample()
-        self._note_survivors(writer, ledger)
-        self._note_figures(lab, sampler, ledger, writer)
+        writer = Writer(uri, ledger, WRITE_BYTES_PER_SECOND)
+        self.lags = sampler.lags
+        try:
+            async with sampler:
+                await self._copy(primary, image, uri, view)
+                with view.step("files overwritten while links fail and daemons are killed"):
+                    await self._load(writer, stage)
+                with view.step("both mirrors have everything"):
+                    wait = ("wait", RESOURCE, "--applied", "--timeout", str(WAIT_TIMEOUT_S))
+                    await primary.cli(*wait, timeout_s=WAIT_TIMEOUT_S + 20)
+                await sampler.sample()
+        finally:
+            self._note_survivors(writer, ledger)
+            self._note_figures(lab, sampler, writer)
         with view.step("replication paused, mirrors compared and checked"):
             await primary.cli("pause", RESOURCE)
             await self._compare(stage)
+
+    async def _keep_status(self, lab: Lab) -> None:
+        """Leave beside the logs what every node said when the demo failed."""
+        for node in lab.nodes:
+            try:
+                document = {
+                    "status": await node.call("status", {"name": None}),
+                    "links": await node.cli("link", "list", "--json"),
+                }
+            except GeomirrorError as error:
+                document = {"error": str(error)}
+            text = json.dumps(document, indent=2)
+            (self._directory / f"{node.name}.status.json").write_text(text, encoding="utf-8")
 
     async def _build_image(self) -> DemoImage:
         stage, files, size = await asyncio.to_thread(
@@ -210,7 +227,7 @@ class _Demo:
             "lost_completed_writes": completed,
         }
 
-    def _note_figures(self, lab: Lab, sampler: Sampler, ledger: Ledger, writer: Writer) -> None:
+    def _note_figures(self, lab: Lab, sampler: Sampler, writer: Writer) -> None:
         lags, resyncs = sampler.all_lags, sum(sampler.resyncs.values())
         kills = sum(node.kills for node in lab.nodes)
         self.report.check("no_resync", resyncs == 0, f"{resyncs} resyncs")

@@ -21,9 +21,14 @@ FLUSH_BATCHES = 8
 RECONNECT_S = 0.1
 
 
+def has_nbdcopy() -> bool:
+    """Whether libnbd's copying client is installed; a client that is not ours proves more."""
+    return shutil.which("nbdcopy") is not None
+
+
 async def copy_in(image: Path, uri: str) -> str:
     """Write a whole image file through NBD and flush; the name of the client that did it."""
-    if shutil.which("nbdcopy"):
+    if has_nbdcopy():
         await _nbdcopy("--flush", str(image), uri)
         return "nbdcopy"
     async with await NbdClient.connect(uri, depth=8) as client:
@@ -37,7 +42,7 @@ async def copy_in(image: Path, uri: str) -> str:
 
 async def copy_out(uri: str, image: Path) -> None:
     """Read a whole export into a new file."""
-    if shutil.which("nbdcopy"):
+    if has_nbdcopy():
         await _nbdcopy(uri, str(image))
         return
     async with await NbdClient.connect(uri) as client:

@@ -241,7 +241,7 @@ class Pump:
             self._read_on()
 
     def _has_window(self) -> bool:
-        return self.stream.bytes_in_flight < self._direction.model.settings.window_bytes
+        return self.stream.bytes_in_flight < self._direction.model.window_bytes()
 
     def _pause_if_full(self) -> None:
         if self._is_paused or self.source is None or self.source.is_closing():

@@ -18,7 +18,7 @@ from geomirror.lab.emulated_stream_io import END, RESET, Direction, Pump, reset_
 from geomirror.lab.link_model import CONNECT_RETRY_NS, next_try_ns
 from geomirror.lab.scenario import LinkSettings
 
-SOCKET_BUFFER_BYTES = 256 * 1024
+SOCKET_BUFFER_BYTES = 128 * 1024
 """Receive buffer of the emulator's sockets: the kernel's hidden part of the emulated queue."""
 READ_BYTES = 64 * 1024
 """One read; also bounds how far a resumed sender overshoots the queue."""

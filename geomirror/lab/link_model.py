@@ -19,11 +19,14 @@ from dataclasses import dataclass
 
 from geomirror.environment import MS, SECOND, Entropy
 from geomirror.lab.scenario import PACKET_BYTES, LinkSettings
+from geomirror.limits import KIB
 
 RETRANSMISSION_NS_MIN = 200 * MS
 """Linux adds at least this to the round trip before it takes an unanswered packet for lost."""
 RETRANSMISSION_NS_MAX = 120 * SECOND
 """Longest pause between two tries of an old connection."""
+WINDOW_BYTES_MIN = 128 * KIB
+"""Smallest window of a connection."""
 CONNECT_RETRY_NS = 1 * SECOND
 """First retry of a lost connection request; it doubles."""
 
@@ -104,6 +107,18 @@ class DirectionModel:
         """Bytes that still wait for the rate."""
         waiting_ns = max(0, self._busy_until_ns - now_ns)
         return waiting_ns * self.settings.rate_bits_per_second // (8 * SECOND)
+
+    def window_bytes(self) -> int:
+        """Bytes that one connection may have under way.
+
+        TCP's window grows with what the path carries: a slow line never has megabytes under way,
+        and so a connection that dies there does not take megabytes with it.
+        """
+        settings = self.settings
+        if not settings.rate_bits_per_second:
+            return settings.window_bytes
+        carried = settings.rate_bits_per_second * self.rtt_ns // (8 * SECOND)
+        return min(settings.window_bytes, max(WINDOW_BYTES_MIN, carried + settings.queue_bytes))
 
     def room_ns(self, now_ns: int) -> int:
         """When the queue will be half empty, for senders that are held back."""

@@ -37,11 +37,13 @@ def test_a_missing_tool_is_named_with_its_package() -> None:
         find_tool("no-such-tool-of-geomirror", "nowhere")
 
 
+@pytest.mark.parametrize("client", ["nbdcopy", "ours"])
 async def test_files_of_a_real_file_system_are_overwritten_while_its_server_is_killed(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, client: str
 ) -> None:
-    for tool in ("mke2fs", "e2fsck", "nbdkit"):
+    for tool in ("mke2fs", "e2fsck", "nbdkit") + (("nbdcopy",) if client == "nbdcopy" else ()):
         needs(tool)
+    monkeypatch.setattr("geomirror.lab.demo_nbd.has_nbdcopy", lambda: client == "nbdcopy")
     maker = BlockMaker(SeededEntropy(1))
     stage, files, size = prepare(tmp_path, IMAGE_BYTES, maker)
     image = await make_file_system(tmp_path / "image", stage, IMAGE_BYTES, files, size)

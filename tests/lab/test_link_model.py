@@ -69,6 +69,14 @@ def test_delay_and_rate_add_up() -> None:
     assert model.offer(stream, 125_000, now_ns=SECOND) == SECOND + 50 * MS
 
 
+def test_a_slow_line_has_little_under_way() -> None:
+    model = direction("rtt=80ms,rate=10mbit,queue=64KiB,window=4MiB")
+    assert model.window_bytes() == 100_000 + 64 * 1024
+    model.change(parse_settings("rate=10gbit", model.settings))
+    assert model.window_bytes() == 4 << 20
+    assert direction("window=1MiB").window_bytes() == 1 << 20
+
+
 def test_two_connections_share_the_rate_of_their_direction() -> None:
     model, streams = direction("rate=100mbit"), (StreamModel(), StreamModel())
     last = [model.offer(stream, 125_000, now_ns=0) for stream in streams * 10][-1]
