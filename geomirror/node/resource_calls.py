@@ -143,6 +143,9 @@ class ResourceCalls:
             return await self._forward(caller, primary, "resource.delete", request)
         if request.name in self.host.opening:
             self.host.get(request.name)
+        if request.keep_data:
+            self._disconnect_all(entry)
+            await self.host.destage(entry.definition)
         entry.state, entry.keep_data = "deleting", request.keep_data
         self.store.put(entry)
         kept = await self.remove_local(entry, keep_data=request.keep_data)
@@ -157,9 +160,7 @@ class ResourceCalls:
     async def remove_local(self, entry: ResourceEntry, *, keep_data: bool) -> list[str]:
         """Stop a resource and remove its state here; paths of images that stay."""
         definition = entry.definition
-        for volume in definition.volumes:
-            self.disconnect(f"{definition.name}/{volume.name}")
-        self.disconnect(definition.name)
+        self._disconnect_all(entry)
         await self.host.close(definition.name)
         kept = list(definition.backings.get(self._self, {}).values())
         if keep_data:
@@ -209,6 +210,10 @@ class ResourceCalls:
         service = self.host.get(request.name)
         await service.wait(request.kind, request.timeout_s)
         return {"name": request.name, "position": service.position()}
+
+    def _disconnect_all(self, entry: ResourceEntry) -> None:
+        for volume in entry.definition.volumes:
+            self.disconnect(f"{entry.definition.name}/{volume.name}")
 
     async def _pause(self, caller: Caller, request: ForPeer, method: str) -> Result:
         definition = self.store.get(request.name).definition

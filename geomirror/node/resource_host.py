@@ -88,6 +88,25 @@ class ResourceHost:
         self._sessions.pop(service.definition.session, None)
         await service.stop()
 
+    async def destage(self, definition: ResourceDefinition) -> None:
+        """Stop a resource with all that it was told in its images.
+
+        :raises GeomirrorError: it is not served, or its images do not catch up; it is served again.
+        """
+        name, last_left = definition.name, None
+        while True:
+            service = self.get(name)
+            await self.close(name)
+            # A stop destages within its time limit: opening and stopping again goes on with it.
+            position = service.position()
+            left = position.get("durable_epoch", 0) - position.get("applied_epoch", 0)
+            if left <= 0:
+                return
+            await self.open(definition)
+            if last_left is not None and left >= last_left:
+                raise StorageError(f'resource "{name}": {left} epochs cannot be destaged')
+            last_left = left
+
     async def close_all(self) -> None:
         """Stop every service, in parallel; one that fails to does not keep the others."""
 

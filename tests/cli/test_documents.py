@@ -1,0 +1,39 @@
+"""Documents that are made from the code are what the code would make now."""
+
+from __future__ import annotations
+
+import configparser
+from pathlib import Path
+
+import pytest
+
+from tests.cli.documents import DOCS, cli_document, commands, exit_codes
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def test_the_exit_codes_are_those_of_the_table():
+    assert (DOCS / "exit_codes.md").read_text() == exit_codes()
+
+
+def test_the_reference_of_commands_is_that_of_the_help():
+    assert (DOCS / "cli.md").read_text() == cli_document()
+
+
+@pytest.mark.parametrize(("words", "command"), commands(), ids=lambda value: str(value)[:40])
+def test_every_command_is_explained_and_takes_json(words, command):
+    options = {name for parameter in command.params for name in parameter.opts}
+    assert "--json" in options, words
+    assert command.help
+    assert command.get_short_help_str(200).endswith("."), words
+
+
+def test_the_unit_starts_the_daemon_as_the_node_expects():
+    unit = configparser.ConfigParser(strict=False, interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment, method-assign]
+    unit.read(ROOT / "deploy/systemd/geomirror.service")
+    service = unit["Service"]
+    assert service["Type"] == "notify"
+    assert service["ExecStart"].endswith("node run")
+    assert service["UMask"] == "0077"
+    assert int(service["TimeoutStopSec"]) > 10
