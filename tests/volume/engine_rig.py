@@ -132,8 +132,8 @@ class Rig:
         self.opened = 0
         self.engine = make_engine(self.store)
         self.steps: list[Step] = []
-        self.batches: dict[int, int] = {}
-        """Wall clock of a batch (the count of steps after it) → count of steps before it."""
+        self.batches: list[tuple[int, int]] = []
+        """Counts of steps before and after each batch; its wall clock is the index."""
         self.content = {i: bytearray(size) for i, size in SIZES.items()}
         self.durable_step = 0
         self.epochs: dict[int, Expected] = {0: self._origin()}
@@ -186,9 +186,9 @@ class Rig:
     def _write(self, batch: list, steps: list[Step]) -> None:
         # Before the call: a crash in it may leave any part of the batch.
         self.steps.extend(steps)
-        self.batches[len(self.steps)] = len(self.steps) - len(steps)
+        self.batches.append((len(self.steps) - len(steps), len(self.steps)))
         try:
-            self.engine.write(batch, len(self.steps))
+            self.engine.write(batch, len(self.batches) - 1)
         except JournalFullError:
             del self.steps[len(self.steps) - len(steps) :]
             raise
@@ -391,8 +391,7 @@ class Rig:
         if self.engine.open_epoch_since_wall_ns is None:
             assert start in matches
             return start
-        end = self.engine.last_wall_ns
-        begin = self.batches[end]
+        begin, end = self.batches[self.engine.last_wall_ns]
         matches = [step for step in matches if begin < step <= end]
         assert len(matches) == 1
         return matches[0]
