@@ -1,0 +1,236 @@
+"""What a client sees of a replicated volume, against plain NBD servers on the same file system.
+
+```
+ round:  [geomirror] drain  [nbdkit]  [qemu-nbd]      order rotates, the same load and offsets
+```
+Replication runs during geomirror's slot. What is left of the backlog goes over an unlimited link
+before the next slot, so that the others are not measured beside our stream. From the two phases
+come the two CPU figures: a drain only ships, so its CPU is the cost of shipping (and of writing the
+rest to the image, which is counted there); the slot's CPU less what it shipped is the cost of the
+writes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from bench.fio import Load, Outcome, run_fio
+from bench.machine import cpu_seconds, missing_tools, sync_file_system
+from bench.options import Options
+from bench.report import Result
+from bench.rig import Rig, require_free, rig
+from bench.servers import PeerServer, nbdkit_file, qemu_nbd
+from geomirror.limits import BLOCK_BYTES, GIB, MIB
+
+NAME = "local_writes"
+LIMITED = "rtt=40ms,rate=100mbit"
+UNLIMITED = "rtt=40ms,rate=unlimited"
+CPU_US_PER_WRITE_MAX = 12.0
+CPU_SECONDS_PER_GIB_MAX = 6.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One load, its link, and the ratios that it should reach."""
+
+    name: str
+    link: str
+    load: Load
+    nbdkit_min: float | None = None
+    qemu_min: float | None = None
+    counts_cpu: bool = False
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the volume has to be filled before."""
+        return "read" in self.load.pattern
+
+
+def cases(options: Options) -> list[Case]:
+    """All loads. The area is large against what destaging gathers, small against the cache."""
+    seconds = options.choose_seconds(5.0, 1.0)
+    area = options.choose(4 * GIB, 64 * MIB)
+    # A slot's writes must fit in the journal beside an earlier slot's tail, whatever the speed.
+    small = Load("randwrite", BLOCK_BYTES, 32, seconds, area, options.choose(3 * GIB, 128 * MIB))
+    flushed = replace(small, depth=1, has_flush_each=True)
+    large = replace(small, pattern="write", block_bytes=MIB, depth=4)
+    unbound = replace(small, io_bytes=0)
+    return [
+        Case("4k_write_qd32", LIMITED, small, 0.8, 2.0, counts_cpu=True),
+        Case("4k_write_qd32_unlimited_link", UNLIMITED, small, counts_cpu=True),
+        Case("4k_write_flush_qd1", LIMITED, flushed, 1.0),
+        Case("4k_write_flush_qd8", LIMITED, replace(flushed, jobs=8), 1.0),
+        Case("1m_write_qd4", LIMITED, large, 0.5),
+        Case("4k_read_qd32", LIMITED, replace(unbound, pattern="randread"), 1.0),
+        Case("1m_read_qd4", LIMITED, replace(large, pattern="read", io_bytes=0), 0.6),
+    ]
+
+
+@dataclass
+class Slot:
+    """One server under one load for a while."""
+
+    outcome: Outcome
+    cpu_seconds: float
+
+    @property
+    def cpu_us_per_request(self) -> float:
+        """CPU of the server's process, all its threads."""
+        return self.cpu_seconds * 1e6 / max(1, self.outcome.requests)
+
+    def to_json(self) -> dict[str, Any]:
+        """For the report."""
+        return {**asdict(self.outcome), "cpu_us_per_request": self.cpu_us_per_request}
+
+
+async def run(options: Options) -> Result:
+    """Run all cases in one lab."""
+    title = "A client's view: geomirror while it replicates, nbdkit file, qemu-nbd"
+    result = Result(NAME, title)
+    missing = missing_tools("fio", "nbdkit", "qemu-nbd")
+    if missing:
+        result.skipped_because = f"not installed: {', '.join(missing)}"
+        return result
+    size = options.choose(4 * GIB, 64 * MIB)
+    journal = options.choose(12 * GIB, GIB)
+    require_free(options.directory, 2 * journal + 4 * size)
+    rounds = options.choose_rounds(7, 2)
+    result.settings = {"rounds": rounds, "volume_bytes": size, "journal_bytes": journal}
+    peers = [server(options.directory, size) for server in (nbdkit_file, qemu_nbd)]
+    async with rig(options.directory / "lab", LIMITED) as lab:
+        await lab.create(str(size), str(journal))
+        is_filled = False
+        for case in cases(options):
+            if case.is_read and not is_filled:
+                await _fill(lab, peers, size)
+                is_filled = True
+            await lab.set_link(case.link)
+            bench = _Comparison(options, lab, peers, case, result)
+            for number in range(rounds):
+                await bench.round(number)
+            bench.conclude()
+    return result
+
+
+async def _fill(lab: Rig, peers: list[PeerServer], size: int) -> None:
+    """Write everything once, so that reads read something; ours has it in the image then."""
+    load = Load("write", MIB, 4, 0, size, io_bytes=size)
+    await run_fio(load, lab.uri)
+    await lab.drain()
+    await lab.restart()
+    for peer in peers:
+        await peer.start()
+        await run_fio(load, peer.uri)
+        await peer.stop()
+
+
+class _Comparison:
+    """One case over all its rounds."""
+
+    def __init__(
+        self, options: Options, lab: Rig, peers: list[PeerServer], case: Case, result: Result
+    ) -> None:
+        self._options = options
+        self._lab = lab
+        self._peers = peers
+        self._case = case
+        self._result = result
+        self._rounds: list[dict[str, Slot]] = []
+        self._shipping: list[tuple[float, float, float]] = []
+        """Of each round: CPU seconds and GiB shipped of the drain, GiB shipped in the slot."""
+
+    async def round(self, number: int) -> None:
+        """All servers once, in an order that rotates."""
+        slots: dict[str, Slot] = {}
+        load = replace(self._case.load, seed=number + 1)
+        turns = [None, *self._peers]
+        at = number % len(turns)
+        for peer in turns[at:] + turns[:at]:
+            sync_file_system(self._options.directory)
+            if peer is None:
+                slots["geomirror"] = await self._ours(load)
+            else:
+                await peer.start()
+                slots[peer.name] = await _measured(load, peer.uri, peer.pid)
+                await peer.stop()
+        self._rounds.append(slots)
+        document = {name: slot.to_json() for name, slot in slots.items()}
+        self._result.rounds.append({"case": self._case.name, "round": number, **document})
+
+    async def _ours(self, load: Load) -> Slot:
+        lab = self._lab
+        before = (await lab.peer())["logical_bytes"]
+        async with lab.watch() as watch:
+            slot = await _measured(load, lab.uri, lab.pid)
+        self._result.judge_states(watch.states)
+        if self._case.is_read:
+            return slot
+        middle, cpu = (await lab.peer())["logical_bytes"], cpu_seconds(lab.pid)
+        await lab.drain()
+        after, cpu = (await lab.peer())["logical_bytes"], cpu_seconds(lab.pid) - cpu
+        self._shipping.append((cpu, (after - middle) / GIB, (middle - before) / GIB))
+        return slot
+
+    def conclude(self) -> None:
+        """Figures of all rounds."""
+        case, result = self._case, self._result
+        unit = "MiB/s" if case.load.block_bytes >= MIB else "IOPS"
+        for name in ("geomirror", *(peer.name for peer in self._peers)):
+            rates = [self._rate(slots[name]) for slots in self._rounds]
+            result.median(f"{case.name}: {name}", rates, unit)
+        for name, bound in (("nbdkit", case.nbdkit_min), ("qemu-nbd", case.qemu_min)):
+            ratios = [
+                self._rate(slots["geomirror"]) / max(self._rate(slots[name]), 1e-9)
+                for slots in self._rounds
+            ]
+            label = f"{case.name}: ratio to {name}"
+            if bound is None:
+                result.median(label, ratios, "x")
+            else:
+                result.at_least(label, ratios, bound)
+        self._conclude_latency()
+        if case.counts_cpu:
+            self._conclude_cpu()
+
+    def _rate(self, slot: Slot) -> float:
+        is_large = self._case.load.block_bytes >= MIB
+        return slot.outcome.bytes_per_second / MIB if is_large else slot.outcome.iops
+
+    def _conclude_latency(self) -> None:
+        names = ["p50_us", "p99_us", "p999_us"]
+        if self._case.load.has_flush_each:
+            names = ["flush_p50_us", "flush_p99_us", "p50_us"]
+        for server in ("geomirror", *(peer.name for peer in self._peers)):
+            for name in names:
+                values = [getattr(slots[server].outcome, name) for slots in self._rounds]
+                label = name.removesuffix("_us").replace("_", " ")
+                self._result.median(f"{self._case.name}: {server} {label}", values, "µs")
+
+    def _conclude_cpu(self) -> None:
+        case, result = self._case, self._result
+        per_gib = [cpu / gib for cpu, gib, _ in self._shipping if gib > 0]
+        if per_gib:
+            label = f"{case.name}: CPU s per GiB shipped"
+            result.at_most(label, per_gib, CPU_SECONDS_PER_GIB_MAX, "s")
+        for name in (peer.name for peer in self._peers):
+            values = [slots[name].cpu_us_per_request for slots in self._rounds]
+            result.median(f"{case.name}: {name} CPU per write", values, "µs")
+        writes = []
+        for slots, (cpu, gib, gib_in_slot) in zip(self._rounds, self._shipping, strict=True):
+            slot = slots["geomirror"]
+            shipping = gib_in_slot * cpu / gib if gib > 0 else 0.0
+            writes.append((slot.cpu_seconds - shipping) * 1e6 / max(1, slot.outcome.requests))
+        label = f"{case.name}: CPU per accepted write"
+        if case.link == LIMITED:
+            result.at_most(label, writes, CPU_US_PER_WRITE_MAX, "µs")
+        else:
+            # Nearly all is shipped within the slot: the difference of two large numbers.
+            whole = [slots["geomirror"].cpu_us_per_request for slots in self._rounds]
+            result.median(f"{label}, shipping included", whole, "µs")
+
+
+async def _measured(load: Load, uri: str, pid: int) -> Slot:
+    before = cpu_seconds(pid)
+    outcome = await run_fio(load, uri)
+    return Slot(outcome, cpu_seconds(pid) - before)

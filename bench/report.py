@@ -1,0 +1,131 @@
+"""The result of a benchmark: figures with their bounds, as a table and as JSON."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+SCHEMA_VERSION = 1
+GOOD_STATES = frozenset({"Stream", "Fold"})
+"""States of a peer in which a run counts; a resync or a bitmap is another kind of work."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number. `bound` is empty when there is nothing to hold."""
+
+    name: str
+    value: float
+    unit: str
+    bound: str = ""
+    is_met: bool | None = None
+    worst: float | None = None
+    best: float | None = None
+
+
+@dataclass
+class Result:
+    """Everything one benchmark found out."""
+
+    name: str
+    title: str
+    figures: list[Figure] = field(default_factory=list)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    peer_states: set[str] = field(default_factory=set)
+    invalid_because: list[str] = field(default_factory=list)
+    skipped_because: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether it ran, and under the conditions that its figures are about."""
+        return not self.invalid_because and not self.skipped_because
+
+    def note(self, name: str, value: float, unit: str) -> None:
+        """A figure without a bound."""
+        self.figures.append(Figure(name, value, unit))
+
+    def at_least(self, name: str, values: Sequence[float], bound: float, unit: str = "x") -> None:
+        """The median of one value a round, which should reach the bound."""
+        value = statistics.median(values)
+        text = f"≥ {bound:g}"
+        is_met = value >= bound
+        self.figures.append(Figure(name, value, unit, text, is_met, min(values), max(values)))
+
+    def at_most(self, name: str, values: Sequence[float], bound: float, unit: str = "x") -> None:
+        """The median of one value a round, which should stay within the bound."""
+        value = statistics.median(values)
+        text = f"≤ {bound:g}"
+        is_met = value <= bound
+        self.figures.append(Figure(name, value, unit, text, is_met, max(values), min(values)))
+
+    def median(self, name: str, values: Sequence[float], unit: str) -> None:
+        """The median of one value a round, with its range."""
+        value = statistics.median(values)
+        self.figures.append(Figure(name, value, unit, "", None, min(values), max(values)))
+
+    def judge_states(self, states: Iterable[str], allowed: Iterable[str] = ()) -> None:
+        """Take note of a peer's states; others than streaming ones make the run invalid."""
+        self.peer_states |= set(states)
+        strange = self.peer_states - GOOD_STATES - set(allowed)
+        if strange:
+            self.invalid_because.append(f"the peer was in {', '.join(sorted(strange))}")
+
+    def to_json(self) -> dict[str, Any]:
+        """The document; `machine`, `versions` and `command` are added by the runner."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "name": self.name,
+            "title": self.title,
+            "is_valid": self.is_valid,
+            "invalid_because": self.invalid_because,
+            "skipped_because": self.skipped_because,
+            "peer_states": sorted(self.peer_states),
+            "settings": self.settings,
+            "figures": [asdict(figure) for figure in self.figures],
+            "rounds": self.rounds,
+        }
+
+
+def number(value: float) -> str:
+    """Three significant digits, no exponent."""
+    if value == 0 or abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}"
+
+
+def show(console: Console, document: dict[str, Any]) -> None:
+    """Print a document as a table."""
+    table = Table(title=document["title"], title_justify="left", title_style="bold")
+    table.add_column("figure")
+    for heading in ("median", "unit", "worst … best", "bound", ""):
+        table.add_column(heading, justify="right")
+    marks = {True: "[green]✓[/green]", False: "[red]✗[/red]", None: ""}
+    for figure in document["figures"]:
+        worst, best = figure["worst"], figure["best"]
+        span = "" if worst is None else f"{number(worst)} … {number(best)}"
+        cells = (figure["name"], number(figure["value"]), figure["unit"], span, figure["bound"])
+        table.add_row(*cells, marks[figure["is_met"]])
+    console.print(table)
+    if document["skipped_because"]:
+        console.print(f"  skipped: {document['skipped_because']}")
+        return
+    for reason in document["invalid_because"]:
+        console.print(f"  [red]does not count:[/red] {reason}")
+    states = ", ".join(document["peer_states"]) or "not watched"
+    console.print(f"  peer: {states}; {document['seconds']:.0f} s\n", highlight=False)
+
+
+def write(path: Path, document: dict[str, Any]) -> None:
+    """Write a document, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".new")
+    temporary.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    temporary.replace(path)
