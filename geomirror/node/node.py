@@ -127,14 +127,19 @@ class Node:
         self.notifier.ready(self._summary())
         self._emit("node_started", {"version": __version__})
 
-    async def stop(self) -> None:
-        """Say goodbye, seal, flush and close; bounded by `STOP_S_MAX`."""
+    async def stop(self) -> bool:
+        """Say goodbye, seal, flush and close; bounded by `STOP_S_MAX`.
+
+        :returns: False when time ran out; the caller ends the process, recovery does the rest.
+        """
         self.notifier.stopping()
         try:
             await asyncio.wait_for(self._stop(), STOP_S_MAX)
         except TimeoutError:
             _log.error("stop_took_too_long", seconds=STOP_S_MAX)
+            return False
         self._executor.shutdown(wait=False, cancel_futures=True)
+        return True
 
     def reload(self) -> None:
         """Read the configuration again (SIGHUP); what cannot be used is said and left."""

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import sys
 from typing import TYPE_CHECKING
 
 from geomirror.errors import GeomirrorError
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from geomirror.config import Config
     from geomirror.node.service import ServiceFactory
     from geomirror.tunnel.network_state_io import NetworkState
+
+
+EXIT_UNFINISHED = 1
+"""An orderly stop ran out of time; the next start recovers."""
 
 
 def run_node(data_dir: DataDir) -> None:
@@ -96,4 +101,7 @@ async def serve(
             starting.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await starting
-        await node.stop()
+        if not await node.stop():
+            # A thread may hang in a dead disk; waiting for it would be waiting for ever.
+            sys.stderr.flush()
+            os._exit(EXIT_UNFINISHED)

@@ -291,6 +291,9 @@ def test_mistakes_have_their_exit_codes_and_no_traceback(sites: tuple[Site, Site
     a.run("resource", "create", "x", "--size", "1M", "--primary", "nobody", expected=4)
     a.run("resource", "create", "pg", "--size", "1M", "--primary", "east-1", expected=5)
     a.run("pause", "pg", "--peer", "nobody", expected=4)
+    d = Site(a.data_dir.parent, "e")
+    d.run("network", "create", "other", "--site", "x", "--listen", f"127.0.0.1:{a.port}")
+    d.run("node", "run", expected=5)
     a.run("nonsense", expected=2)
     assert a.json("nonsense", expected=2)["error"]["code"] == "usage"
 
@@ -311,6 +314,34 @@ def test_reload_takes_over_a_peer_and_refuses_nonsense(sites: tuple[Site, Site])
     until(lambda: "configuration_reloaded" in a.run("events"))
     event = [json.loads(e) for e in a.run("events").splitlines() if "reloaded" in e][-1]
     assert event["restart_needed_for"] == ["replication.epoch_age_ms"]
+
+
+async def test_a_resource_alone_over_tcp_and_its_image_survives_a_restart(
+    sites: tuple[Site, Site],
+) -> None:
+    a, _ = sites
+    listen = ("--listen", f"127.0.0.1:{a.port}")
+    a.run("network", "create", "acme", "--site", "east", "--node", "n", *listen)
+    config = a.data_dir / "geomirror.toml"
+    config.write_text('[nbd]\ntcp_listen = "127.0.0.1:0"\n')
+    config.chmod(0o600)
+    a.restart()
+    create = ("resource", "create", "solo", "--primary", "n", "--journal-size", "256M")
+    a.run(*create, "--size", "8M", "--size", "4M")
+    volumes = a.resource("solo")["volumes"]
+    assert [volume["size_bytes"] for volume in volumes] == [8 * MIB, 4 * MIB]
+    assert volumes[1]["nbd_tcp_uri"].endswith("/solo/1")
+    async with await NbdClient.connect(volumes[1]["nbd_tcp_uri"]) as client:
+        await client.write(123, b"hello")
+    a.run("wait", "solo", "--timeout", "10")
+    a.run("check", "solo", expected=1)
+    assert "state: alone" in a.run("status")
+    assert a.stop() == 0
+    assert (a.data_dir / "resources/solo/volumes/1.img").read_bytes()[123:128] == b"hello"
+    a.restart()
+    until(lambda: a.resource("solo")["volumes"][1]["nbd_uri"])
+    async with await NbdClient.connect(a.resource("solo")["volumes"][1]["nbd_uri"]) as client:
+        assert bytes(await client.read(123, 5)) == b"hello"
 
 
 def test_status_starts_fast_and_without_heavy_modules(sites: tuple[Site, Site]) -> None:
