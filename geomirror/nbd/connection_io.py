@@ -17,18 +17,20 @@ import socket
 from collections.abc import Iterable, Sequence
 from typing import cast
 
-from geomirror.errors import GeomirrorError, RefusedError, RemoteProtocolError
+from geomirror.errors import RefusedError, RemoteProtocolError
 from geomirror.limits import Limits
 from geomirror.nbd import structured
-from geomirror.nbd.constants import CMD_BLOCK_STATUS, CMD_FLAG_REQ_ONE, CMD_READ
+from geomirror.nbd.asides import answer_aside
 from geomirror.nbd.negotiation import BUFFER_BYTES, Negotiation, Phase
-from geomirror.nbd.protocol import Buffer, Export, Request
+from geomirror.nbd.protocol import Buffer, Export
 from geomirror.nbd.request_parser import RequestParser, buffer_bytes
 
 HANDSHAKE_S_MAX = 30.0
 """A client that has not attached by then is dropped: it holds one of the connection slots."""
 DRAIN_S_MAX = 10.0
 """How long an ending connection waits for its replies to be made and to be taken."""
+_SEND_BUFFER_BYTES = 2 << 20
+"""Asked for; the kernel grants at most twice `net.core.wmem_max`."""
 _JOIN_BYTES_MAX = 64 << 10
 """Larger buffers are written by themselves: copying them costs more than a system call."""
 
@@ -76,7 +78,7 @@ class NbdConnection(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._negotiation: Negotiation | None = Negotiation(
-            registry.resolve, registry.names, self._attach
+            registry.resolve, registry.names, self._attach, registry.limits.nbd_payload_bytes_max
         )
         self._handshake = memoryview(bytearray(BUFFER_BYTES))
         self._handshake_used = 0
@@ -103,8 +105,16 @@ class NbdConnection(asyncio.BufferedProtocol):
             self._transport.abort()
             return
         sock = transport.get_extra_info("socket")
-        if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+        if sock.family == socket.AF_UNIX:
+            # TCP tunes its buffers itself; a Unix socket's 208 KiB means five rounds a MiB.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
+        else:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # A host that died must not stay the only writer: found out after 30 + 3 x 10 s.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
         self._transport.set_write_buffer_limits(high=self._limits.nbd_queued_bytes_max // 2)
         self._timer = self._loop.call_later(HANDSHAKE_S_MAX, self._transport.abort)
         self._negotiate()
@@ -208,10 +218,9 @@ class NbdConnection(asyncio.BufferedProtocol):
         try:
             while not self._holds:
                 requests = parser.take(self._read_bytes_max, self._in_flight_max - self._in_flight)
-                if parser.asides:
-                    self._answer_asides(parser)
-                elif not requests:
-                    break
+                asides, parser.asides = parser.asides, []
+                for aside, error in asides:
+                    self._out.append(answer_aside(aside, error, export, self._is_structured))
                 if requests:
                     self._in_flight += len(requests)
                     export.submit(self._handle, requests, self)
@@ -220,6 +229,8 @@ class NbdConnection(asyncio.BufferedProtocol):
                     self._hold(_Hold.IN_FLIGHT)
                 if self._out:
                     self._write_out()
+                if not parser.has_rest or not (requests or asides):
+                    break
         except RemoteProtocolError as error:
             self._drop(error)
         finally:
@@ -233,42 +244,20 @@ class NbdConnection(asyncio.BufferedProtocol):
             parser is not None and parser.read_bytes >= self._read_bytes_max
         )
 
-    def _answer_asides(self, parser: RequestParser) -> None:
-        """Refusals, requests of length 0, CACHE and BLOCK_STATUS never reach the export."""
-        for request, error in parser.asides:
-            if error:
-                self._out.append(self._error_reply(request.cookie, error, "refused"))
-            elif request.command == CMD_BLOCK_STATUS:
-                self._out.append(self._block_status(request))
-            elif request.command == CMD_READ and self._is_structured:
-                self._out.append(structured.empty_chunk(request.cookie))
-            else:
-                self._out.append(structured.success_reply(request.cookie))
-        parser.asides.clear()
-
-    def _block_status(self, request: Request) -> bytes:
-        assert self.export is not None
-        is_one = bool(request.flags & CMD_FLAG_REQ_ONE)
-        try:
-            extents = self.export.block_status(request.offset, request.length)
-        except GeomirrorError as error:
-            return structured.error_chunk(request.cookie, error.nbd_errno, str(error))
-        return structured.block_status_chunk(
-            request.cookie, structured.fit_extents(extents, request.length, is_one=is_one)
-        )
-
     # ---- replies (ReplySink)
 
-    def reply(self, request_cookie: int, error: int = 0) -> None:
+    def reply(self, request_cookie: int, error: int = 0, message: str = "") -> None:
         """Answer a request; a READ only with an error."""
         self._in_flight -= 1
+        assert self._in_flight >= 0, "a request was answered twice"
         parser = self._parser
         if parser is None:
             return
         if error:
             parser.finish_read(request_cookie)
-            self._out.append(self._error_reply(request_cookie, error, ""))
+            self._out.append(self._error_reply(request_cookie, error, message))
         else:
+            assert request_cookie not in parser.reads, "a READ was answered without its data"
             self._out.append(structured.success_reply(request_cookie))
         if not self._is_batching and not self._is_scheduled:
             self._schedule()
@@ -277,6 +266,7 @@ class NbdConnection(asyncio.BufferedProtocol):
         """Answer many requests that are no READs with success."""
         cookies = list(cookies)
         self._in_flight -= len(cookies)
+        assert self._in_flight >= 0, "a request was answered twice"
         if self._parser is None or not cookies:
             return
         self._out.append(structured.success_replies(cookies))
@@ -351,7 +341,7 @@ class NbdConnection(asyncio.BufferedProtocol):
             if small:
                 transport.write(b"".join(small))
                 small = []
-            transport.write(buffer)
+            transport.write(memoryview(buffer))  # The standard loop would slice a copy of bytes.
         if small:
             transport.write(b"".join(small))
 

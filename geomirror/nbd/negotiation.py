@@ -54,6 +54,7 @@ class Negotiation:
     :param resolve: export of a name (the empty name is the default export), or None.
     :param names: (name, description) of the exports to list.
     :param attach: opens an export for this connection; its `GeomirrorError` refuses the option.
+    :param payload_bytes_max: longest READ or WRITE to announce, if the export's own is longer.
     """
 
     def __init__(
@@ -61,10 +62,12 @@ class Negotiation:
         resolve: Callable[[str], Export | None],
         names: Callable[[], list[tuple[str, str]]],
         attach: Callable[[Export], None],
+        payload_bytes_max: int = 32 << 20,
     ) -> None:
         self._resolve = resolve
         self._names = names
         self._attach = attach
+        self._payload_bytes_max = payload_bytes_max
         self._is_fixed = False
         self._wants_zeroes = True
         self._option_count = 0
@@ -177,7 +180,7 @@ class Negotiation:
         self.size_bytes = export.size_bytes
         head = struct.pack(">HQH", c.INFO_EXPORT, export.size_bytes, self._export_flags(export))
         self._reply(option, c.REP_INFO, head)
-        for kind, value in _descriptions(export):
+        for kind, value in _descriptions(export, self._payload_bytes_max):
             if kind in wanted:
                 self._reply(option, c.REP_INFO, struct.pack(">H", kind) + value)
         self._reply(option, c.REP_ACK)
@@ -257,9 +260,10 @@ class Negotiation:
         self.output += _REPLY.pack(c.OPTION_REPLY_MAGIC, option, kind, len(data)) + data
 
 
-def _descriptions(export: Export) -> list[tuple[int, bytes]]:
+def _descriptions(export: Export, payload_bytes_max: int) -> list[tuple[int, bytes]]:
     """The (info type, value) pairs that a client may ask for."""
-    sizes = (export.minimum_block, export.preferred_block, export.maximum_payload)
+    payload = min(export.maximum_payload, payload_bytes_max)
+    sizes = (export.minimum_block, export.preferred_block, payload)
     return [
         (c.INFO_NAME, export.name.encode()[: c.NAME_BYTES_MAX]),
         (c.INFO_DESCRIPTION, export.description.encode()[: c.NAME_BYTES_MAX]),

@@ -40,8 +40,12 @@ class ReplySink(Protocol):
     def is_closed(self) -> bool:
         """True when the client is gone; replies are then dropped silently."""
 
-    def reply(self, request_cookie: int, error: int = 0) -> None:
-        """Answer a request; a READ only with an error, whose errno goes to the client."""
+    def reply(self, request_cookie: int, error: int = 0, message: str = "") -> None:
+        """Answer a request; a READ only with an error.
+
+        :param error: errno for the client; one that NBD does not define becomes EIO.
+        :param message: for people; clients with structured replies get it (`stale`, `fenced`).
+        """
 
     def reply_many(self, cookies: Iterable[int]) -> None:
         """Answer many requests, none of them a READ, with success: cheaper than one by one."""

@@ -99,7 +99,9 @@ class RequestParser:
         self.read_bytes = 0
         """Sum of `reads`: what the replies will hold in memory."""
         self.asides: list[tuple[Request, int]] = []
-        """(request, errno) to be answered without the export; the caller empties it."""
+        """(request, errno) to be answered without the export; the caller takes the list away."""
+        self.has_rest = False
+        """The last `take` left bytes: a partial request, or more than it was allowed to take."""
         self.is_disconnected = False
         """The client has sent DISC; nothing after it is looked at."""
 
@@ -115,7 +117,7 @@ class RequestParser:
         self._end += count
 
     def take(self, read_bytes_max: int, count_max: int) -> list[Request]:
-        """All complete requests received so far; call again until it and `asides` are empty.
+        """All complete requests received so far; call again while it brings any and `has_rest`.
 
         The payloads stay valid until the next call of `writable`.
 
@@ -158,7 +160,8 @@ class RequestParser:
             self._take_other(Request(command, flags, cookie, offset, length, None), requests)
             position = self._start
         self._start, self.read_bytes = position, read_bytes
-        if position == self._end:
+        self.has_rest = position != self._end
+        if not self.has_rest:
             self._start = self._end = 0
         return requests
 

@@ -30,6 +30,7 @@ class RamExport:
     maximum_payload: int = 32 << 20
     is_single_writer: bool = False
     fail_errno: int = 0
+    fail_message: str = ""
     data: bytearray = field(default_factory=bytearray, repr=False)
     held: list[tuple[Request, bytes, ReplySink]] | None = field(default=None, repr=False)
     open_count: int = 0
@@ -64,7 +65,7 @@ class RamExport:
             if request.flags:
                 self.flags_seen.add((request.command, request.flags))
             if self.fail_errno:
-                sink.reply(request.cookie, self.fail_errno)
+                sink.reply(request.cookie, self.fail_errno, self.fail_message)
             elif request.command == CMD_WRITE:
                 data[request.offset : request.offset + request.length] = request.payload
                 done.append(request.cookie)

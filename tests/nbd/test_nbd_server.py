@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from geomirror.errors import (
+    FencedError,
     GeomirrorError,
     InUseError,
     NoSpaceError,
@@ -28,6 +29,7 @@ from geomirror.errors import (
     UsageError,
 )
 from geomirror.limits import PRODUCTION
+from geomirror.nbd import connection_io
 from geomirror.nbd import constants as c
 from geomirror.nbd.client_io import NbdClient
 from geomirror.nbd.server_io import NbdServer
@@ -73,6 +75,12 @@ async def until(condition: Callable[[], object]) -> None:
             await asyncio.sleep(0.001)
 
 
+async def hang_up(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
+
+
 class Raw:
     """A client that says exactly what it is told to."""
 
@@ -102,9 +110,7 @@ class Raw:
         return cookie, error
 
     async def close(self) -> None:
-        self.writer.close()
-        with contextlib.suppress(OSError):
-            await self.writer.wait_closed()
+        await hang_up(self.writer)
 
 
 @pytest.mark.parametrize("wants_structured", [True, False])
@@ -180,6 +186,69 @@ async def test_errors_of_the_export_reach_the_client_typed(tmp_path: Path) -> No
                         await client.flush()
                 disk.fail_errno = 0
                 assert await client.read(0, 3) == bytes(3)
+
+
+async def test_the_reason_of_an_error_reaches_clients_with_structured_replies(
+    tmp_path: Path,
+) -> None:
+    disk = RamExport(fail_errno=errno.ESHUTDOWN, fail_message="fenced: token 7, peer has 9")
+    async with Harness(tmp_path, disk) as server, await server.connect() as client:
+        with pytest.raises(FencedError, match="token 7, peer has 9"):
+            await client.read(0, 10)
+        with pytest.raises(UsageError, match='"ram" refuses command 0'):
+            await client.read(1 << 20, 10)
+
+
+async def test_failed_reads_give_their_room_back(tmp_path: Path) -> None:
+    disk = RamExport(fail_errno=errno.EIO)
+    async with Harness(tmp_path, disk, nbd_queued_bytes_max=2 << 20) as server:
+        client = await server.connect()
+        for _ in range(10):
+            with pytest.raises(StorageError):
+                await client.read(0, 1 << 20)
+        disk.fail_errno = 0
+        assert await client.read(0, 1 << 20) == bytes(1 << 20)
+        await client.close()
+
+
+async def test_the_announced_payload_is_the_one_that_is_taken(tmp_path: Path) -> None:
+    async with Harness(tmp_path, RamExport(), nbd_payload_bytes_max=65536) as server:
+        client = await server.connect()
+        assert client.export.maximum_payload == 65536
+        await client.write(0, bytes(65536))
+        with pytest.raises(UsageError):
+            await client.start_write(0, bytes(65537))
+        assert await client.read(0, 100_000) == bytes(100_000)
+        await client.close()
+
+
+async def test_a_client_that_does_not_negotiate_is_dropped_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection_io, "HANDSHAKE_S_MAX", 0.02)
+    async with Harness(tmp_path, RamExport()) as server:
+        attached = await server.connect()
+        reader, writer = await asyncio.open_unix_connection(server.path)
+        with contextlib.suppress(ConnectionResetError):
+            assert len(await reader.read()) == 18
+        await hang_up(writer)
+        await attached.write(0, b"the deadline is for the handshake only")
+        await attached.close()
+
+
+async def test_an_end_is_not_held_up_by_an_export_that_never_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection_io, "DRAIN_S_MAX", 0.02)
+    disk = RamExport(held=[])
+    async with Harness(tmp_path, disk) as server:
+        client = await server.connect()
+        write = client.start_write(0, b"never answered")
+        await until(lambda: disk.held)
+        server.server.disconnect_export("ram")
+        with pytest.raises(UnreachableError):
+            await write
+        await until(lambda: disk.open_count == 0)
 
 
 async def test_refused_requests_leave_the_connection_in_step(tmp_path: Path) -> None:
@@ -410,7 +479,7 @@ async def test_clients_that_never_negotiate_do_not_take_the_slots_of_others(
         assert await idle[4][0].read() == b""
         await attached.write(0, b"x")
         for _, writer in idle:
-            writer.close()
+            await hang_up(writer)
         await attached.close()
 
 
@@ -430,6 +499,25 @@ async def test_in_flight_requests_are_bounded_and_all_are_served(tmp_path: Path)
         await asyncio.gather(*writes)
         assert disk.data[:50] == b"x" * 50
         await client.close()
+
+
+async def test_a_flood_waits_in_the_socket_not_in_memory(tmp_path: Path) -> None:
+    disk = RamExport(held=[])
+    bounds = {"nbd_requests_max": 8, "nbd_payload_bytes_max": 65536}
+    async with Harness(tmp_path, disk, **bounds) as server:
+        raw = await Raw.attach(server.path)
+        for cookie in range(500):  # 31 MiB; the server's buffer has 5
+            raw.send(c.CMD_WRITE, cookie, 0, 65536, bytes([cookie % 256]) * 65536)
+        await until(lambda: len(disk.held or []) == 8)
+        await asyncio.sleep(0.05)
+        assert len(disk.held or []) == 8
+        assert raw.writer.transport.get_write_buffer_size() > 20 << 20
+        found = []
+        while len(found) < 500:
+            disk.release()
+            found.append(await raw.reply())
+        assert sorted(found) == [(cookie, 0) for cookie in range(500)]
+        await raw.close()
 
 
 async def test_replies_that_nobody_takes_stop_the_reading(tmp_path: Path) -> None:
@@ -486,7 +574,7 @@ async def test_garbage_ends_only_its_own_connection(tmp_path: Path) -> None:
         _, writer = await asyncio.open_unix_connection(server.path)
         writer.write(b"GET / HTTP/1.1\r\n\r\n")
         await until(lambda: len(server.ended) == 2)
-        writer.close()
+        await hang_up(writer)
         await client.write(0, b"unharmed")
 
 
@@ -500,6 +588,7 @@ async def test_clients_that_die_anywhere_leave_a_working_server(tmp_path: Path, 
     for cookie in range(30):
         head = struct.pack(">IHHQQI", c.REQUEST_MAGIC, 0, cookie % 2, cookie, 0, 5000)
         stream += head + bytes(5000 if cookie % 2 else 0)
+    gone: list[asyncio.StreamWriter] = []
     async with Harness(tmp_path, disk) as server:
         for _ in range(25):
             _, writer = await asyncio.open_unix_connection(server.path)
@@ -510,8 +599,11 @@ async def test_clients_that_die_anywhere_leave_a_working_server(tmp_path: Path, 
                 writer.transport.abort()
             else:
                 writer.close()
+            gone.append(writer)
         async with await server.connect() as client:
             await client.write(0, b"fine")
+        for writer in gone:
+            await hang_up(writer)
         await until(lambda: len(server.ended) == 26)
     assert disk.open_count == 0
 
@@ -557,11 +649,27 @@ async def test_tcp_serves_the_same_exports(tmp_path: Path) -> None:
 async def test_the_client_reports_a_server_that_is_not_there_or_silent(tmp_path: Path) -> None:
     with pytest.raises(UnreachableError):
         await NbdClient.connect(f"nbd+unix:///x?socket={tmp_path}/none")
-    silent = await asyncio.start_unix_server(lambda r, w: None, tmp_path / "silent")
+    accepted: list[asyncio.StreamWriter] = []
+    silent = await asyncio.start_unix_server(lambda _, w: accepted.append(w), tmp_path / "silent")
     with pytest.raises(UnreachableError):
         await NbdClient.connect(f"nbd+unix:///x?socket={tmp_path}/silent", timeout_s=0.05)
     silent.close()
     await silent.wait_closed()
+    for writer in accepted:
+        await hang_up(writer)
+
+
+async def test_requests_may_follow_go_without_waiting_for_its_answer(tmp_path: Path) -> None:
+    async with Harness(tmp_path, RamExport()) as server:
+        reader, writer = await asyncio.open_unix_connection(server.path)
+        name = struct.pack(">I", 3) + b"ram\0\0"
+        hello = struct.pack(">IQII", 3, c.OPTION_MAGIC, c.OPT_GO, len(name)) + name
+        head = struct.pack(">IHHQQI", c.REQUEST_MAGIC, 0, c.CMD_WRITE, 1, 0, 5)
+        writer.write(hello + head + b"eager")
+        replies = await reader.readexactly(18 + 32 + 20 + 16)
+        assert struct.unpack(">IIQ", replies[-16:]) == (c.SIMPLE_REPLY_MAGIC, 0, 1)
+        assert server.disk.data[:5] == b"eager"
+        await hang_up(writer)
 
 
 async def test_the_window_bounds_what_is_in_flight_and_waiters_go_on_in_order(
