@@ -158,14 +158,13 @@ def _walk_back(
     superblock: Superblock, journal: Journal, limits: Limits
 ) -> tuple[list[EpochInfo], int]:
     """Rows of applied epochs that peers may still need, and the applied epoch's cut number."""
-    segment_bytes = limits.segment_bytes
     needed = [needed_after(record) for record in superblock.peers.values()]
     lowest_needed = min(needed, default=superblock.applied_epoch)
     found: list[EpochInfo] = []
     cut_number = 0
     record_lsn = superblock.last_epoch_lsn
     number = superblock.applied_epoch
-    while record_lsn and record_lsn // segment_bytes >= journal.first_segment:
+    while record_lsn and journal.holds(record_lsn):
         if number <= lowest_needed and found:
             break
         try:
@@ -177,7 +176,7 @@ def _walk_back(
         if number == superblock.applied_epoch:
             cut_number = flags
         lowest = lowest_address(epoch, record_lsn)
-        if number <= lowest_needed or lowest // segment_bytes < journal.first_segment:
+        if number <= lowest_needed or not _holds_all(journal, epoch, limits.segment_bytes):
             break
         found.append(
             info_of(
@@ -194,9 +193,16 @@ def _walk_back(
     return found, cut_number
 
 
+def _holds_all(journal: Journal, epoch: Epoch, segment_bytes: int) -> bool:
+    """Whether every content of an epoch is still in the journal."""
+    addresses = epoch.table["address"][epoch.table["kind"] == KIND_DATA]
+    numbers = np.unique(addresses // np.uint64(segment_bytes)).tolist()
+    return all(journal.holds(number * segment_bytes) for number in numbers)
+
+
 def needed_after(record: PeerRecord) -> int:
-    """The newest epoch that a peer surely does not need from this journal."""
-    return max(record.durable_epoch, getattr(record, "bitmap_through", 0))
+    """The newest epoch that a peer does not need from this journal."""
+    return record.bitmap_through if record.mode == "Bitmap" else record.durable_epoch
 
 
 def _sealed(

@@ -36,7 +36,7 @@ class EpochInfo(NamedTuple):
     data_lsn_min: int
     """Nothing of this epoch lies below."""
     raw_bytes: int
-    """Bytes of its data blocks."""
+    """Bytes of its data blocks, the short last block of a volume counted whole."""
     entries: int
     """Entries in its table."""
     wall_ns: int
