@@ -561,13 +561,15 @@ async def test_an_export_can_hold_its_clients_back(tmp_path: Path) -> None:
         assert disk.batches == [1]
 
 
-async def test_garbage_ends_only_its_own_connection(tmp_path: Path) -> None:
+REFUSED_READ = struct.pack(">IHHQQI", c.REQUEST_MAGIC, 0, c.CMD_READ, 1, 1 << 40, 1)
+
+
+@pytest.mark.parametrize("before", [b"", REFUSED_READ], ids=["alone", "after a refusal"])
+async def test_garbage_ends_only_its_own_connection(tmp_path: Path, before: bytes) -> None:
     disk = RamExport()
     async with Harness(tmp_path, disk) as server, await server.connect() as client:
         raw = await Raw.attach(server.path)
-        raw.writer.write(b"\0" * 28)
-        with pytest.raises((asyncio.IncompleteReadError, ConnectionResetError)):
-            await raw.reply()
+        raw.writer.write(before + b"\0" * 28)
         await until(lambda: server.ended)
         assert isinstance(server.ended[0][1], RemoteProtocolError)
         await raw.close()
