@@ -98,7 +98,7 @@ async def _parameters(request: web.Request) -> dict[str, Any]:
     body = await request.read()
     try:
         found = json.loads(body or b"{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"body is not JSON: {error}") from error
     if not isinstance(found, dict):
         raise UsageError("body is not a JSON object")

@@ -92,7 +92,9 @@ class DefinitionPush:
                 delay = RETRY_S_MIN
                 continue
             try:
-                await asyncio.wait_for(wake.wait(), delay)
+                # Not wait_for: Python 3.11's loses a cancellation that comes with the event.
+                async with asyncio.timeout(delay):
+                    await wake.wait()
             except TimeoutError:
                 delay = min(delay * 2, RETRY_S_MAX)
 

@@ -12,6 +12,7 @@ from geomirror.node.paths import write_file_atomic
 from geomirror.node.resource_definition import ResourceDefinition
 
 FORMAT = 1
+_RESTORE = "restore it; the resources' data below resources/ is not touched"
 
 
 class ResourceEntry(msgspec.Struct, forbid_unknown_fields=True):
@@ -56,10 +57,14 @@ class DefinitionStore:
             raise StorageError.from_os(error, operation="read", path=str(path)) from error
         try:
             found = msgspec.json.decode(data, type=_File)
-        except msgspec.MsgspecError as error:
-            raise IntegrityError(f"{path}: {error}") from error
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            # Not UTF-8 is a ValueError, deep nesting a RecursionError.
+            raise IntegrityError(f"{path} is damaged: {error}", hint=_RESTORE) from error
         if found.format != FORMAT:
-            raise IntegrityError(f"{path}: format {found.format}, this version knows {FORMAT}")
+            raise IntegrityError(
+                f"{path} has format {found.format}, this version knows {FORMAT}",
+                hint="install the version of geomirror that wrote it",
+            )
         self._entries = {entry.definition.resource_id: entry for entry in found.resources}
 
     def entries(self) -> list[ResourceEntry]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,6 +53,7 @@ class NetworkCalls:
     """Members changed: look at peers, routes and live sessions again."""
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _closing: bool = False
+    _look: asyncio.Event = field(default_factory=asyncio.Event)
 
     def register(self, methods: MethodRegistry) -> None:
         """Add every method."""
@@ -131,12 +133,20 @@ class NetworkCalls:
             task.add_done_callback(self._tasks.discard)
 
     async def keep_certificate(self) -> None:
-        """Renew our certificate in time, for ever."""
+        """Renew our certificate in time, and when members changed, for ever."""
         while True:
+            self._look.clear()
             delay_s = RENEWAL_CHECK_S
             if self.state.is_renewal_due(self.context.clock.wall_ns()):
                 delay_s = RENEWAL_CHECK_S if await self._renew_own() else RENEWAL_RETRY_S
-            await asyncio.sleep(delay_s)
+            # Not wait_for: Python 3.11's loses a cancellation that comes with the event.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(delay_s):
+                    await self._look.wait()
+
+    def look_at_certificate(self) -> None:
+        """Its name may be out of date: a rename came with the members."""
+        self._look.set()
 
     async def stop(self) -> None:
         """Cancel exchanges under way."""

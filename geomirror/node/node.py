@@ -31,6 +31,7 @@ from geomirror.node.log import set_level
 from geomirror.node.network_calls import NetworkCalls
 from geomirror.node.notify_io import Notifier
 from geomirror.node.paths import DataDir
+from geomirror.node.refusals import RefusalAllowance
 from geomirror.node.resource_calls import ResourceCalls
 from geomirror.node.resource_host import ResourceHost, remove_tree
 from geomirror.node.service import ServiceFactory
@@ -68,6 +69,7 @@ class Node:
         limits = config.limits()
         self.notifier = Notifier()
         self._events = EventRing()
+        self._refusals = RefusalAllowance()
         self._methods = MethodRegistry()
         self._executor = ThreadPoolExecutor(config.node.worker_threads, "geomirror-worker")
         self._router = LinkRouter()
@@ -248,6 +250,7 @@ class Node:
 
     def _members_changed(self) -> None:
         self._set_peers()
+        self._network.look_at_certificate()
         self._emit("members_changed", {"nodes": len(self._state.membership.active())})
 
     def _joined(self, name: str) -> None:
@@ -257,7 +260,10 @@ class Node:
             self._network.link_up(peer)  # tell the others
 
     def _refused(self, source: str, error: GeomirrorError) -> None:
-        self._emit("connection_refused", {"source": source, "reason": str(error)})
+        untold = self._refusals.admit(self._clock.now_ns())
+        if untold is not None:
+            fields: dict[str, Any] = {"source": source, "reason": str(error), "untold": untold}
+            self._emit("connection_refused", fields, is_foreign=True)
 
     def _links_up(self) -> list[str]:
         names = [member.name for member in self._state.membership.active()]
@@ -274,8 +280,9 @@ class Node:
         member = self._state.membership.find(name)
         return member.site if member else ""
 
-    def _emit(self, kind: str, fields: dict[str, Any]) -> None:
+    def _emit(self, kind: str, fields: dict[str, Any], *, is_foreign: bool = False) -> None:
         wall_s = self._clock.wall_ns() / SECOND
         time = datetime.datetime.fromtimestamp(wall_s, datetime.UTC).isoformat("T", "milliseconds")
-        self._events.publish(kind, time.replace("+00:00", "Z"), fields)
+        time = time.replace("+00:00", "Z")
+        self._events.publish(kind, time, fields, is_foreign=is_foreign)
         _log.info(kind, **fields)

@@ -137,7 +137,8 @@ def parse_slot(data: bytes) -> Superblock | None:
         )
     try:
         superblock = _DECODER.decode(body)
-    except msgspec.DecodeError:
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        # Not UTF-8 is a ValueError, deep nesting a RecursionError: damaged all the same.
         return None
     superblock.sequence = sequence
     return superblock

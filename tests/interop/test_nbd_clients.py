@@ -71,7 +71,9 @@ class Served:
 
 
 @pytest.fixture
-async def served(tmp_path: Path) -> AsyncIterator[Served]:
+async def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Served]:
+    # Clients leave files where they run: fio its verify state.
+    monkeypatch.chdir(tmp_path)
     disk = RamExport(name="vol/0", size_bytes=SIZE, description="role: primary")
     read_only = RamExport(name="ro", size_bytes=SIZE, is_read_only=True)
     picky = RamExport(name="picky", size_bytes=SIZE, minimum_block=4096)

@@ -101,7 +101,7 @@ async def test_a_body_that_is_not_json_is_a_usage_error(served, tmp_path):
             channel.sendall(head.encode() + body)
             return b"".join(iter(lambda: channel.recv(4096), b""))
 
-    for body in (b"{", b"[]", b"\xff"):
+    for body in (b"{", b"[]", b"\xff", b"[" * 200_000):
         answer = await asyncio.to_thread(talk, body)
         assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "usage"
     answer = await asyncio.to_thread(talk, b" " * (2 << 20))

@@ -210,3 +210,9 @@ def test_another_format_version_is_named() -> None:
 def test_random_bytes_are_no_slot(data: bytes) -> None:
     assert parse_slot(data) is None
     assert parse_slot(b"GMSBv1\0\0" + data) is None
+
+
+@pytest.mark.parametrize("body", [b'{"name":"\xff"}', b"[" * 60_000, b'{"x":' * 10_000, b"{}"])
+def test_a_body_that_cannot_be_read_makes_a_slot_invalid(body: bytes) -> None:
+    covered = struct.pack("<IIQ", 1, len(body), 7)
+    assert parse_slot(b"GMSBv1\0\0" + covered + xxh3_128_digest(covered + body) + body) is None
