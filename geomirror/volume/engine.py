@@ -20,7 +20,7 @@ from geomirror.environment import Entropy
 from geomirror.errors import GeomirrorError
 from geomirror.limits import BLOCK_BYTES, Limits
 from geomirror.volume.engine_recovery import info_of, lowest_address, record_start
-from geomirror.volume.engine_setup import VolumeSpec, create_parts, open_parts
+from geomirror.volume.engine_setup import NewResource, VolumeSpec, create_parts, open_parts
 from geomirror.volume.engine_writes import WritePath
 from geomirror.volume.epoch_record import encode_epoch
 from geomirror.volume.epoch_table import Epoch
@@ -59,20 +59,8 @@ class Engine(WritePath):
         :raises StorageError: no space, or files are there already.
         :raises UsageError: a size is not allowed. :raises RefusedError: a backing is too small.
         """
-        return cls(
-            create_parts(
-                store,
-                limits,
-                entropy,
-                name=name,
-                resource_id=resource_id,
-                volumes=volumes,
-                journal_bytes=journal_bytes,
-                role=role,
-                chain=chain,
-                wall_ns=wall_ns,
-            )
-        )
+        new = NewResource(name, resource_id, volumes, journal_bytes, role, chain, wall_ns)
+        return cls(create_parts(store, limits, entropy, new))
 
     @classmethod
     def open(

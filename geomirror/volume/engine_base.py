@@ -154,6 +154,11 @@ class EngineBase:
             return self._directory.info(self.sealed_epoch + 1).data_lsn_min
         return self._uncommitted_lsn
 
+    @property
+    def open_epoch(self) -> int:
+        """Number that the open epoch will have: no change is in a later one."""
+        return self._open.number
+
     # Epochs.
 
     def epoch_numbers(self) -> list[int]:

@@ -19,6 +19,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from geomirror.errors import FencedError, IntegrityError
 from geomirror.limits import Limits
 from geomirror.volume.dirty_index import DirtyIndex
@@ -110,21 +112,36 @@ def replay(
     history, applied_cut = _walk_back(superblock, journal, limits)
     epochs, cuts = _sealed(superblock, journal, records, limits, applied_cut)
     owners, cut_number = _assign(records, applied_cut, cuts)
-    sealed_count = len(epochs)
-    boundaries = _boundaries(records, owners, sealed_count, journal.end_lsn)
-
-    directory = EpochDirectory()
-    for info in history:
-        directory.append(info)
+    boundaries = _boundaries(records, owners, len(epochs), journal.end_lsn)
     spooled = [each.lsn for each in records if each.kind == RecordType.BLOCKS]
-    is_primary = superblock.role == "primary"
+    directory = EpochDirectory()
+    for info in [*history, *_rows(superblock, epochs, boundaries, spooled)]:
+        directory.append(info)
+    open_epoch = _fill_indexes(superblock, records, owners, len(epochs), indexes)
+    sealed_hash = bytes.fromhex(superblock.applied_hash)
+    if epochs:
+        last = epochs[-1][1]
+        open_epoch.number, open_epoch.first_lsn = last.number + 1, last.end_lsn
+        open_epoch.boundary_lsn = boundaries[-1]
+        sealed_hash = last.chain_hash
+    return Replayed(directory, open_epoch, cut_number, open_epoch.number - 1, sealed_hash, spooled)
+
+
+def _rows(
+    superblock: Superblock,
+    epochs: Sequence[tuple[int, Epoch, int]],
+    boundaries: Sequence[int],
+    spooled: Sequence[int],
+) -> list[EpochInfo]:
+    """Directory rows of the epochs beyond the applied one."""
+    rows: list[EpochInfo] = []
     for at, (record_lsn, epoch, previous_lsn) in enumerate(epochs):
         lowest = lowest_address(epoch, record_lsn)
-        if is_primary:
+        if superblock.role == "primary":
             lowest = min(lowest, boundaries[at - 1] if at else superblock.scan_lsn)
         else:
             lowest = record_start(spooled, lowest)
-        directory.append(
+        rows.append(
             info_of(
                 epoch,
                 record_lsn=record_lsn,
@@ -133,19 +150,7 @@ def replay(
                 previous_lsn=previous_lsn,
             )
         )
-    open_epoch = _fill_indexes(superblock, records, owners, sealed_count, indexes)
-    if epochs:
-        last = epochs[-1][1]
-        open_epoch.number, open_epoch.first_lsn = last.number + 1, last.end_lsn
-        open_epoch.boundary_lsn = boundaries[-1]
-    return Replayed(
-        directory,
-        open_epoch,
-        cut_number,
-        open_epoch.number - 1,
-        epochs[-1][1].chain_hash if epochs else bytes.fromhex(superblock.applied_hash),
-        spooled,
-    )
+    return rows
 
 
 def record_start(lsns: Sequence[int], address: int) -> int:

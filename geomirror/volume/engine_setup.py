@@ -53,58 +53,35 @@ def volume_file_name(index: int) -> str:
     return f"{VOLUMES_DIRECTORY}/{index}.img"
 
 
-def create_parts(
-    store: Store,
-    limits: Limits,
-    entropy: Entropy,
-    *,
-    name: str,
-    resource_id: bytes,
-    volumes: Sequence[VolumeSpec],
-    journal_bytes: int,
-    role: Role,
-    chain: Sequence[GenerationRecord],
-    wall_ns: int,
-) -> EngineParts:
+@dataclass(frozen=True)
+class NewResource:
+    """A resource to be made; see `Engine.create`."""
+
+    name: str
+    resource_id: bytes
+    volumes: Sequence[VolumeSpec]
+    journal_bytes: int
+    role: Role
+    chain: Sequence[GenerationRecord]
+    wall_ns: int
+
+
+def create_parts(store: Store, limits: Limits, entropy: Entropy, new: NewResource) -> EngineParts:
     """See `Engine.create`."""
-    _check(limits, volumes, journal_bytes)
+    _check(limits, new.volumes, new.journal_bytes)
     with ExitStack() as stack:
-        images: dict[int, Image] = {}
-        for spec in volumes:
-            file = spec.backing or store.create(volume_file_name(spec.index), spec.size_bytes)
-            stack.callback(file.close)
-            if file.size() < spec.size_bytes:
-                raise RefusedError(
-                    f'volume "{spec.name}" of "{name}" needs {spec.size_bytes} bytes, '
-                    f"{file.name} has {file.size()}"
-                )
-            images[spec.index] = Image(spec.index, spec.name, spec.size_bytes, file)
-        if any(spec.backing is None for spec in volumes):
-            store.sync_directory(VOLUMES_DIRECTORY)
-        segments = journal_bytes // limits.segment_bytes
+        images = _create_images(store, new, stack)
+        segments = new.journal_bytes // limits.segment_bytes
         journal = Journal.create(
             store,
             limits,
             entropy,
-            resource_id=resource_id,
+            resource_id=new.resource_id,
             journal_bytes=segments * limits.segment_bytes,
         )
         stack.callback(journal.close)
-        superblock = Superblock(
-            resource_id=resource_id.hex(),
-            name=name,
-            segment_bytes=limits.segment_bytes,
-            journal_bytes=segments * limits.segment_bytes,
-            volumes=[VolumeRecord(v.index, v.name, v.size_bytes, v.backing_name) for v in volumes],
-            role=role,
-            data_state="consistent" if role == "primary" else "blank",
-            chain=list(chain),
-            scan_lsn=journal.end_lsn,
-            known_durable_lsn=journal.end_lsn,
-            applied_end_lsn=journal.end_lsn,
-            applied_wall_ns=wall_ns,
-        )
         undo = UndoStore(store, limits)
+        superblock = _first_superblock(new, journal, limits)
         superblock_file = SuperblockFile(store)
         stack.callback(superblock_file.close)
         superblock_file.create(superblock)
@@ -127,6 +104,42 @@ def create_parts(
     )
 
 
+def _create_images(store: Store, new: NewResource, stack: ExitStack) -> dict[int, Image]:
+    images: dict[int, Image] = {}
+    for spec in new.volumes:
+        file = spec.backing or store.create(volume_file_name(spec.index), spec.size_bytes)
+        stack.callback(file.close)
+        if file.size() < spec.size_bytes:
+            raise RefusedError(
+                f'volume "{spec.name}" of "{new.name}" needs {spec.size_bytes} bytes, '
+                f"{file.name} has {file.size()}"
+            )
+        images[spec.index] = Image(spec.index, spec.name, spec.size_bytes, file)
+    if any(spec.backing is None for spec in new.volumes):
+        store.sync_directory(VOLUMES_DIRECTORY)
+    return images
+
+
+def _first_superblock(new: NewResource, journal: Journal, limits: Limits) -> Superblock:
+    return Superblock(
+        resource_id=new.resource_id.hex(),
+        name=new.name,
+        segment_bytes=limits.segment_bytes,
+        journal_bytes=journal.bytes_total,
+        volumes=[
+            VolumeRecord(each.index, each.name, each.size_bytes, each.backing_name)
+            for each in new.volumes
+        ],
+        role=new.role,
+        data_state="consistent" if new.role == "primary" else "blank",
+        chain=list(new.chain),
+        scan_lsn=journal.end_lsn,
+        known_durable_lsn=journal.end_lsn,
+        applied_end_lsn=journal.end_lsn,
+        applied_wall_ns=new.wall_ns,
+    )
+
+
 def open_parts(
     store: Store,
     limits: Limits,
@@ -138,12 +151,7 @@ def open_parts(
         superblock_file = SuperblockFile(store)
         stack.callback(superblock_file.close)
         superblock = superblock_file.load()
-        images: dict[int, Image] = {}
-        for volume in superblock.volumes:
-            own = volume_file_name(volume.index)
-            file = open_backing(volume) if volume.backing else store.open(own)
-            stack.callback(file.close)
-            images[volume.index] = Image(volume.index, volume.name, volume.size_bytes, file)
+        images = _open_images(store, superblock, open_backing, stack)
         recovered = recover_journal(
             store,
             limits,
@@ -178,6 +186,21 @@ def open_parts(
         replayed.spooled,
         recovered.moved,
     )
+
+
+def _open_images(
+    store: Store,
+    superblock: Superblock,
+    open_backing: Callable[[VolumeRecord], File],
+    stack: ExitStack,
+) -> dict[int, Image]:
+    images: dict[int, Image] = {}
+    for volume in superblock.volumes:
+        own = volume_file_name(volume.index)
+        file = open_backing(volume) if volume.backing else store.open(own)
+        stack.callback(file.close)
+        images[volume.index] = Image(volume.index, volume.name, volume.size_bytes, file)
+    return images
 
 
 def _indexes(images: dict[int, Image], limits: Limits) -> dict[int, DirtyIndex]:

@@ -136,6 +136,11 @@ class Journal:
             ),
         )
 
+    def holds(self, address: int) -> bool:
+        """Whether the segment of an address is there. A crash within a trim may leave any of the
+        segments that were being removed, so holding one says nothing of its neighbours."""
+        return address // self._segment_bytes in self._segments
+
     @property
     def end_lsn(self) -> int:
         """Behind the last record; the next one lies here or opens a new segment."""
