@@ -61,6 +61,9 @@ class ApplyImage(Protocol):
     def data_ranges(self, offset: int, length: int) -> list[tuple[int, int]]:
         """The (offset, length) parts that may hold anything but zeros, ascending."""
 
+    def expect_scattered_reads(self, is_scattered: bool) -> None:
+        """A hint: reads from now on are (not) of scattered blocks."""
+
     def write_blocks(self, blocks: Sequence[tuple[int, Buffer]]) -> None:
         """Write (first block, one or more whole blocks), ascending; not durable yet."""
 
@@ -144,17 +147,26 @@ class ApplyJob:
     def _fill_undo(self, writer: UndoWriter) -> None:
         for volume, entries in _by_volume(self.table):
             image = self._images[volume]
-            is_long = (entries["kind"] == KIND_ZERO) & (entries["count"] >= _LONG_RUN_BLOCKS_MIN)
-            bounds = [*np.flatnonzero(is_long).tolist(), len(entries)]
-            start = 0
-            for bound in bounds:
-                for first in range(start, bound, _SLICE_BLOCKS):
-                    blocks = _expand(entries[first : min(first + _SLICE_BLOCKS, bound)])
-                    self._save_blocks(writer, volume, image, blocks)
-                if bound < len(entries):
-                    entry = entries[bound]
-                    self._save_run(writer, volume, image, int(entry["block"]), int(entry["count"]))
-                start = bound + 1
+            image.expect_scattered_reads(True)
+            try:
+                self._save_volume(writer, volume, image, entries)
+            finally:
+                image.expect_scattered_reads(False)
+
+    def _save_volume(
+        self, writer: UndoWriter, volume: int, image: ApplyImage, entries: Table
+    ) -> None:
+        is_long = (entries["kind"] == KIND_ZERO) & (entries["count"] >= _LONG_RUN_BLOCKS_MIN)
+        bounds = [*np.flatnonzero(is_long).tolist(), len(entries)]
+        start = 0
+        for bound in bounds:
+            for first in range(start, bound, _SLICE_BLOCKS):
+                blocks = _expand(entries[first : min(first + _SLICE_BLOCKS, bound)])
+                self._save_blocks(writer, volume, image, blocks)
+            if bound < len(entries):
+                entry = entries[bound]
+                self._save_run(writer, volume, image, int(entry["block"]), int(entry["count"]))
+            start = bound + 1
 
     def _save_blocks(
         self, writer: UndoWriter, volume: int, image: ApplyImage, blocks: Keys

@@ -29,7 +29,7 @@ _WRITE, _TRIM = int(RecordType.WRITE), int(RecordType.TRIM)
 _BLOCK_MASK = BLOCK_BYTES - 1
 _RECORD_BYTES = HEADER_BYTES + 8
 """Header and padding of one record, at most."""
-_PARTS_MAX = 3
+_PARTS_MAX = 4
 """Index entries and parts that one partly written block adds, at most."""
 
 

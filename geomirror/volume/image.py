@@ -54,6 +54,10 @@ class Image:
         assert 0 <= offset <= offset + length <= self.size_bytes
         return self.file.data_ranges(length, offset)
 
+    def expect_scattered_reads(self, is_scattered: bool) -> None:
+        """A hint: reads from now on are (not) of scattered blocks."""
+        self.file.expect_scattered_reads(is_scattered)
+
     def write_blocks(self, blocks: Sequence[tuple[int, Buffer]]) -> None:
         """Write (first block, contents of one or more whole blocks), ascending. Not durable yet.
 

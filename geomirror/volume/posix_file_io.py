@@ -6,6 +6,7 @@ threads may use one file at once.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -88,6 +89,16 @@ class PosixFile:
             raise self._error(error, "read") from error
         # Fewer bytes: only the first of them are in memory, or the file ends; `pread` will tell.
         return data if found == length else None
+
+    def expect_scattered_reads(self, is_scattered: bool) -> None:
+        """Turn the kernel's read-ahead off or on; a refusal is ignored.
+
+        Reading ascending blocks with gaps looks sequential to it: 170 µs instead of 3.4 µs a block
+        in a sparse file, and as many pages thrown out of the cache.
+        """
+        advice = os.POSIX_FADV_RANDOM if is_scattered else os.POSIX_FADV_NORMAL
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(self._descriptor, 0, 0, advice)
 
     def pwritev(self, buffers: Sequence[Buffer], offset: int) -> None:
         """Write all buffers, completely. :raises NoSpaceError: the file system is full."""

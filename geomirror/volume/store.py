@@ -29,6 +29,9 @@ class File(Protocol):
     def try_read(self, length: int, offset: int) -> bytes | bytearray | None:
         """Like `pread` if that needs no waiting for a disk, else None."""
 
+    def expect_scattered_reads(self, is_scattered: bool) -> None:
+        """A hint: reads from now on are (not) scattered, and what follows them is not wanted."""
+
     def pwritev(self, buffers: Sequence[Buffer], offset: int) -> None:
         """Write all buffers one after the other, completely. Not durable before `fdatasync`."""
 

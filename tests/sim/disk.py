@@ -362,6 +362,9 @@ class SimFile:
         """A simulated disk needs no waiting for."""
         return self.pread(length, offset)
 
+    def expect_scattered_reads(self, is_scattered: bool) -> None:
+        """A hint that nothing here can use."""
+
     def pwritev(self, buffers: Sequence[Buffer], offset: int) -> None:
         """Write into the cache."""
         self._check("pwritev")

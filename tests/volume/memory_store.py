@@ -27,6 +27,9 @@ class MemoryFile:
         self.store.operations.append(("pread", self.name, offset, length))
         return bytes(self.data[offset : offset + length]).ljust(length, b"\0")
 
+    def expect_scattered_reads(self, is_scattered: bool) -> None:
+        self.store.operations.append(("scattered", self.name, int(is_scattered), 0))
+
     def pwritev(self, buffers: Sequence[Buffer], offset: int) -> None:
         content = b"".join(buffers)
         self.store.operations.append(("pwritev", self.name, offset, len(content)))
