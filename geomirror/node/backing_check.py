@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import stat
-import struct
 from pathlib import Path
 
 from geomirror.errors import NotFoundError, RefusedError, StorageError, UsageError
 from geomirror.limits import MIB
+from geomirror.volume.store_io import open_backing
 
-_BLKZEROOUT = 0x127F
 PROBE_BYTES = 1 * MIB
 """Read at either end of a block device: partition tables, file systems, RAID and LVM labels."""
 
@@ -79,6 +77,7 @@ def check_backing(path: str, size_bytes: int, *, is_adopted: bool, is_forced: bo
 
     :raises RefusedError: it holds data and neither `--adopt` nor `--force` was given, or it is
         smaller than the volume.
+    :raises InUseError: it is mounted, or a resource or another process uses it.
     :raises NotFoundError: its content is to be adopted and it does not exist.
     """
     size = backing_size(path)
@@ -93,6 +92,7 @@ def check_backing(path: str, size_bytes: int, *, is_adopted: bool, is_forced: bo
             f"backing {path}: {size} bytes, the volume has {size_bytes}",
             hint="give a smaller --size or a larger device",
         )
+    open_backing(path).close()
     if not is_adopted and not is_forced and holds_data(path):
         raise RefusedError(
             f"backing {path} holds data",
@@ -103,21 +103,16 @@ def check_backing(path: str, size_bytes: int, *, is_adopted: bool, is_forced: bo
 def zero_backing(path: str) -> None:
     """Make every byte of an existing backing zero (`--force`); its size stays.
 
+    :raises InUseError: somebody uses it; nothing changed.
     :raises StorageError: it is not, or not wholly, zero.
     """
     size = backing_size(path)
     if not size:
         return
+    # Locked: between the check and now somebody may have begun to use it.
+    file = open_backing(path)
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            if stat.S_ISREG(os.fstat(descriptor).st_mode):
-                os.ftruncate(descriptor, 0)
-                os.ftruncate(descriptor, size)
-            else:
-                fcntl.ioctl(descriptor, _BLKZEROOUT, struct.pack("QQ", 0, size))
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise StorageError.from_os(error, operation="zero", path=path) from error
+        file.zero(size, 0, punch=True)
+        file.fdatasync()
+    finally:
+        file.close()

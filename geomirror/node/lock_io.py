@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import time
 
 from geomirror.errors import InUseError, StorageError
 from geomirror.node.paths import DataDir
+
+TRIES = 10
+TRY_S = 0.02
 
 
 class DaemonLock:
@@ -23,7 +28,7 @@ class DaemonLock:
         except OSError as error:
             raise StorageError.from_os(error, operation="open", path=str(path)) from error
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._take()
         except OSError as error:
             holder = os.pread(self._descriptor, 32, 0).decode("ascii", "replace").strip() or "?"
             os.close(self._descriptor)
@@ -33,6 +38,15 @@ class DaemonLock:
             ) from error
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
+
+    def _take(self) -> None:
+        # A command that looks whether a daemon runs holds the lock, shared, for an instant.
+        for _ in range(TRIES):
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            time.sleep(TRY_S)
+        fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def release(self) -> None:
         """Let another daemon in."""

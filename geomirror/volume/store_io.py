@@ -190,7 +190,9 @@ def _open(path: Path, flags: int) -> int:
         return os.open(path, flags, 0o600)
     except OSError as error:
         if error.errno == errno.EBUSY:
-            raise InUseError(f"{path} is in use", hint="unmount it or stop its user") from error
+            raise InUseError(
+                f"backing {path} is mounted or part of another device", hint="unmount it first"
+            ) from error
         raise StorageError.from_os(error, operation="open", path=str(path)) from error
 
 
@@ -198,7 +200,10 @@ def _take_lock(descriptor: int, path: str) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise InUseError(f"{path} is held by another process", hint="stop it first") from error
+        raise InUseError(
+            f"{path} is held by a running resource or by another process",
+            hint='see "geomirror resource list", or stop its user first',
+        ) from error
     except OSError as error:
         raise StorageError.from_os(error, operation="lock", path=path) from error
 

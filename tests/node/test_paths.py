@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -21,6 +23,7 @@ from geomirror.node.resource_definition import (
     VolumeDefinition,
     default_journal_bytes,
 )
+from geomirror.volume.store_io import open_backing
 
 
 def definition(**changes) -> ResourceDefinition:
@@ -72,6 +75,18 @@ def test_a_second_daemon_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False)
     DaemonLock(DataDir(tmp_path)).release()
+
+
+def test_a_look_at_the_lock_does_not_keep_a_daemon_from_starting(tmp_path):
+    data_dir = DataDir(tmp_path)
+    data_dir.lock.touch()
+    with data_dir.lock.open() as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        letting_go = threading.Timer(0.05, fcntl.flock, (looking, fcntl.LOCK_UN))
+        letting_go.start()
+        lock = DaemonLock(data_dir)
+        letting_go.join()
+    lock.release()
 
 
 def test_an_atomic_file_is_private_and_whole(tmp_path):
@@ -200,3 +215,17 @@ def test_systemd_hears_of_readiness_and_of_life(tmp_path, monkeypatch):
     assert said[2].startswith("STOPPING=1")
     notifier.watchdog()  # nobody listens any more: not our problem
     assert Notifier().watchdog_s is None
+
+
+def test_what_somebody_uses_is_neither_taken_nor_zeroed(tmp_path):
+    path = tmp_path / "disk.img"
+    path.write_bytes(b"x" * MIB)
+    user = open_backing(path)
+    with pytest.raises(InUseError, match=r"disk\.img is held"):
+        check_backing(str(path), MIB, is_adopted=False, is_forced=True)
+    with pytest.raises(InUseError, match=r"disk\.img is held"):
+        zero_backing(str(path))
+    user.close()
+    assert path.read_bytes() == b"x" * MIB
+    zero_backing(str(path))
+    assert path.read_bytes() == bytes(MIB)

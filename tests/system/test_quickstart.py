@@ -6,11 +6,9 @@ import json
 import os
 import re
 import signal
-import socket
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,111 +16,15 @@ from typing import Any
 import pytest
 
 from geomirror.nbd.client_io import NbdClient
-from geomirror.node.control_client_io import ControlClient
-from geomirror.node.paths import DataDir
+from tests.system.support import MIB, Site, quick_start, some_sites, until
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(120)]
-MIB = 1 << 20
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-class Site:
-    """One node on this machine."""
-
-    def __init__(self, root: Path, name: str) -> None:
-        self.data_dir = root / name
-        self.port = free_port()
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def command(self, *arguments: str) -> list[str]:
-        return [sys.executable, "-m", "geomirror", "--data-dir", str(self.data_dir), *arguments]
-
-    def run(self, *arguments: str, expected: int = 0, stdin: str = "") -> str:
-        done = subprocess.run(
-            self.command(*arguments),
-            capture_output=True,
-            text=True,
-            timeout=90,
-            check=False,
-            input=stdin,
-        )
-        assert done.returncode == expected, (arguments, done.stdout, done.stderr)
-        assert "Traceback" not in done.stderr
-        return done.stdout
-
-    def json(self, *arguments: str, expected: int = 0) -> Any:
-        document = json.loads(self.run(*arguments, "--json", expected=expected))
-        assert document["schema_version"] == 1
-        return document
-
-    def start(self) -> None:
-        log = (self.data_dir / "test.log").open("ab")
-        with log:
-            self.process = subprocess.Popen(self.command("node", "run"), stderr=log)
-
-    def restart(self) -> None:
-        """Start, and return when the daemon can be talked to."""
-        self.start()
-        until(ControlClient(DataDir(self.data_dir)).is_running)
-
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        assert self.process is not None
-        self.process.send_signal(number)
-        code = self.process.wait(15)
-        self.process = None
-        return code
-
-    def log(self) -> str:
-        return (self.data_dir / "test.log").read_text()
-
-    def resource(self, name: str = "pg") -> Any:
-        return self.json("status", name)["resources"][0]
-
-    def uri(self) -> str:
-        """Of the first volume, as soon as it is served."""
-        until(lambda: self.resource()["volumes"][0]["nbd_uri"])
-        return str(self.resource()["volumes"][0]["nbd_uri"])
-
-    def peer(self) -> Any:
-        return self.resource()["peers"][0]
-
-
-def until(condition: Any, timeout_s: float = 30) -> None:
-    give_up = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < give_up, "did not happen in time"
-        time.sleep(0.1)
 
 
 @pytest.fixture
 def sites(tmp_path: Path) -> Iterator[tuple[Site, Site]]:
-    found = Site(tmp_path, "a"), Site(tmp_path, "b")
-    yield found
-    for site in found:
-        if site.process is not None:
-            site.process.kill()
-            site.process.wait()
-
-
-def quick_start(a: Site, b: Site, size: str = "64M") -> None:
-    """DESIGN: "to the letter, on one machine, without root"; nothing waits in between."""
-    a.run(
-        *("network", "create", "acme", "--site", "east", "--node", "east-1"),
-        *("--listen", f"127.0.0.1:{a.port}"),
-    )
-    a.start()
-    token = a.run("token", "create", "--site", "west", "--node", "west-1").strip()
-    b.run("join", token, "--listen", f"127.0.0.1:{b.port}")
-    b.start()
-    a.run(
-        *("resource", "create", "pg", "--size", size),
-        *("--primary", "east-1", "--secondary", "west-1", "--journal-size", "256M"),
-    )
+    with some_sites(tmp_path, "a", "b") as (a, b):
+        yield a, b
 
 
 async def write(site: Site, offset: int, data: bytes) -> None:
@@ -178,8 +80,6 @@ def check_shape(resource: dict[str, Any]) -> None:
 def check_modes(root: Path) -> None:
     """Files 0600, directories 0700."""
     for path in (root, *root.rglob("*")):
-        if path.name == "test.log":
-            continue
         mode = stat.S_IMODE(path.lstat().st_mode)
         assert mode == (0o700 if path.is_dir() else 0o600), (path, oct(mode))
 

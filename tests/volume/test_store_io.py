@@ -102,7 +102,7 @@ def test_create_list_rename_unlink(store: DirectoryStore) -> None:
 
 
 def test_a_second_process_cannot_serve_the_same_resource(store: DirectoryStore) -> None:
-    with pytest.raises(InUseError, match="held by another process"):
+    with pytest.raises(InUseError, match="held by a running resource or by another process"):
         DirectoryStore(store.root)
     DirectoryStore(store.root, exclusive=False).close()
     store.close()
@@ -312,7 +312,7 @@ def test_a_backing_file_is_made_sparse_and_locked(tmp_path: Path) -> None:
         open_backing(path)
     file = open_backing(path, create_size=1 << 40)
     assert (file.size(), mode(path), path.stat().st_blocks) == (1 << 40, 0o600, 0)
-    with pytest.raises(InUseError, match="held by another process"):
+    with pytest.raises(InUseError, match="held by a running resource or by another process"):
         open_backing(path)
     open_backing(path, exclusive=False).close()
     file.close()

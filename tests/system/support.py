@@ -1,0 +1,258 @@
+"""Real nodes on this machine for the system tests: daemons by pid, free ports, bounded waiting."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from geomirror.nbd.client_io import NbdClient
+from geomirror.node.control_client_io import ControlClient
+from geomirror.node.paths import DataDir
+
+MIB = 1 << 20
+POLL_S = 0.05
+
+
+def until(condition: Callable[[], Any], timeout_s: float = 30, what: str = "") -> Any:
+    """Poll until the condition is true, and return its value."""
+    give_up = time.monotonic() + timeout_s
+    while not (found := condition()):
+        assert time.monotonic() < give_up, f"did not happen in time: {what or condition}"
+        time.sleep(POLL_S)
+    return found
+
+
+def free_port() -> int:
+    """A loopback port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Site:
+    """One node on this machine."""
+
+    def __init__(self, root: Path, name: str, data_dir: Path | None = None) -> None:
+        self.root = root
+        self.name = name
+        self.data_dir = data_dir or root / name
+        self.log_path = root / f"{name}.log"
+        self.port = free_port()
+        self.process: subprocess.Popen[bytes] | None = None
+
+    # Commands.
+
+    def command(self, *arguments: str) -> list[str]:
+        """The command line of this node's `geomirror`."""
+        return [sys.executable, "-m", "geomirror", "--data-dir", str(self.data_dir), *arguments]
+
+    def run(self, *arguments: str, expected: int = 0, stdin: str = "") -> str:
+        """Run a command; its stdout. The exit code is checked, and that nothing crashed."""
+        return self.outcome(*arguments, expected=expected, stdin=stdin)[0]
+
+    def outcome(self, *arguments: str, expected: int, stdin: str = "") -> tuple[str, str]:
+        """Run a command; its stdout and stderr."""
+        done = subprocess.run(
+            self.command(*arguments),
+            capture_output=True,
+            text=True,
+            timeout=90,
+            check=False,
+            input=stdin,
+            cwd=self.root,
+        )
+        assert done.returncode == expected, (arguments, done.stdout, done.stderr)
+        assert "Traceback" not in done.stderr
+        return done.stdout, done.stderr
+
+    def json(self, *arguments: str, expected: int = 0) -> Any:
+        """Run a command with `--json`; its document."""
+        document = json.loads(self.run(*arguments, "--json", expected=expected))
+        assert document["schema_version"] == 1
+        return document
+
+    def error(self, *arguments: str, expected: int, code: str) -> str:
+        """Run a command that fails; its message and hint, the same in text and in JSON."""
+        found = self.json(*arguments, expected=expected)["error"]
+        assert found["code"] == code, found
+        assert found["message"]
+        return f"{found['message']}; {found['hint']}" if found["hint"] else str(found["message"])
+
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """Ask the daemon without starting a process."""
+        return ControlClient(DataDir(self.data_dir)).call(method, parameters, timeout_s=60)
+
+    # The daemon.
+
+    def start(self) -> None:
+        """Start the daemon and return at once."""
+        assert self.process is None
+        with self.log_path.open("ab") as log:
+            self.process = subprocess.Popen(self.command("node", "run"), stderr=log, cwd=self.root)
+
+    def restart(self) -> None:
+        """Start, and return when the daemon answers."""
+        self.start()
+        process = self.process
+        assert process is not None
+        is_running = ControlClient(DataDir(self.data_dir)).is_running
+        until(lambda: is_running() or process.poll() is not None, what=f"start of {self.name}")
+        assert process.poll() is None, self.log()
+        self.call("status")
+
+    def failed_start(self, *, expected: int) -> str:
+        """Start a daemon that must refuse to run; what it printed."""
+        return self.outcome("node", "run", expected=expected)[1]
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Signal the daemon and wait for its end; its exit code."""
+        assert self.process is not None
+        self.process.send_signal(number)
+        code = self.process.wait(15)
+        self.process = None
+        return code
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.stop(signal.SIGKILL)
+
+    def end(self) -> None:
+        """Clean up: nothing of the node is left running."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    def log(self) -> str:
+        """All that the daemon logged."""
+        return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
+
+    def rss_bytes(self) -> int:
+        """Resident memory of the daemon."""
+        assert self.process is not None
+        text = Path(f"/proc/{self.process.pid}/status").read_text()
+        line = next(line for line in text.splitlines() if line.startswith("VmRSS:"))
+        return int(line.split()[1]) * 1024
+
+    # What it says.
+
+    def resource(self, name: str = "pg") -> Any:
+        """The resource object of `status --json`."""
+        return self.json("status", name)["resources"][0]
+
+    def status(self, name: str = "pg") -> Any:
+        """The same without starting a process."""
+        return self.call("status", name=name)["resources"][0]
+
+    def peer(self, name: str = "pg", peer: str | None = None) -> Any:
+        """A peer's object; the first one unless it is named."""
+        peers = self.status(name)["peers"]
+        return next(p for p in peers if peer in (None, p["node"]))
+
+    def uri(self, name: str = "pg", volume: int = 0) -> str:
+        """Of a volume, as soon as it is served."""
+        found = until(
+            lambda: self.status(name)["volumes"][volume]["nbd_uri"], what=f"{name} served"
+        )
+        return str(found)
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        """Events of one kind, oldest first."""
+        client = ControlClient(DataDir(self.data_dir))
+        return [e for e in client.events(follow=False, count=2000) if e["kind"] == kind]
+
+    # Data.
+
+    async def write(self, offset: int, data: bytes, name: str = "pg", volume: int = 0) -> None:
+        """Write and flush through NBD."""
+        async with await NbdClient.connect(self.uri(name, volume)) as client:
+            await client.write(offset, data)
+            await client.flush()
+
+    async def read(self, offset: int, length: int, name: str = "pg", volume: int = 0) -> bytes:
+        """Read through NBD."""
+        async with await NbdClient.connect(self.uri(name, volume)) as client:
+            return bytes(await client.read(offset, length))
+
+
+@contextmanager
+def some_sites(root: Path, *names: str) -> Iterator[tuple[Site, ...]]:
+    """Sites whose daemons do not outlive the block."""
+    found = tuple(Site(root, name) for name in names)
+    try:
+        yield found
+    finally:
+        for site in found:
+            site.end()
+
+
+def make_network(first: Site, *others: Site, network: str = "acme") -> None:
+    """A network of running, linked nodes: `east-1`, `west-1`, `north-1`, …"""
+    first.run(
+        *("network", "create", network, "--site", "east", "--node", "east-1"),
+        *("--listen", f"127.0.0.1:{first.port}"),
+    )
+    first.start()
+    for site, place in zip(others, ("west", "north", "south"), strict=False):
+        token = first.run("token", "create", "--site", place, "--node", f"{place}-1").strip()
+        site.run("join", token, "--listen", f"127.0.0.1:{site.port}")
+        site.start()
+    for site in (first, *others):
+        until(lambda site=site: count_links(site) == len(others), what=f"links of {site.name}")
+
+
+def count_links(site: Site) -> int:
+    """Established links of a node."""
+    return sum(link["is_established"] for link in site.call("link.list")["links"])
+
+
+def quick_start(a: Site, b: Site, size: str = "64M") -> None:
+    """DESIGN: "to the letter, on one machine, without root"; nothing waits in between."""
+    a.run(
+        *("network", "create", "acme", "--site", "east", "--node", "east-1"),
+        *("--listen", f"127.0.0.1:{a.port}"),
+    )
+    a.start()
+    token = a.run("token", "create", "--site", "west", "--node", "west-1").strip()
+    b.run("join", token, "--listen", f"127.0.0.1:{b.port}")
+    b.start()
+    a.run(
+        *("resource", "create", "pg", "--size", size),
+        *("--primary", "east-1", "--secondary", "west-1", "--journal-size", "256M"),
+    )
+
+
+def create(
+    site: Site,
+    name: str,
+    *more: str,
+    size: str | None = "64M",
+    primary: str = "east-1",
+    secondary: str | None = "west-1",
+) -> None:
+    """Create a resource with the smallest journal."""
+    command = ["resource", "create", name, "--primary", primary, "--journal-size", "256M", *more]
+    if secondary is not None:
+        command += ["--secondary", secondary]
+    if size is not None:
+        command += ["--size", size]
+    site.run(*command)
+
+
+def wait_applied(site: Site, name: str = "pg", timeout_s: float = 60) -> None:
+    """Until every peer has applied all that is completed now."""
+    site.call("resource.wait", name=name, kind="applied", timeout_s=timeout_s)
+
+
+def is_root() -> bool:
+    """Whether mounts and loop devices can be made."""
+    return os.geteuid() == 0
