@@ -165,7 +165,7 @@ PRODUCTION = Limits()
 
 SIMULATION = Limits(
     segment_bytes=256 * KIB,
-    record_payload_bytes_max=32 * KIB,
+    record_payload_bytes_max=64 * KIB,
     journal_bytes_min=1 * MIB,
     dirty_bytes_max=256 * KIB,
     dirty_entries_max=512,

@@ -72,7 +72,7 @@ class FlushToken:
             self.sink.reply_many(self.cookies)
             return
         for cookie in self.cookies:
-            self.sink.reply(cookie, error.nbd_errno)
+            self.sink.reply(cookie, error.nbd_errno, error.message)
 
 
 class HeldWriters:
@@ -108,6 +108,7 @@ class HeldWriters:
         while self._queue:
             _, held = self._queue.popleft()
             FlushToken(held.attached.sink, [*held.cookies, *held.fua_cookies]).answer(error)
+            held.attached.sink.resume_reading()
 
 
 @dataclass

@@ -20,8 +20,10 @@ class Job(Protocol):
 
 @dataclass(slots=True, eq=False)
 class RunJob:
-    """Run `job` off the loop, then call `core.job_done(this, error, …)`. Jobs of different kinds run
-    side by side; a core never starts a kind twice."""
+    """Run `job` off the loop, then call `core.job_done(this, error, …)`.
+
+    Jobs of different kinds run side by side; a core never starts a kind twice.
+    """
 
     kind: str
     job: Job

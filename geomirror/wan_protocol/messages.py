@@ -128,10 +128,8 @@ class SessionAccept(Message, frozen=True):
     applied_epoch: int
     data_state: str
     """`blank`, `inconsistent` or `consistent`."""
-    spooled_epoch: int
-    """Epoch of which frames are already here, 0 for none."""
-    spooled_frames: bytes
-    """Bitmap of them, bit 0 of byte 0 is frame 0."""
+    spooled: list[tuple[int, bytes]]
+    """Epochs of which frames are here already, each with a bitmap: bit 0 of byte 0 is frame 0."""
     credit_bytes: int
     """Frame body bytes that may be sent in this session before the next grant, in total."""
 

@@ -1,8 +1,8 @@
-"""A peer's dirty bitmap as the primary keeps it: which epochs it covers, and the job that adds more.
+"""A peer's dirty bitmap as the primary keeps it: which epochs it covers, and how more are added.
 
-The bitmap covers every change after `base_epoch` up to `through_epoch`. Epochs after `through_epoch`
-are retained in the journal; retention moves only after the bits are durable (I14), so bitmap and
-journal together are exact after any crash.
+The bitmap covers every change after `base_epoch` up to `through_epoch`. Later epochs are retained in
+the journal; retention moves only after the bits are durable (I14), so bitmap and journal together
+are exact after any crash.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class BitmapJob:
     def run(self) -> None:
         """Blocking; raises StorageError, IntegrityError."""
         for number in self.numbers:
-            self.bitmap.set_table(self.engine.load_epoch(number).table)
+            self.bitmap.set_table(self.engine.load_epoch(number).table, number)
         job = self.bitmap.write_job()
         if job is not None:
             job.run()

@@ -80,7 +80,8 @@ class Replica:
             self._decide(FlushDone(token))
             return
         self._flushes.append((token, end_lsn))
-        self._pump_sync()
+        if not self.is_running("sync"):
+            self._pump()
 
     @property
     def is_idle(self) -> bool:
@@ -123,6 +124,12 @@ class Replica:
     def _pump(self) -> None:
         if self.fenced is not None:
             return
+        try:
+            self._pump_all()
+        except StorageError as error:
+            self._fence(error)
+
+    def _pump_all(self) -> None:
         if self._retry_at_ns is not None and self.now_ns < self._retry_at_ns:
             self._pump_sync()
             return

@@ -107,6 +107,9 @@ class ResyncSender:
         blocks = -(-length // BLOCK_BYTES)
         skipped = self.engine.unsealed_blocks(volume, offset // BLOCK_BYTES, blocks)
         self._reading_end = offset + length
+        if skipped:
+            # They travel with their epoch, so the peer is not consistent before it has that one.
+            self.end_epoch = max(self.end_epoch, self.engine.open_epoch)
         if not skipped:
             return [Run(volume, offset, length, pieces)]
         runs: list[Run] = []
@@ -175,7 +178,8 @@ class ResyncSender:
             self._to_send.popleft()
             self.sender.count_sent(len(body))
             decisions.append(SendFrame(name, session, self.number, sequence, body, is_resync=True))
-        if self.is_read_to_end and not self._frames and not self.is_end_sent:
+        is_copied = self.is_read_to_end and not self._frames
+        if is_copied and not self.is_end_sent and sealed_epoch >= self.end_epoch:
             self.is_end_sent = True
             self.end_epoch = sealed_epoch
             end = ResyncEnd(session, self.number, self.end_epoch, self.next_sequence)

@@ -14,23 +14,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from geomirror.environment import SECOND
 from geomirror.errors import (
-    BadFrameError,
     GeomirrorError,
     IntegrityError,
-    JournalFullError,
-    LimitExceededError,
-    NoSpaceError,
     RefusedError,
     RemoteProtocolError,
-    StorageError,
 )
 from geomirror.limits import Limits
 from geomirror.volume.engine import Engine
 from geomirror.volume.superblock import DataState
 from geomirror.wan_protocol.decisions import Emit, SendMessage
-from geomirror.wan_protocol.epoch_decode import FrameDecoder
+from geomirror.wan_protocol.epoch_intake import MISSING_AFTER_NS, EpochIntake
 from geomirror.wan_protocol.incoming import Incoming, number_bitmap
 from geomirror.wan_protocol.messages import (
     Acknowledge,
@@ -43,7 +37,6 @@ from geomirror.wan_protocol.messages import (
     SessionOpen,
     SessionRefuse,
 )
-from geomirror.wan_protocol.replica import Replica
 from geomirror.wan_protocol.resync_receiver import ResyncReceiver
 from geomirror.wan_protocol.session import session_number
 
@@ -54,13 +47,11 @@ NO_GENERATION = bytes(16)
 """Of a secondary that no primary has spoken to yet: it takes over the primary's chain."""
 UNKNOWN_EPOCH = -1
 """`consistent_from` while a resync has not told its end."""
-INCOMING_MAX = 1024
-"""Epochs that may be under way at once."""
-MISSING_AFTER_NS = 1 * SECOND
-"""A committed epoch without news for this long: its missing frames were lost with a connection."""
+SPOOLED_REPORTED_MAX = 64
+"""Epochs under way that are reported when a session opens; the rest is sent again."""
 
 
-class Secondary(Replica):
+class Secondary(EpochIntake):
     """Core of the secondary role; see `Replica` for the shape."""
 
     def __init__(self, engine: Engine, limits: Limits, *, primary: str) -> None:
@@ -74,8 +65,6 @@ class Secondary(Replica):
         self.primary_epoch = 0
         self.received_total = 0
         self.resync: ResyncReceiver | None = None
-        self._decoder = self._new_decoder()
-        self._incoming: dict[int, Incoming] = {}
         self._incarnation = b""
         self._received_bytes = 0
         self._unreported_bytes = 0
@@ -87,10 +76,6 @@ class Secondary(Replica):
     def data_state(self) -> str:
         """`blank`, `inconsistent` or `consistent`."""
         return self.engine.superblock.data_state
-
-    def _new_decoder(self) -> FrameDecoder:
-        sizes = {index: image.size_bytes for index, image in self.engine.images.items()}
-        return FrameDecoder(self.limits, sizes)
 
     # Events.
 
@@ -124,7 +109,8 @@ class Secondary(Replica):
                 self.refusal = message.error_text
                 self._decide(Emit("primary_refused", {"reason": message.error_text}))
             case EpochCommit() if self.is_open:
-                self._committed(message)
+                self.primary_epoch = max(self.primary_epoch, message.epoch)
+                self.take_commit(message)
             case ResyncBegin() if self.is_open:
                 self._resync_began(message)
             case ResyncEnd() if self.is_open:
@@ -154,7 +140,7 @@ class Secondary(Replica):
             if self.resync is not None and self.resync.number == epoch:
                 self.resync.add(sequence, body)
         elif epoch > self.engine.committed_epoch:
-            self._spool(epoch, sequence, body)
+            self.take_frame(epoch, sequence, body)
         self._acknowledge_soon()
         self._pump()
 
@@ -163,8 +149,8 @@ class Secondary(Replica):
         self.now_ns = max(self.now_ns, now_ns)
         if self._acknowledge_at_ns is not None and self.now_ns >= self._acknowledge_at_ns:
             self._acknowledge()
-        for incoming in self._incoming.values():
-            if self._is_stuck(incoming) and self.is_open:
+        for incoming in self.incoming.values():
+            if self.is_stuck(incoming) and self.is_open:
                 incoming.progress_ns = self.now_ns
                 self._acknowledge(incoming)
         self._pump()
@@ -175,7 +161,7 @@ class Secondary(Replica):
         if self.is_open:
             times += [
                 i.progress_ns + MISSING_AFTER_NS
-                for i in self._incoming.values()
+                for i in self.incoming.values()
                 if i.commit is not None and not i.is_complete
             ]
         return min((t for t in times if t is not None), default=None)
@@ -221,7 +207,7 @@ class Secondary(Replica):
             return
         if message.incarnation != self._incarnation:
             # Another start of the primary may cut the same epoch into other frames.
-            self._forget_incoming()
+            self.forget_incoming()
             self._incarnation = message.incarnation
         if engine.generation == NO_GENERATION and message.chain:
             engine.adopt_chain(message.chain)
@@ -231,9 +217,9 @@ class Secondary(Replica):
         self.resync = None
         self.primary_epoch = message.epoch
         self._received_bytes = self._unreported_bytes = 0
-        spooled = self._incoming.get(engine.committed_epoch + 1)
-        first = min(self._incoming, default=0)
-        spooled = spooled or self._incoming.get(first)
+        spooled = [
+            (i.number, number_bitmap(set(i.parts))) for i in self.incoming.values() if i.parts
+        ]
         self._send(
             SessionAccept(
                 self.session,
@@ -242,12 +228,11 @@ class Secondary(Replica):
                 engine.sealed_hash,
                 self._applied_reported,
                 self.data_state,
-                spooled.number if spooled else 0,
-                number_bitmap(set(spooled.parts)) if spooled else b"",
+                spooled[:SPOOLED_REPORTED_MAX],
                 self._credit(),
             )
         )
-        for incoming in self._incoming.values():
+        for incoming in self.incoming.values():
             incoming.commit = None
         self._decide(Emit("primary_connected", {"peer": self.primary, "epoch": message.epoch}))
 
@@ -272,88 +257,11 @@ class Secondary(Replica):
         # A frame may blow up to its raw size in the journal; compressed bytes are what is granted.
         return self._received_bytes + max(0, min(self.limits.credit_bytes, spare // 4))
 
-    # Epochs.
-
-    def _spool(self, epoch: int, sequence: int, body: bytes) -> None:
-        if len(self._incoming) >= INCOMING_MAX and epoch not in self._incoming:
-            raise LimitExceededError(f"more than {INCOMING_MAX} epochs under way")
-        incoming = self._incoming.setdefault(epoch, Incoming(epoch))
-        if sequence in incoming.parts:
-            return
-        try:
-            frame = self._decoder.decode(body)
-        except BadFrameError as error:
-            self._decide(Emit("bad_frame", {"epoch": epoch, "error": str(error)}))
-            return
-        address = 0
-        if frame.data:
-            try:
-                address = self.engine.spool([frame.data], 0)
-            except (JournalFullError, NoSpaceError):
-                self._spool_full(epoch)
-                return
-            except StorageError as error:
-                self._fence(error)
-                return
-        incoming.progress_ns = self.now_ns
-        incoming.add(sequence, frame.table.copy(), address)
-        self._commit_complete()
-
-    def _spool_full(self, epoch: int) -> None:
-        """No room: give up what is furthest ahead, so that the next epoch in order can finish.
-
-        What is dropped is asked for again once its commit is here.
-        """
-        ahead = max(self._incoming)
-        if ahead > min(self._incoming):
-            self._incoming[ahead].drop_parts()
-            self.engine.keep_spooled(self._lowest_spooled())
-        self._decide(Emit("spool_full", {"epoch": epoch}))
-
-    def _committed(self, message: EpochCommit) -> None:
-        if message.epoch <= self.engine.committed_epoch:
-            return
-        self.primary_epoch = max(self.primary_epoch, message.epoch)
-        incoming = self._incoming.setdefault(message.epoch, Incoming(message.epoch))
-        incoming.commit = message
-        incoming.progress_ns = self.now_ns
-        self._commit_complete()
-
-    def _commit_complete(self) -> None:
-        """Commit every complete epoch that is next in order."""
-        engine = self.engine
-        while True:
-            ready = [
-                i
-                for i in self._incoming.values()
-                if i.is_complete and i.commit and i.commit.first_epoch == engine.committed_epoch + 1
-            ]
-            if not ready:
-                return
-            incoming = ready[0]
-            try:
-                epoch = incoming.assemble(engine.committed_hash)
-            except IntegrityError as error:
-                self._diverged(error)
-                return
-            try:
-                engine.commit(epoch, epoch.wall_ns)
-            except (JournalFullError, NoSpaceError) as error:
-                self._stall("commit", error)
-                return
-            except StorageError as error:
-                self._fence(error)
-                return
-            del self._incoming[incoming.number]
-            for number in [n for n in self._incoming if n <= epoch.number]:
-                del self._incoming[number]
-            engine.keep_spooled(self._lowest_spooled())
-            self._sync_wanted = True
-            self._pump_sync()
+    # Refusals.
 
     def _diverged(self, error: IntegrityError) -> None:
         """What arrived is not what the primary sealed: take nothing, say so, ask again anew."""
-        self._forget_incoming()
+        self.forget_incoming()
         self._refuse_session(error)
 
     def _refuse_session(self, error: GeomirrorError) -> None:
@@ -362,18 +270,6 @@ class Secondary(Replica):
         self.refusal = str(error)
         self._decide(Emit("session_refused", {"reason": str(error)}))
         self._send(SessionRefuse(self.session, error.wire_code, str(error)))
-
-    def _forget_incoming(self) -> None:
-        self._incoming.clear()
-        self.engine.keep_spooled(0)
-
-    def _lowest_spooled(self) -> int:
-        lowest = [i.lowest_address for i in self._incoming.values() if i.lowest_address]
-        return min(lowest, default=0)
-
-    def _is_stuck(self, incoming: Incoming) -> bool:
-        is_waiting = incoming.commit is not None and not incoming.is_complete
-        return is_waiting and self.now_ns >= incoming.progress_ns + MISSING_AFTER_NS
 
     # Acknowledgements.
 
@@ -431,12 +327,12 @@ class Secondary(Replica):
     # Plain resync.
 
     def _resync_began(self, message: ResyncBegin) -> None:
-        self._forget_incoming()
+        self.forget_incoming()
         self.resync = ResyncReceiver(self.engine, self.limits, message)
         self._decide(Emit("resync_began", {"epoch": message.epoch, "bytes": message.total_bytes}))
 
     def _pump_role(self) -> None:
-        self._commit_complete()
+        self.commit_complete()
         resync = self.resync
         if resync is None:
             return

@@ -121,11 +121,10 @@ class Sender:
         self.applied_epoch = accept.applied_epoch
         if not self.units:
             self.next_number = self.durable_epoch + 1
+        spooled = dict(accept.spooled)
         for unit in self.units:
             count = len(unit.encoded.frames)
-            have: set[int] = set()
-            if unit.encoded.number == accept.spooled_epoch:
-                have = set(bitmap_numbers(accept.spooled_frames, count))
+            have = set(bitmap_numbers(spooled.get(unit.encoded.number, b""), count))
             unit.to_send = deque(i for i in range(count) if i not in have)
             unit.is_commit_sent = False
 

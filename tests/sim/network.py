@@ -23,6 +23,7 @@ class Link:
     is_up: bool = False
     is_cut: tuple[bool, bool] = (False, False)
     number: int = 0
+    has_lost: bool = False
     busy_until: dict[tuple[str, int], int] = field(default_factory=dict)
     broken: dict[tuple[str, int], int] = field(default_factory=dict)
     queued: dict[str, int] = field(default_factory=dict)
@@ -88,7 +89,10 @@ class Network:
         def arrive() -> None:
             is_lost = link.number != number or link.broken.get(key, 0) != broken
             index = 0 if (source, target) in self.links else 1
-            if is_lost or not link.is_up or link.is_cut[index] or not self.is_alive(target):
+            if is_lost or not link.is_up or not self.is_alive(target):
+                return
+            if link.is_cut[index]:
+                link.has_lost = True
                 return
             self._deliver(target, source, payload)
 
@@ -121,6 +125,9 @@ class Network:
         link.is_cut = (False, False)
         if not link.is_up:
             self.connect_later(a, b)
+        elif link.has_lost:
+            # A connection never goes on behind a gap: it is replaced.
+            self.down(a, b)
 
     def down(self, a: str, b: str) -> None:
         """The link is lost, with everything in flight."""
@@ -148,6 +155,7 @@ class Network:
                 self.world.after(SECOND, attempt)
                 return
             link.is_up = True
+            link.has_lost = False
             link.number += 1
             for one, other in ((a, b), (b, a)):
                 self._link_event(one, other, True)

@@ -64,7 +64,7 @@ class SimNode:
         self.store = SimStore(f"{seed}/{name}")
         self.entropy = SeededEntropy(f"{seed}/{name}")
         self.is_alive = False
-        self.is_fenced_for_good = False
+        self.is_damaged = False
         self.life = 0
         self.links: set[str] = set()
         self.fence_reason = ""

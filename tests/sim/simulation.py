@@ -6,7 +6,7 @@ import random
 import time
 from dataclasses import dataclass, field
 
-from geomirror.errors import FencedError, GeomirrorError, IntegrityError, JournalFullError
+from geomirror.errors import FencedError, GeomirrorError, IntegrityError, JournalFullError, StorageError
 from geomirror.limits import KIB, SIMULATION
 from geomirror.volume.record import RecordType
 from geomirror.wan_protocol.primary import Primary
@@ -296,15 +296,20 @@ class Simulation:
         self.world.after(self.world.between(50 * MS, 3 * SECOND), lambda: self._restart(node))
 
     def _flip_some(self, node: SimNode) -> None:
-        names = [n for n in node.store.names() if n.startswith(("journal/0", "superblock"))]
-        name = self.chance.choice(names)
-        content = node.store.content(name)
-        used = len(content.rstrip(b"\0"))
-        if used == 0:
-            return
-        node.store.flip_bit(name, self.chance.randrange(used * 8))
-        node.is_damaged = True  # type: ignore[attr-defined]
-        self.world.note(f"{node.name}: a bit of {name} flips")
+        """Silent corruption of something that is provably durable, or of a superblock copy.
+
+        What no record and no superblock proves durable looks like a torn tail to anybody.
+        """
+        proven = node.engine._written.known_durable_lsn
+        scan = node.engine._written.scan_lsn
+        name, bit = "superblock", self.chance.randrange(8 * 600)
+        if proven - scan > 100 and self.chance.random() < 0.8:
+            number, offset = divmod(self.chance.randrange(scan, proven), SIMULATION.segment_bytes)
+            name, bit = f"journal/{number:016x}.seg", offset * 8 + self.chance.randrange(8)
+        if node.store.exists(name) and bit // 8 < len(node.store.content(name).rstrip(b"\0")):
+            node.store.flip_bit(name, bit)
+            node.is_damaged = True
+            self.world.note(f"{node.name}: bit {bit} of {name} flips")
 
     def _restart(self, node: SimNode) -> None:
         if node.is_alive:
@@ -315,6 +320,10 @@ class Simulation:
         except MachineStoppedError:
             self._stopped(node)
             return
+        except StorageError as error:
+            self.world.note(f"{node.name}: does not start: {error}")
+            self._crash(node, is_kill=False)
+            return
         except (FencedError, IntegrityError) as error:
             self._noticed(node, error)
             return
@@ -324,7 +333,7 @@ class Simulation:
 
     def _noticed(self, node: SimNode, error: GeomirrorError) -> None:
         """Damage that was planted has been noticed: right, and the end of this run's story."""
-        if not getattr(node, "is_damaged", False):
+        if not node.is_damaged:
             raise OracleError(f"{node.name} does not start: {error}")
         self.is_detected = True
         raise error
@@ -336,18 +345,15 @@ class Simulation:
             content = {
                 volume: engine.read(volume, 0, size) for volume, size in self.oracle.sizes.items()
             }
-            try:
-                self.lost += self.oracle.recovered(content, engine.sealed_epoch)
-            except OracleError as error:
-                raise OracleError(
-                    f"{error} (damaged: {getattr(node, 'is_damaged', False)})"
-                ) from error
+            self.lost += self.oracle.recovered(content, engine.sealed_epoch)
+            for number in range(self.oracle.sealed_epoch + 1, engine.sealed_epoch + 1):
+                self.oracle.sealed(number, engine.epoch_info(number).chain_hash)
         elif engine.superblock.data_state == CONSISTENT:
             self.oracle.restarted(node.name, engine.sealed_epoch)
 
     def _fenced(self, node: SimNode) -> None:
         """A core stopped itself after a failed disk operation: the operator restarts the machine."""
-        if getattr(node, "is_damaged", False) and "differs" in node.fence_reason:
+        if node.is_damaged and "differs" in node.fence_reason:
             self.is_detected = True
         life = node.life
 
@@ -406,7 +412,7 @@ class Simulation:
                 if self._is_converged(core):
                     break
         else:
-            if any(getattr(node, "is_damaged", False) for node in self.nodes.values()):
+            if any(node.is_damaged for node in self.nodes.values()):
                 self.is_detected = True
                 return
             raise OracleError(f"O7: no convergence {HEAL_NS // SECOND} s after the last fault")

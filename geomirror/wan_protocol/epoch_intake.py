@@ -1,0 +1,146 @@
+"""How epochs come into a secondary: frames spooled as they arrive, committed in order.
+
+Only the epoch that is next in order has a right to the journal's room; what comes ahead of it is
+taken while there is plenty, and dropped and asked for again when there is not.
+"""
+
+from __future__ import annotations
+
+from geomirror.environment import SECOND
+from geomirror.errors import (
+    BadFrameError,
+    IntegrityError,
+    JournalFullError,
+    LimitExceededError,
+    NoSpaceError,
+    StorageError,
+)
+from geomirror.limits import Limits
+from geomirror.volume.engine import Engine
+from geomirror.wan_protocol.decisions import Emit
+from geomirror.wan_protocol.epoch_decode import FrameDecoder
+from geomirror.wan_protocol.incoming import Incoming
+from geomirror.wan_protocol.messages import EpochCommit
+from geomirror.wan_protocol.replica import Replica
+
+INCOMING_MAX = 1024
+"""Epochs that may be under way at once."""
+MISSING_AFTER_NS = 1 * SECOND
+"""A committed epoch without news for this long: its missing frames were lost with a connection."""
+
+
+class EpochIntake(Replica):
+    """The part of the secondary that is about epochs under way."""
+
+    def __init__(self, engine: Engine, limits: Limits) -> None:
+        super().__init__(engine, limits)
+        self.incoming: dict[int, Incoming] = {}
+        self.decoder = FrameDecoder(limits, {i: v.size_bytes for i, v in engine.images.items()})
+
+    def _diverged(self, error: IntegrityError) -> None:
+        """What arrived is not what the primary sealed."""
+        raise NotImplementedError
+
+    def take_frame(self, epoch: int, sequence: int, body: bytes) -> None:
+        """Spool a data frame; one that is here already, or has to wait for room, is dropped.
+
+        :raises RemoteProtocolError: hostile content, or too many epochs under way.
+        """
+        if len(self.incoming) >= INCOMING_MAX and epoch not in self.incoming:
+            raise LimitExceededError(f"more than {INCOMING_MAX} epochs under way")
+        incoming = self.incoming.setdefault(epoch, Incoming(epoch))
+        if sequence in incoming.parts or self._must_wait(incoming):
+            return
+        try:
+            frame = self.decoder.decode(body)
+        except BadFrameError as error:
+            self._decide(Emit("bad_frame", {"epoch": epoch, "error": str(error)}))
+            return
+        address = 0
+        if frame.data:
+            try:
+                address = self.engine.spool([frame.data], 0)
+            except (JournalFullError, NoSpaceError):
+                self._spool_full(epoch)
+                return
+            except StorageError as error:
+                self._fence(error)
+                return
+        incoming.progress_ns = self.now_ns
+        incoming.add(sequence, frame.table.copy(), address)
+        self.commit_complete()
+
+    def _must_wait(self, incoming: Incoming) -> bool:
+        """Whether the journal's room belongs to the epoch that is next in order."""
+        limits = self.limits
+        reserve_bytes = limits.fold_bytes_max + limits.epoch_bytes_max
+        is_scarce = self.engine.journal.room_bytes() < reserve_bytes
+        return is_scarce and incoming.number > min(self.incoming)
+
+    def _spool_full(self, epoch: int) -> None:
+        """No room: give up what is ahead of the next epoch, so that this one can finish.
+
+        What is dropped is asked for again once it is next.
+        """
+        first = min(self.incoming)
+        for number, incoming in self.incoming.items():
+            if number > first:
+                incoming.drop_parts()
+        self.engine.keep_spooled(self._lowest_spooled())
+        self._decide(Emit("spool_full", {"epoch": epoch}))
+
+    def take_commit(self, message: EpochCommit) -> None:
+        """Take the word on what an epoch is; it is committed once all of its frames are here."""
+        if message.epoch <= self.engine.committed_epoch:
+            return
+        incoming = self.incoming.setdefault(message.epoch, Incoming(message.epoch))
+        incoming.commit = message
+        incoming.progress_ns = self.now_ns
+        self.commit_complete()
+
+    def commit_complete(self) -> None:
+        """Commit every complete epoch that is next in order."""
+        engine = self.engine
+        while True:
+            ready = [
+                i
+                for i in self.incoming.values()
+                if i.is_complete and i.commit and i.commit.first_epoch == engine.committed_epoch + 1
+            ]
+            if not ready:
+                return
+            incoming = ready[0]
+            try:
+                epoch = incoming.assemble(engine.committed_hash)
+            except IntegrityError as error:
+                self._diverged(error)
+                return
+            try:
+                engine.commit(epoch, epoch.wall_ns)
+            except (JournalFullError, NoSpaceError) as error:
+                self._stall("commit", error)
+                return
+            except StorageError as error:
+                self._fence(error)
+                return
+            del self.incoming[incoming.number]
+            for number in [n for n in self.incoming if n <= epoch.number]:
+                del self.incoming[number]
+            engine.keep_spooled(self._lowest_spooled())
+            self._sync_wanted = True
+            self._pump_sync()
+
+    def forget_incoming(self) -> None:
+        """Drop everything that is under way."""
+        self.incoming.clear()
+        self.engine.keep_spooled(0)
+
+    def _lowest_spooled(self) -> int:
+        lowest = [i.lowest_address for i in self.incoming.values() if i.lowest_address]
+        return min(lowest, default=0)
+
+    def is_stuck(self, incoming: Incoming) -> bool:
+        """Whether the missing frames of an epoch have to be asked for."""
+        is_waiting = incoming.commit is not None and not incoming.is_complete
+        is_waiting = is_waiting and incoming.number == min(self.incoming)
+        return is_waiting and self.now_ns >= incoming.progress_ns + MISSING_AFTER_NS
