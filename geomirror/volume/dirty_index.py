@@ -118,6 +118,8 @@ class DirtyIndex:
             first, end = offset >> _BLOCK_SHIFT, (offset + length) >> _BLOCK_SHIFT
             self._write_whole(first, end, address)
             return
+        if not length:
+            return
         end_offset = offset + length
         first = -(-offset // BLOCK_BYTES)
         end = end_offset // BLOCK_BYTES
@@ -130,6 +132,8 @@ class DirtyIndex:
 
     def zero(self, offset: int, length: int, lsn: int, *, punch: bool) -> None:
         """[offset, offset + length) reads as zeros since the record at `lsn`."""
+        if not length:
+            return
         source = zero_source(lsn, punch=punch)
         end_offset = offset + length
         first = -(-offset // BLOCK_BYTES)

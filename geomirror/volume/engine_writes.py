@@ -74,7 +74,7 @@ class WritePath(EngineBase):
                     index.touched[block] = index.entries[block] = lsn + HEADER_BYTES
                 else:
                     index.write(offset, length, lsn + HEADER_BYTES)
-            elif length:
+            else:
                 index.zero(offset, length, lsn, punch=kind == _TRIM)
         epoch = self._open
         if epoch.since_wall_ns is None and writes:

@@ -38,6 +38,15 @@ def test_an_empty_index_leaves_everything_to_the_image() -> None:
     assert index_of().lookup(100, 0) == []
 
 
+def test_empty_ranges_change_nothing() -> None:
+    index = index_of()
+    for offset in (0, 100, BLOCK, SIZE):
+        index.write(offset, 0, 72_000)
+        index.zero(offset, 0, 72_000, punch=True)
+    assert index.entry_count == 0
+    assert index.touched == {}
+
+
 def test_a_whole_block_is_one_entry_and_adjacent_addresses_are_one_piece() -> None:
     index = index_of()
     index.write(2 * BLOCK, 2 * BLOCK, 72_000)
