@@ -45,13 +45,13 @@ EXAMPLES: list[Message] = [
     Call(1, "resource.list", b"{}"),
     Reply(1, 5, "no such resource", b"", "see status"),
     SessionOpen(7, b"r" * 16, "pg", [ENTRY], [VolumeInfo(0, "0", 2**40)], 12, b"h" * 32),
-    SessionAccept(7, b"g" * 16, 4, b"h" * 32, 3, "consistent", 5, b"\x05", 2**26),
+    SessionAccept(7, b"g" * 16, 4, b"h" * 32, 3, "consistent", [(5, b"\x05")], 2**26),
     SessionRefuse(7, 11, "two histories"),
     EpochCommit(7, 5, 5, b"g" * 16, 100, 200, 9, 3, 40, 163_840, b"h" * 32, b"", True),
     Acknowledge(7, 5, 4, b"h" * 32, 3, 5, b"\x02", 2**33, 2**26),
     ResyncBegin(7, b"g" * 16, 9, b"h" * 32, 2**30, 1),
     ResyncEnd(7, 1, 12, 40),
-    ResyncAcknowledge(7, 1, 30, 2**21, [31, 35]),
+    ResyncAcknowledge(7, 1, 30, 2**21, 2**26, True),
 ]
 
 
