@@ -39,6 +39,8 @@ class Inode:
     durable: dict[int, bytes] = field(default_factory=dict)
     dirty: dict[int, int] = field(default_factory=dict)
     """Page → mask of the sectors written since the last sync."""
+    synced: dict[int, int] = field(default_factory=dict)
+    """Page → mask of the sectors that any sync has made durable, zeros included."""
     reserved_bytes: int = 0
 
     def used_bytes(self) -> int:
@@ -298,6 +300,8 @@ class SimStore:
         inode.cache = dict(inode.durable)
 
     def _is_virgin(self, inode: Inode, page: int, sector: int) -> bool:
+        if inode.synced.get(page, 0) >> sector & 1:
+            return False
         old = inode.durable.get(page)
         start = sector * SECTOR
         return old is None or old[start : start + SECTOR] == ZERO_PAGE[:SECTOR]
@@ -383,7 +387,8 @@ class SimFile:
             inode.dirty.clear()
             raise
         cache, durable = inode.cache, inode.durable
-        for page in inode.dirty:
+        for page, mask in inode.dirty.items():
+            inode.synced[page] = inode.synced.get(page, 0) | mask
             content = cache.get(page)
             if content is None:
                 durable.pop(page, None)

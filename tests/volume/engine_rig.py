@@ -211,7 +211,7 @@ class Rig:
     def sync(self) -> None:
         job = self.engine.sync_job()
         step = len(self.steps)
-        if self.random.random() < 0.3:
+        if self.random.random() < 0.3 and self.engine.has_room(16 * BLOCK):
             self.write()
         job.run()
         self.engine.complete_sync(job)
