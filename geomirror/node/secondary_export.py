@@ -49,7 +49,7 @@ class ReaderPins:
     @property
     def is_settled(self) -> bool:
         """The image is exactly at the applied epoch and stays there."""
-        return not self.core.is_running("apply")
+        return self.core.is_image_settled
 
     def attach(self, reader: _Reader) -> None:
         """Pin the image as of the last applied epoch."""

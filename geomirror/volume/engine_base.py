@@ -133,6 +133,14 @@ class EngineBase:
         return self.superblock.applied_epoch
 
     @property
+    def half_applied_through(self) -> int | None:
+        """The epoch of a pass that failed half-way: exactly it has to be repeated next (I6)."""
+        if self.superblock.data_state != "consistent":
+            return None  # Without undo there is nothing to go back to, nor to damage.
+        found = self.undo.pending_pass(self.applied_epoch)
+        return None if found is None else found[1]
+
+    @property
     def applied_hash(self) -> bytes:
         """H(applied_epoch)."""
         return bytes.fromhex(self.superblock.applied_hash)

@@ -199,7 +199,10 @@ class PeerModes(Replica):
         if sender.mode == RESYNC:
             since = max(since, self.resyncs[sender.name].base_epoch)
         backlog = self.engine.bytes_backlog(since)
-        if backlog >= total * limits.bitmap_backlog_fraction:
+        # Segments are freed whole and the last is kept back: in a small journal writers would wait
+        # before the fraction is reached.
+        spare_bytes = 2 * (limits.segment_bytes + limits.record_payload_bytes_max)
+        if backlog >= min(total * limits.bitmap_backlog_fraction, total - spare_bytes):
             self._overflow(sender)
         elif sender.mode == STREAM and backlog >= total * limits.fold_backlog_fraction:
             self._set_mode(sender, FOLD)
@@ -236,6 +239,7 @@ class PeerModes(Replica):
             sealed = self.engine.sealed_epoch
             wants_resync = sender.is_open and not sender.is_paused
             is_due = self.now_ns - kept.updated_ns >= BITMAP_INTERVAL_NS or wants_resync
+            is_due = is_due or self._room_wanted
             if kept.through_epoch < sealed and is_due:
                 kept.updated_ns = self.now_ns
                 numbers = [n for n in self.engine.epoch_numbers() if n > kept.through_epoch]

@@ -27,6 +27,8 @@ from geomirror.wan_protocol.decisions import Decision, Emit, FlushDone, Job, Roo
 
 RETRY_NS = 1 * SECOND
 """A full disk is looked at again after this time."""
+SPARE_RETRY_NS = 10 * SECOND
+"""A spare segment that found no space is tried again after this time."""
 
 
 class Replica:
@@ -45,6 +47,7 @@ class Replica:
         self._checkpoint_wanted = False
         self._retry_at_ns: int | None = None
         self._room_wanted = False
+        self._spare_not_before_ns = 0
 
     def next_decision(self) -> Decision | None:
         """The next thing for the shell to do, or None."""
@@ -87,6 +90,11 @@ class Replica:
     def is_idle(self) -> bool:
         """No job runs and nothing is decided."""
         return not self._running and not self._decisions
+
+    @property
+    def is_image_settled(self) -> bool:
+        """The images hold exactly the applied epoch; a pass neither runs nor stopped half-way."""
+        return not self.is_running("apply") and self.engine.half_applied_through is None
 
     def is_running(self, kind: str) -> bool:
         """Whether a job of this kind runs."""
@@ -166,7 +174,9 @@ class Replica:
     def _pump_apply(self) -> None:
         if self.is_running("apply") or self.is_running("checkpoint") or self._checkpoint_wanted:
             return
-        target = self._apply_target()
+        half_done = self.engine.half_applied_through
+        # Repeated as it was (I6), held or not: until then the image is at no epoch at all.
+        target = self._apply_target() if half_done is None else half_done
         if target is not None and target > self.engine.applied_epoch:
             self._run("apply", self.engine.apply_job(target), self._apply_done)
 
@@ -194,17 +204,23 @@ class Replica:
             trim = journal.trim_job()
             if trim is not None:
                 self._run("trim", trim, journal.complete_trim)
-        if not self.is_running("spare"):
+        if not self.is_running("spare") and self.now_ns >= self._spare_not_before_ns:
             spare = journal.spare_job()
             if spare is not None:
                 self._run("spare", spare, journal.complete_spare)
 
     def _job_failed(self, run: RunJob, error: GeomirrorError) -> None:
-        if isinstance(error, NoSpaceError) and run.kind != "sync":
-            self._retry_job(run)
-            self._stall(run.kind, error)
+        if not isinstance(error, NoSpaceError) or run.kind == "sync":
+            self._fence(error)
             return
-        self._fence(error)
+        if run.kind in ("trim", "spare"):
+            run.done(run.job)  # Takes what was done; another one may be asked for.
+        if run.kind == "spare":
+            # Segments are made without it, too: nothing has to wait.
+            self._spare_not_before_ns = self.now_ns + SPARE_RETRY_NS
+            return
+        self._retry_job(run)
+        self._stall(run.kind, error)
 
     def _stall(self, kind: str, error: StorageError) -> None:
         """Wait for disk space. Nothing is lost: the data stays in the journal until then."""
