@@ -54,13 +54,15 @@ _REPLY_FACTOR = 8
 class _Exchange:
     """One connection of the join protocol."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, endpoint: str
+    ) -> None:
         self._reader = reader
         self.writer = writer
         ssl_object = writer.get_extra_info("ssl_object")
         if ssl_object.selected_alpn_protocol() != JOIN_PROTOCOL:
             raise AuthError(
-                "the server is not of this network, or offers no join exchange",
+                f"the server at {endpoint} is not of this network, or offers no join exchange",
                 hint="check the address; a token works only in the network that made it",
             )
         self.leaf_der: bytes = ssl_object.getpeercert(binary_form=True)
@@ -90,7 +92,7 @@ async def _connect(
                 limit=_REPLY_FACTOR * limits.join_line_bytes_max,
             )
             try:
-                yield _Exchange(reader, writer)
+                yield _Exchange(reader, writer, endpoint)
             finally:
                 writer.close()
                 with contextlib.suppress(OSError):

@@ -136,6 +136,10 @@ class Site:
         """All that the daemon logged."""
         return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
 
+    def crashes(self) -> list[str]:
+        """Logged exceptions: programmer's errors, whatever was done to the node."""
+        return [line for line in self.log().splitlines() if "exc_type" in line or "Trace" in line]
+
     def rss_bytes(self) -> int:
         """Resident memory of the daemon."""
         assert self.process is not None
