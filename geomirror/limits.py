@@ -42,6 +42,8 @@ class Limits:
     """Undestaged data; beyond it writers wait for the local disk, never for a link."""
     dirty_entries_max: int = 262_144
     """Undestaged index entries (about 100 bytes of RAM each)."""
+    apply_pass_bytes_max: int = 64 * MIB
+    """Data of one apply pass, but at least one epoch: the step in which room comes back."""
     destage_age_ns_max: int = 30 * SECOND
     """Oldest undestaged epoch before a destage pass starts."""
     zero_run_blocks_min: int = 64
@@ -169,6 +171,7 @@ SIMULATION = Limits(
     journal_bytes_min=1 * MIB,
     dirty_bytes_max=256 * KIB,
     dirty_entries_max=512,
+    apply_pass_bytes_max=128 * KIB,
     destage_age_ns_max=3 * SECOND,
     zero_run_blocks_min=4,
     epoch_bytes_max=64 * KIB,

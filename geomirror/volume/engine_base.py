@@ -173,6 +173,10 @@ class EngineBase:
         """The epochs in the journal, ascending; a fold by its last number."""
         return self._directory.numbers()
 
+    def unapplied_epochs(self) -> list[EpochInfo]:
+        """Committed epochs that the images do not hold yet, ascending; bounded like dirty data."""
+        return self._directory.after(self.applied_epoch)
+
     def epoch_info(self, number: int) -> EpochInfo:
         """Where an epoch (or the fold that covers it) lies. :raises NotFoundError: not here."""
         return self._directory.info(number)

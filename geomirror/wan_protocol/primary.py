@@ -170,6 +170,8 @@ class Primary(PeerModes):
 
     def get_timer(self) -> int | None:
         """When to call `handle_timer` next, or None for only after another event."""
+        if self.fenced is not None:
+            return None
         times: list[int] = []
         if self._retry_at_ns is not None:
             times.append(self._retry_at_ns)
@@ -291,7 +293,7 @@ class Primary(PeerModes):
             or engine.journal.bytes_used >= engine.journal.bytes_total // 2
             or (oldest is not None and self.now_ns >= oldest + limits.destage_age_ns_max)
         )
-        return engine.sealed_epoch if is_due else None
+        return self._pass_end() if is_due else None
 
     def _oldest_unapplied_ns(self) -> int | None:
         if self.engine.sealed_epoch <= self.engine.applied_epoch:

@@ -118,6 +118,22 @@ class Replica:
     def _release_everything(self, error: GeomirrorError) -> None:
         """The replica was fenced: drop what waits."""
 
+    def _pass_end(self) -> int:
+        """The sealed epoch that a bounded apply pass from here reaches.
+
+        Bounded, because writers that wait for room and readers that wait for a pass to end wait
+        for the whole of it.
+        """
+        engine = self.engine
+        total, reached = 0, engine.applied_epoch
+        for info in engine.unapplied_epochs():
+            total += info.raw_bytes
+            is_enough = reached > engine.applied_epoch and total > self.limits.apply_pass_bytes_max
+            if info.number > engine.sealed_epoch or is_enough:
+                break
+            reached = info.number
+        return reached
+
     # The shared machinery.
 
     def _decide(self, decision: Decision) -> None:

@@ -157,6 +157,8 @@ class Secondary(EpochIntake):
 
     def get_timer(self) -> int | None:
         """When to call `handle_timer` next."""
+        if self.fenced is not None:
+            return None
         times = [self._retry_at_ns, self._acknowledge_at_ns]
         if self.is_open:
             times += [
@@ -308,7 +310,7 @@ class Secondary(EpochIntake):
     def _apply_target(self) -> int | None:
         if self.hold_apply or self.resync is not None or self.data_state == BLANK:
             return None
-        return self.engine.sealed_epoch
+        return self._pass_end()
 
     def _apply_done(self, job: Any) -> None:
         super()._apply_done(job)
