@@ -1,7 +1,8 @@
 """How much of a link the stream uses, and how old the mirror is when the link is half used.
 
 Use: incompressible writes faster than the link, for long enough that the backlog never ends; the
-frames that the peer received per second, against the link's rate. Lag: the same writes at half of the rate.
+frames that the peer received per second, against the link's rate. Lag: the same writes at half
+of the rate.
 """
 
 from __future__ import annotations
