@@ -1,28 +1,28 @@
 """One set of connections of a node pair: a control connection and the data connections beside it.
 
 ```
- OPENING ──control + a data connection──▶ ESTABLISHED ──all data lost──▶ OPENING
-                                            │   ▲
-                                    silence ▼   │ anything heard
-                                          SILENT           RETIRED: lost the choice, closed soon
+ OPENING ──a data connection──▶ READY ──chosen by the leader──▶ IN USE
+    └─────────────┴──────── silence, loss, another choice ────────┴──▶ closed, never used again
 ```
-Holds what is measured on it (round trip, last sign of life) and decides which of several sets a
-node pair uses. Both sides choose by the same rule, so that they choose alike without asking.
-Deliberately not here: when to dial and what to close (`link`).
+Holds what is measured on it: round trip, signs of life, and from them when it counts as dead.
+Deliberately not here: when to dial, which set to use, what to close (`link`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from geomirror.environment import SECOND
+from geomirror.environment import MS, SECOND
 from geomirror.limits import Limits
 
-YOUNG_NS = 5 * SECOND
-"""Two sets up within this time come from both sides dialling at once, not from a replacement."""
 ECHO_FIRST_NS = 10 * SECOND
 """Patience for the first answer to a ping, while nothing is known about the round trip."""
+MOVING_FACTOR = 3
+"""A set whose bulk data moves gets up to this many times the patience: the other side takes what we
+send, its answers wait behind a lost packet or a busy machine. Bounded, because a proxy on the way
+takes bytes for a dead peer too."""
+WORST_DECAY = 128
+"""The worst round trip loses this part with each sample: half of it within about 15 s."""
 
 
 @dataclass
@@ -32,10 +32,14 @@ class RoundTrip:
     smoothed_ns: int = 0
     """0 while unknown."""
     variation_ns: int = 0
+    worst_ns: int = 0
+    """Slowly decaying maximum: a queue that fills or a machine that stalls does so again, and the
+    variation has forgotten it after a second."""
 
     def add(self, sample_ns: int) -> None:
         """Take one measurement into account."""
         sample_ns = max(1, sample_ns)
+        self.worst_ns = max(sample_ns, self.worst_ns - self.worst_ns // WORST_DECAY)
         if self.smoothed_ns == 0:
             self.smoothed_ns, self.variation_ns = sample_ns, sample_ns // 2
             return
@@ -49,8 +53,11 @@ class RoundTrip:
 
     def patience_ns(self, limits: Limits) -> int:
         """Silence after which the other side counts as gone; 750 ms on short paths."""
+        interval_ns = self.interval_ns(limits)
         measured_ns = 3 * self.smoothed_ns + 4 * self.variation_ns
-        return max(limits.hello_misses_max * self.interval_ns(limits), measured_ns)
+        return max(
+            limits.hello_misses_max * interval_ns, measured_ns, 2 * self.worst_ns + interval_ns
+        )
 
 
 @dataclass(eq=False)
@@ -62,53 +69,49 @@ class ConnectionSet:
     is_dialled: bool
     """By this node; otherwise accepted."""
     endpoint: str
+    incarnation: bytes
+    """Of the peer's daemon, as its hello said."""
     opened_ns: int
     """When the control connection came up, or the last data connection was lost."""
     heard_ns: int
     echo_ns: int
     """When a ping was last answered."""
-    round_trip: RoundTrip
-    ping_ns: int = 0
+    ping_ns: int
     """When the next ping is due."""
+    moved_ns: int
+    """When the other side last took bulk data that waited for it."""
+    round_trip: RoundTrip = field(default_factory=RoundTrip)
+    has_echo: bool = False
     data: dict[int, int] = field(default_factory=dict)
     """Data connections that are up, and since when."""
     data_due_ns: dict[int, int] = field(default_factory=dict)
     """Data connections to be dialled, and when."""
-    established_ns: int | None = None
-    is_silent: bool = False
-    retire_ns: int | None = None
-    """When a set that lost the choice is to be closed."""
-    has_echo: bool = False
 
-    @property
-    def is_healthy(self) -> bool:
-        """Up and heard of."""
-        return self.established_ns is not None and not self.is_silent
+    def forgive(self, late_ns: int, now_ns: int) -> None:
+        """This node itself did not run for so long: what arrived meanwhile may be unread."""
+        self.heard_ns = min(now_ns, self.heard_ns + late_ns)
+        self.echo_ns = min(now_ns, self.echo_ns + late_ns)
 
-    def silence_deadline_ns(self, limits: Limits) -> int:
-        """When it has to count as silent, unless something arrives before.
+    def heard_deadline_ns(self, limits: Limits) -> int:
+        """When it counts as dead unless something is heard."""
+        return self._deadline_ns(self.heard_ns, self.round_trip.patience_ns(limits), limits)
 
-        Twice the patience without an echo means silence too: the other direction is dead.
-        """
-        patience_ns = self.round_trip.patience_ns(limits)
-        echo_ns = 2 * patience_ns if self.has_echo else max(2 * patience_ns, ECHO_FIRST_NS)
-        return min(self.heard_ns + patience_ns, self.echo_ns + echo_ns)
+    def echo_deadline_ns(self, limits: Limits) -> int:
+        """When it counts as dead unless a ping is answered: the way to the peer is dead."""
+        patience_ns = 2 * self.round_trip.patience_ns(limits)
+        if not self.has_echo:
+            patience_ns = max(patience_ns, ECHO_FIRST_NS)
+        return self._deadline_ns(self.echo_ns, patience_ns, limits)
 
+    def silence(self, now_ns: int, limits: Limits) -> str:
+        """Why it counts as dead now; empty while it does not."""
+        heard_ms, echo_ms = (now_ns - self.heard_ns) // MS, (now_ns - self.echo_ns) // MS
+        if now_ns >= self.heard_deadline_ns(limits):
+            return f"nothing heard for {heard_ms} ms"
+        if now_ns >= self.echo_deadline_ns(limits):
+            return f"pings not answered for {echo_ms} ms, peer heard {heard_ms} ms ago"
+        return ""
 
-def choose(sets: Iterable[ConnectionSet], *, node: str, peer: str) -> ConnectionSet | None:
-    """The set to use: the newest; of two young ones from both sides the smaller name's."""
-    healthy = [item for item in sets if item.is_healthy]
-    candidates = [item for item in healthy if item.retire_ns is None] or healthy
-    best: ConnectionSet | None = None
-    for item in sorted(candidates, key=lambda item: (item.established_ns or 0, item.link)):
-        if best is None:
-            best = item
-            continue
-        assert best.established_ns is not None
-        assert item.established_ns is not None
-        is_young = item.established_ns - best.established_ns < YOUNG_NS
-        if best.is_dialled != item.is_dialled and is_young:
-            best = item if item.is_dialled == (node < peer) else best
-        else:
-            best = item
-    return best
+    def _deadline_ns(self, since_ns: int, patience_ns: int, limits: Limits) -> int:
+        moving_ns = self.moved_ns + self.round_trip.patience_ns(limits)
+        return max(since_ns + patience_ns, min(moving_ns, since_ns + MOVING_FACTOR * patience_ns))

@@ -5,10 +5,14 @@
  LinkCore ──┼ sets: control connection up, data connections joining (connection_set)
             └ current: the one set that is used; None means the link is down
 ```
-Invariants: messages and frames go over `current` only; `Up` and `Down` alternate; a change from one
-set to another is a `Down` followed by an `Up`, so that every user resumes its sessions.
-After a silence a new set is dialled *beside* the old one, which stays until the new one is up: a
-TCP that waits for its timer needs 3 to 16 s after an outage of 10 to 30 s, a new connection 0.2 s.
+The node with the smaller name *leads*: it alone chooses, the first set that is ready, and says so
+with a numbered `Use` before anything else on that control connection; the other one obeys.
+Invariants: a side is up on a set only after (follower) or at (leader) its `Use`, and a set is used
+once: who gives it up closes it for ever. So both sides are up on the same set or soon on none, and
+nothing of a session can reach a side that is not up on the set that it was sent on. `Up` and `Down`
+alternate; a change of the set is a `Down` and an `Up` on both sides.
+Why a silent set is not kept: a TCP that waits for its timer needs 3 to 16 s after an outage of 10
+to 30 s, a new connection 0.2 s, and the sessions start anew in both cases.
 Deliberately not here: sockets, what is sent, and routes over third nodes.
 """
 
@@ -19,63 +23,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from geomirror.environment import SECOND, Entropy
+from geomirror.errors import RemoteProtocolError
 from geomirror.limits import Limits
-from geomirror.wan_protocol.connection_set import ConnectionSet, RoundTrip, choose
+from geomirror.wan_protocol.connection_set import ConnectionSet, RoundTrip
+from geomirror.wan_protocol.link_decisions import (
+    Close,
+    Decision,
+    Dial,
+    Down,
+    SendPing,
+    SendUse,
+    Up,
+)
 
 OPEN_NS_MAX = 10 * SECOND
-"""An attempt, or a set without a data connection, is given up after this time."""
+"""An attempt, or a set that never had a data connection, is given up after this time."""
+DATALESS_NS_MAX = 3 * SECOND
+"""A set in use that lost all data connections is given up unless one is back after this time."""
 ATTEMPTS_MAX = 3
 """Attempts under way at once: a SYN lost in the outage must not delay the next try by its timer."""
 SETS_MAX = 8
 """Sets of one node pair at once; a peer that opens more is turned away."""
-LINGER_NS = 1 * SECOND
-"""A set that lost the choice is closed after this time: the peer may not have chosen yet."""
-SILENT_NS_MAX = 30 * SECOND
-"""A silent set is kept this long in the hope that it speaks again."""
+ECHO_NS_MAX = 30 * SECOND
+"""An older answer to a ping is no measurement."""
 SLOW_AFTER_NS = 60 * SECOND
 """After a minute of failures attempts come five times slower, after five minutes at the cap."""
-
-
-@dataclass(frozen=True, slots=True)
-class Dial:
-    """Open a control connection (`index` −1) or data connection to the endpoint."""
-
-    link: bytes
-    endpoint: str
-    index: int = -1
-
-
-@dataclass(frozen=True, slots=True)
-class Close:
-    """Close every connection and dial attempt of this set."""
-
-    link: bytes
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class SendPing:
-    """Send a ping on the control connection of this set."""
-
-    link: bytes
-    now_ns: int
-
-
-@dataclass(frozen=True, slots=True)
-class Up:
-    """The link is up and uses this set."""
-
-    link: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Down:
-    """The link is down."""
-
-    reason: str
-
-
-Decision = Dial | Close | SendPing | Up | Down
 
 
 @dataclass(slots=True)
@@ -102,8 +74,7 @@ class LinkCore:
         now_ns: int,
     ) -> None:
         assert node != peer
-        self._node = node
-        self._peer = peer
+        self._is_leader = node < peer
         self._limits = limits
         self._entropy = entropy
         self._endpoints = list(endpoints)
@@ -111,11 +82,17 @@ class LinkCore:
         self._attempts: dict[bytes, _Attempt] = {}
         self._sets: dict[bytes, ConnectionSet] = {}
         self._current: ConnectionSet | None = None
+        self._use_number = 0
+        """Of the last `Use` sent or obeyed."""
+        self._use_incarnation = b""
+        """Of the leader that sent it."""
         self._decisions: deque[Decision] = deque()
         self._failing_since_ns = now_ns
         self._dial_ns = now_ns
         self._due_ns: int | None = None
-        """What `get_timer` said last: being called much later means that this node slept."""
+        """What `get_timer` said last: being called later means that this node did not run."""
+        self.last_used = b""
+        """The set used last. A hello tells it: the peer learns that it was given up."""
         self.data_connections = limits.data_connections
         """Data connections of sets that this node dials."""
         self.round_trip = RoundTrip()
@@ -127,12 +104,8 @@ class LinkCore:
         """The set in use, if the link is up."""
         return self._current
 
-    def is_opening(self, link: bytes) -> bool:
-        """Whether this set has its control connection and waits for a data connection."""
-        return link in self._sets and self._sets[link].established_ns is None
-
     def set_endpoints(self, endpoints: Sequence[str], now_ns: int) -> None:
-        """Use other endpoints for attempts from now on; established sets stay."""
+        """Use other endpoints for attempts from now on; sets stay."""
         if list(endpoints) == self._endpoints:
             return
         self._endpoints, self._turn = list(endpoints), 0
@@ -150,13 +123,21 @@ class LinkCore:
             self._sets[link].data_due_ns[index] = now_ns + self._jittered(self._retry_ns())
         self._settle(now_ns)
 
-    def control_up(self, link: bytes, now_ns: int, *, is_dialled: bool) -> None:
-        """Hellos were exchanged on a control connection: the set exists from now on."""
+    def control_up(
+        self, link: bytes, now_ns: int, *, is_dialled: bool, incarnation: bytes, after: bytes
+    ) -> None:
+        """Hellos were exchanged on a control connection: the set exists from now on.
+
+        :param incarnation: of the peer's daemon.
+        :param after: the set that the peer used last: a dialling peer does not use it any more.
+        """
         assert link not in self._sets
         attempt = self._attempts.pop(link, None)
         if is_dialled and attempt is None:
             self._decisions.append(Close(link, "given up before it came up"))
             return
+        if not is_dialled and self._current is not None and after == self._current.link:
+            self._close(self._current, "the peer has given up the connections", now_ns)
         if len(self._sets) >= SETS_MAX:
             self._decisions.append(Close(link, f"more than {SETS_MAX} sets of connections"))
             return
@@ -164,11 +145,12 @@ class LinkCore:
             link=link,
             is_dialled=is_dialled,
             endpoint=attempt.endpoint if attempt else "",
+            incarnation=incarnation,
             opened_ns=now_ns,
             heard_ns=now_ns,
             echo_ns=now_ns,
-            round_trip=RoundTrip(),
             ping_ns=now_ns,
+            moved_ns=now_ns,
         )
         if is_dialled:
             if item.endpoint in self._endpoints:
@@ -179,10 +161,7 @@ class LinkCore:
 
     def data_up(self, link: bytes, index: int, now_ns: int) -> None:
         """Hellos were exchanged on a data connection of the set."""
-        item = self._sets[link]
-        item.data[index] = now_ns
-        if item.established_ns is None:
-            item.established_ns = now_ns
+        self._sets[link].data[index] = now_ns
         self.heard(link, now_ns)
         self._settle(now_ns)
 
@@ -199,35 +178,53 @@ class LinkCore:
             pause_ns = self._retry_ns() if is_short_lived else self._retry_ns() // 8
             item.data_due_ns[index] = now_ns + self._jittered(pause_ns)
         if not item.data:
-            item.established_ns, item.opened_ns = None, now_ns
+            item.opened_ns = now_ns
         self._settle(now_ns)
 
     def set_lost(self, link: bytes, reason: str, now_ns: int) -> None:
         """The control connection is gone, and with it the set."""
         self._attempts.pop(link, None)
         if link in self._sets:
-            self.last_error = reason
-            self._close(self._sets[link], reason)
+            self._close(self._sets[link], reason, now_ns)
         self._settle(now_ns)
 
-    def heard(self, link: bytes, now_ns: int) -> bool:
-        """Bytes of the peer arrived on any connection of the set. Cheap: called for each read.
+    # What arrives.
 
-        :returns: whether there is something to do.
+    def use_received(self, link: bytes, number: int, now_ns: int) -> None:
+        """The leader uses this set from now on.
+
+        :raises RemoteProtocolError: this node leads, or the set has been used already.
         """
+        item = self._sets[link]
+        if self._is_leader:
+            raise RemoteProtocolError("the follower does not choose the connections")
+        if item is self._current:
+            raise RemoteProtocolError("connections are used only once")
+        is_same_leader = item.incarnation == self._use_incarnation
+        if is_same_leader and number <= self._use_number:
+            # Overtaken by a later choice, which came on another connection.
+            self._close(item, "another choice came first", now_ns)
+        else:
+            self._use_number, self._use_incarnation = number, item.incarnation
+            self._use(item, now_ns)
+        self._settle(now_ns)
+
+    def heard(self, link: bytes, now_ns: int) -> None:
+        """Bytes of the peer arrived on any connection of the set. Cheap: called for each read."""
         item = self._sets.get(link)
-        if item is None:
-            return False
-        item.heard_ns = now_ns
-        if item.is_silent and now_ns < item.silence_deadline_ns(self._limits):
-            item.is_silent = False
-            self._settle(now_ns)
-        return bool(self._decisions)
+        if item is not None:
+            item.heard_ns = now_ns
+
+    def moved(self, link: bytes, now_ns: int) -> None:
+        """A data connection of the set that was full takes more: the other side took some."""
+        item = self._sets.get(link)
+        if item is not None:
+            item.moved_ns = now_ns
 
     def pong(self, link: bytes, sent_ns: int, now_ns: int) -> None:
         """The answer to the ping that carried `sent_ns`."""
         item = self._sets.get(link)
-        if item is None or not 0 <= now_ns - sent_ns <= SILENT_NS_MAX:
+        if item is None or not 0 <= now_ns - sent_ns <= ECHO_NS_MAX:
             return
         item.round_trip.add(now_ns - sent_ns)
         item.echo_ns, item.has_echo = now_ns, True
@@ -241,16 +238,11 @@ class LinkCore:
         """When `handle_timer` has to be called, monotonic ns; `None` if nothing is awaited."""
         due: list[int] = []
         for item in self._sets.values():
-            due.append(item.ping_ns)
-            due += item.data_due_ns.values()
-            if item.established_ns is None:
-                due.append(item.opened_ns + OPEN_NS_MAX)
-            if item.is_silent:
-                due.append(item.heard_ns + SILENT_NS_MAX)
-            else:
-                due.append(item.silence_deadline_ns(self._limits))
-            if item.retire_ns is not None:
-                due.append(item.retire_ns)
+            due += [item.ping_ns, *item.data_due_ns.values()]
+            due.append(item.heard_deadline_ns(self._limits))
+            due.append(item.echo_deadline_ns(self._limits))
+            if not item.data:
+                due.append(self._dataless_deadline_ns(item))
         due += [attempt.started_ns + OPEN_NS_MAX for attempt in self._attempts.values()]
         if self._wants_dial():
             due.append(self._dial_ns)
@@ -259,11 +251,9 @@ class LinkCore:
 
     def handle_timer(self, now_ns: int) -> None:
         """Do what is due: pings, attempts, silences, closing."""
-        if self._due_ns is not None and now_ns - self._due_ns > self._limits.hello_interval_ns:
-            # This node slept: what arrived meanwhile has not been read yet.
+        if self._due_ns is not None and now_ns > self._due_ns:
             for item in self._sets.values():
-                item.heard_ns = min(now_ns, item.heard_ns + now_ns - self._due_ns)
-                item.echo_ns = min(now_ns, item.echo_ns + now_ns - self._due_ns)
+                item.forgive(now_ns - self._due_ns, now_ns)
         self._due_ns = None
         for item in list(self._sets.values()):
             self._check_set(item, now_ns)
@@ -276,36 +266,34 @@ class LinkCore:
         """The next thing to do, in order; `None` when all is done."""
         return self._decisions.popleft() if self._decisions else None
 
-    def close(self, reason: str) -> None:
+    def close(self, reason: str, now_ns: int) -> None:
         """Close everything; the core is finished afterwards."""
         self._endpoints = []
         for link in list(self._attempts):
             self._give_up(link, reason)
         for item in list(self._sets.values()):
-            self._close(item, reason)
-        self._choose(0, reason)
+            self._close(item, reason, now_ns)
 
     # Decisions.
 
     def _check_set(self, item: ConnectionSet, now_ns: int) -> None:
-        if item.retire_ns is not None and now_ns >= item.retire_ns:
-            self._close(item, "replaced by another set of connections")
-        elif item.established_ns is None and now_ns >= item.opened_ns + OPEN_NS_MAX:
-            self._close(item, "no data connection came up")
-        elif item.is_silent and now_ns >= item.heard_ns + SILENT_NS_MAX:
-            self._close(item, "silent for too long")
-        else:
-            if not item.is_silent and now_ns >= item.silence_deadline_ns(self._limits):
-                item.is_silent = True
-                silence_ms = (now_ns - item.heard_ns) // 1_000_000
-                self.last_error = f"nothing heard for {silence_ms} ms"
-            if now_ns >= item.ping_ns:
-                item.ping_ns = now_ns + item.round_trip.interval_ns(self._limits)
-                self._decisions.append(SendPing(item.link, now_ns))
+        silence = item.silence(now_ns, self._limits)
+        if silence:
+            self._close(item, silence, now_ns)
+        elif not item.data and now_ns >= self._dataless_deadline_ns(item):
+            self._close(item, "no data connection came up", now_ns)
+        elif now_ns >= item.ping_ns:
+            item.ping_ns = now_ns + item.round_trip.interval_ns(self._limits)
+            self._decisions.append(SendPing(item.link, now_ns))
+
+    def _dataless_deadline_ns(self, item: ConnectionSet) -> int:
+        return item.opened_ns + (DATALESS_NS_MAX if item is self._current else OPEN_NS_MAX)
 
     def _settle(self, now_ns: int) -> None:
-        """Choose the set, then dial what is due."""
-        self._choose(now_ns, self.last_error)
+        """Choose a set if this node leads, then dial what is due."""
+        ready = [item for item in self._sets.values() if item.data and self._may_be_used(item)]
+        if self._is_leader and ready:
+            self._use(max(ready, key=lambda item: item.opened_ns), now_ns)
         for item in self._sets.values():
             for index in [i for i, due in item.data_due_ns.items() if due <= now_ns]:
                 del item.data_due_ns[index]
@@ -313,35 +301,34 @@ class LinkCore:
         if self._wants_dial() and now_ns >= self._dial_ns:
             self._dial(now_ns)
 
-    def _choose(self, now_ns: int, reason: str) -> None:
-        chosen = choose(self._sets.values(), node=self._node, peer=self._peer)
-        if chosen is not self._current:
-            if self._current is not None:
-                is_replaced = chosen is not None and self._current.is_healthy
-                self._decisions.append(Down("replaced" if is_replaced else reason))
-                self._failing_since_ns = now_ns
-            self._current = chosen
-            if chosen is not None:
-                self._take_into_use(chosen)
-        for item in self._sets.values():
-            is_loser = chosen is not None and item is not chosen and item.is_healthy
-            if is_loser and item.retire_ns is None:
-                item.retire_ns = now_ns + LINGER_NS
+    def _may_be_used(self, item: ConnectionSet) -> bool:
+        # With a set in use, others were dialled before the choice was known, or by a new life.
+        return self._current is None or item.incarnation != self._current.incarnation
 
-    def _take_into_use(self, chosen: ConnectionSet) -> None:
-        chosen.retire_ns = None
+    def _use(self, chosen: ConnectionSet, now_ns: int) -> None:
+        """Go up on a set. Other sets that the peer dialled are left to it: it knows of the choice
+        soon and closes them, or it does not know because the chosen one is dead."""
+        for item in list(self._sets.values()):
+            if item.incarnation != chosen.incarnation:
+                self._close(item, "the peer was restarted", now_ns)
+        if self._current is not None:
+            self._close(self._current, "the peer uses other connections", now_ns)
+        self._current, self.last_used = chosen, chosen.link
+        chosen.opened_ns = now_ns
         if chosen.has_echo:
             self.round_trip = chosen.round_trip
-        for item in list(self._sets.values()):
-            if item.is_silent:
-                self._close(item, "silent and replaced")
         for link in list(self._attempts):
             self._give_up(link, "")
+        for item in list(self._sets.values()):
+            if item.is_dialled and item is not chosen:
+                self._close(item, "another set is used", now_ns)
+        if self._is_leader:
+            self._use_number += 1
+            self._decisions.append(SendUse(chosen.link, self._use_number))
         self._decisions.append(Up(chosen.link))
 
     def _wants_dial(self) -> bool:
-        is_coming = any(not item.is_silent for item in self._sets.values())
-        return self._current is None and bool(self._endpoints) and not is_coming
+        return bool(self._endpoints) and not self._sets
 
     def _dial(self, now_ns: int) -> None:
         if len(self._attempts) >= ATTEMPTS_MAX:
@@ -372,7 +359,11 @@ class LinkCore:
         del self._attempts[link]
         self._decisions.append(Close(link, reason or "another set came up"))
 
-    def _close(self, item: ConnectionSet, reason: str) -> None:
+    def _close(self, item: ConnectionSet, reason: str, now_ns: int) -> None:
         del self._sets[item.link]
-        item.is_silent = True  # never chosen again
+        if item is self._current:
+            self._current, self._failing_since_ns = None, now_ns
+            self._decisions.append(Down(reason))
+        if self._current is None:
+            self.last_error = reason
         self._decisions.append(Close(item.link, reason))

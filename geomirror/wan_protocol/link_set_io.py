@@ -1,19 +1,15 @@
-"""The connections of one set, and what arrived on them before the set was up."""
+"""The connections of one set."""
 
 from __future__ import annotations
 
 import asyncio
 
 from geomirror.errors import RemoteProtocolError
-from geomirror.limits import MIB
-from geomirror.wan_protocol.messages import Hello, Message
+from geomirror.wan_protocol.messages import Hello
 from geomirror.wan_protocol.negotiation import CONTROL_INDEX
 from geomirror.wan_protocol.pacing import connection_rate
 from geomirror.wan_protocol.stream_connection_io import LinkConnection
 from geomirror.wan_protocol.stream_socket_io import UNPACED, set_pace
-
-EARLY_MESSAGES_MAX = 256
-EARLY_BYTES_MAX = 4 * MIB
 
 
 class LinkSet:
@@ -23,23 +19,6 @@ class LinkSet:
         self.control: LinkConnection | None = None
         self.data: dict[int, LinkConnection] = {}
         self.dialling: set[asyncio.Task[None]] = set()
-        self._early: list[tuple[int, Message]] = []
-        self._early_bytes = 0
-
-    def keep_early(self, session: int, message: Message, size_bytes: int) -> None:
-        """Keep a message of a peer that saw a data connection come up a little earlier.
-
-        :raises RemoteProtocolError: more of them than a short moment explains.
-        """
-        self._early_bytes += size_bytes
-        if len(self._early) >= EARLY_MESSAGES_MAX or self._early_bytes > EARLY_BYTES_MAX:
-            raise RemoteProtocolError("too many messages before the link is up")
-        self._early.append((session, message))
-
-    def take_early(self) -> list[tuple[int, Message]]:
-        """The kept messages, once."""
-        early, self._early, self._early_bytes = self._early, [], 0
-        return early
 
     def cancel_dialling(self) -> None:
         """Give up the attempts under way."""

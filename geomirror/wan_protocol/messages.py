@@ -33,6 +33,17 @@ class Hello(Message, frozen=True):
     index: int
     """Number of the data connection, from 0."""
     wall_ns: int
+    after: bytes = b""
+    """The set that the sender used last, empty if none. A node that dials uses none now: its peer
+    must not go on with that set."""
+
+
+class Use(Message, frozen=True):
+    """From the node with the smaller name, once on a control connection, before anything of a
+    session: this set is used from now on, and no other."""
+
+    number: int
+    """Grows with each choice since the start of the daemon; a smaller one came late."""
 
 
 class Ping(Message, frozen=True):
@@ -214,6 +225,7 @@ class ResyncAcknowledge(Message, frozen=True):
 
 AnyMessage = (
     Hello
+    | Use
     | Ping
     | Pong
     | Goodbye

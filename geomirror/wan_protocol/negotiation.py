@@ -19,8 +19,13 @@ FEATURES: list[str] = []
 CONTROL_INDEX = -1
 
 
-def make_hello(node: str, incarnation: bytes, link: bytes, index: int, wall_ns: int) -> Hello:
-    """The hello of connection `index` of a set; −1 is the control connection."""
+def make_hello(
+    node: str, incarnation: bytes, link: bytes, index: int, wall_ns: int, after: bytes
+) -> Hello:
+    """The hello of connection `index` of a set; −1 is the control connection.
+
+    :param after: the set that this node used last.
+    """
     return Hello(
         version=PROTOCOL_VERSION,
         version_min=PROTOCOL_VERSION_MIN,
@@ -31,6 +36,7 @@ def make_hello(node: str, incarnation: bytes, link: bytes, index: int, wall_ns: 
         role="control" if index == CONTROL_INDEX else "data",
         index=index,
         wall_ns=wall_ns,
+        after=after,
     )
 
 
@@ -55,6 +61,7 @@ def read_hello(packet: Packet, peer: str, limits: Limits) -> Hello:
         )
     is_control = hello.role == "control" and hello.index == CONTROL_INDEX
     is_data = hello.role == "data" and 0 <= hello.index < limits.data_connections_max
-    if len(hello.link) != 16 or len(hello.incarnation) != 16 or not (is_control or is_data):
+    is_named = len(hello.link) == len(hello.incarnation) == 16 and len(hello.after) in (0, 16)
+    if not is_named or not (is_control or is_data):
         raise RemoteProtocolError("hello with impossible fields")
     return hello

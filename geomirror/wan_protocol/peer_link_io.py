@@ -12,10 +12,19 @@ from typing import Any
 
 import structlog
 
-from geomirror.errors import GeomirrorError, ProtocolError, RemoteProtocolError
+from geomirror.errors import GeomirrorError, RemoteProtocolError
 from geomirror.wan_protocol.frame import KIND_MESSAGE, KIND_PADDING, KIND_RESYNC_FRAME, Packet
 from geomirror.wan_protocol.frame_sender_io import FrameSender
-from geomirror.wan_protocol.link import Close, Decision, Dial, Down, LinkCore, SendPing, Up
+from geomirror.wan_protocol.link import LinkCore
+from geomirror.wan_protocol.link_decisions import (
+    Close,
+    Decision,
+    Dial,
+    Down,
+    SendPing,
+    SendUse,
+    Up,
+)
 from geomirror.wan_protocol.link_events import LinkContext, LinkStatus
 from geomirror.wan_protocol.link_set_io import LinkSet, check_place
 from geomirror.wan_protocol.messages import (
@@ -26,6 +35,7 @@ from geomirror.wan_protocol.messages import (
     Ping,
     Pong,
     Reply,
+    Use,
     decode_message,
 )
 from geomirror.wan_protocol.negotiation import CONTROL_INDEX, make_hello, read_hello
@@ -135,7 +145,7 @@ class PeerLink:
                 item.control.send(0, Goodbye(reason))
                 item.control.drop(is_graceful=True)
         tasks = [task for item in self._sets.values() for task in item.dialling]
-        self.core.close(reason)
+        self.core.close(reason, self._clock.now_ns())
         self._execute()
         for connection in self._open:
             if not connection.is_closed:
@@ -193,8 +203,9 @@ class PeerLink:
         self._execute()
 
     def connection_writable(self, connection: LinkConnection) -> None:
-        """A data connection takes more frames."""
+        """A data connection takes more frames: the other side took some."""
         if connection.index >= 0:
+            self.core.moved(connection.link, self._clock.now_ns())
             self.frames.pump()
 
     def packets(self, connection: LinkConnection, packets: list[Packet], count: int) -> None:
@@ -202,8 +213,8 @@ class PeerLink:
         if self._is_stopped:
             return
         self._bytes_received += count
-        if connection.is_greeted and self.core.heard(connection.link, self._clock.now_ns()):
-            self._execute()
+        if connection.is_greeted:
+            self.core.heard(connection.link, self._clock.now_ns())
         for packet in packets:
             if connection.is_closed:
                 return
@@ -220,8 +231,8 @@ class PeerLink:
 
     def _send_hello(self, connection: LinkConnection) -> None:
         node, incarnation = self._context.node, self._context.incarnation
-        wall_ns = self._clock.wall_ns()
-        hello = make_hello(node, incarnation, connection.link, connection.index, wall_ns)
+        wall_ns, after = self._clock.wall_ns(), self.core.last_used
+        hello = make_hello(node, incarnation, connection.link, connection.index, wall_ns, after)
         connection.send(0, hello)
 
     def _greet(self, connection: LinkConnection, packet: Packet) -> None:
@@ -243,11 +254,18 @@ class PeerLink:
         item = self._sets.setdefault(connection.link, LinkSet())
         if connection.index == CONTROL_INDEX:
             item.control = connection
-            self.core.control_up(connection.link, now_ns, is_dialled=connection.is_dialled)
+            self.core.control_up(
+                connection.link,
+                now_ns,
+                is_dialled=connection.is_dialled,
+                incarnation=hello.incarnation,
+                after=hello.after,
+            )
         else:
             item.data[connection.index] = connection
             self.core.data_up(connection.link, connection.index, now_ns)
             item.pace(self._rate_bytes_per_second)
+            self.frames.pump()
         self._execute()
 
     # Packets.
@@ -265,18 +283,15 @@ class PeerLink:
             connection.close(f"the peer says goodbye: {message.reason[:200]}")
         elif isinstance(message, Hello):
             raise RemoteProtocolError("a second hello")
-        else:
-            item = self._sets[connection.link]
-            if item is self._current:
-                self._deliver(packet.session, message)
-            elif self.core.is_opening(connection.link):
-                item.keep_early(packet.session, message, len(packet.body))
-
-    def _deliver(self, session: int, message: Message) -> None:
-        if isinstance(message, Call | Reply):
+        elif isinstance(message, Use):
+            self.core.use_received(connection.link, message.number, self._clock.now_ns())
+            self._execute()
+        elif self._sets[connection.link] is not self._current:
+            raise RemoteProtocolError("a message on connections that are not in use")
+        elif isinstance(message, Call | Reply):
             self.calls.received(message)
         else:
-            self._events.message(self.peer, session, message)
+            self._events.message(self.peer, packet.session, message)
 
     def _frame(self, connection: LinkConnection, packet: Packet) -> None:
         if connection.index < 0:
@@ -327,26 +342,21 @@ class PeerLink:
                 control = self._sets[link].control
                 if control is not None:
                     control.send(0, Ping(now_ns), is_followed=False)
+            case SendUse(link, number) if link in self._sets:
+                control = self._sets[link].control
+                if control is not None:
+                    control.send(0, Use(number))
             case Up(link) if link in self._sets:
-                self._up(self._sets[link])
+                self._current = self._sets[link]
+                self.frames.use(self._current.data)
+                self._since_ns = self._clock.now_ns()
+                self._events.link_up(self.peer, self._since_ns)
             case Down(reason) if self._current is not None:
                 self._current = None
                 self.frames.use(None)
                 self._since_ns = self._clock.now_ns()
                 self.calls.link_lost(reason)
                 self._events.link_down(self.peer, reason, self._since_ns)
-
-    def _up(self, item: LinkSet) -> None:
-        self._current = item
-        self.frames.use(item.data)
-        self._since_ns = self._clock.now_ns()
-        self._events.link_up(self.peer, self._since_ns)
-        try:
-            for session, message in item.take_early():
-                self._deliver(session, message)
-        except ProtocolError as error:
-            if item.control is not None:
-                item.control.close(f"protocol error: {error}")
 
     async def _dial(self, decision: Dial, item: LinkSet) -> None:
         def factory() -> LinkConnection:
@@ -370,7 +380,7 @@ class PeerLink:
             item.cancel_dialling()
         for connection in list(self._open):
             if connection.link == link and not connection.is_closed:
-                connection.drop()
+                connection.discard()
 
     def _arm(self) -> None:
         due_ns = None if self._is_stopped else self.core.get_timer()

@@ -15,7 +15,7 @@ from geomirror.wan_protocol.frame import (
     pack_header,
 )
 from geomirror.wan_protocol.messages import Message, encode_message
-from geomirror.wan_protocol.stream_socket_io import tune
+from geomirror.wan_protocol.stream_socket_io import discard_unsent, tune
 
 WRITE_BUFFER_BYTES = 256 * KIB
 """Handed to a transport before it is done with the last; larger writes gain nothing."""
@@ -114,7 +114,8 @@ class LinkConnection(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The transport is gone."""
-        self.close(str(exc or "closed by the peer"))
+        is_reset = isinstance(exc, ConnectionResetError)
+        self.close("reset by the peer" if is_reset else str(exc or "closed by the peer"))
         self._owner.connection_gone(self)
 
     def pause_writing(self) -> None:
@@ -202,6 +203,12 @@ class LinkConnection(asyncio.BufferedProtocol):
         if not self.is_closed:
             self.drop()
             self._owner.connection_closed(self, reason)
+
+    def discard(self) -> None:
+        """Close without telling the owner, and forget what the kernel has not sent yet."""
+        # Else megabytes for a session that is over go before what its successor sends.
+        discard_unsent(self.socket)
+        self.drop()
 
     def drop(self, *, is_graceful: bool = False) -> None:
         """Close without telling the owner; graceful: what was written goes out first."""

@@ -30,6 +30,7 @@ from geomirror.wan_protocol.messages import (
     SessionAccept,
     SessionOpen,
     SessionRefuse,
+    Use,
     VolumeInfo,
     decode_message,
     encode_message,
@@ -38,7 +39,8 @@ from geomirror.wan_protocol.negotiation import make_hello, read_hello
 
 ENTRY = GenerationEntry(b"i" * 16, 3, b"p" * 16, 9, b"h" * 32, "created", "east-1", 12)
 EXAMPLES: list[Message] = [
-    make_hello("east-1", b"i" * 16, b"l" * 16, -1, 77),
+    make_hello("east-1", b"i" * 16, b"l" * 16, -1, 77, b"k" * 16),
+    Use(2**40),
     Ping(2**62),
     Pong(1),
     Goodbye("the node stops"),
@@ -122,7 +124,7 @@ def test_garbage_is_refused_with_a_typed_error(body: bytes) -> None:
 
 
 def hello_packet(**changes: object) -> Packet:
-    hello = make_hello("a", b"i" * 16, b"l" * 16, 2, 0)
+    hello = make_hello("a", b"i" * 16, b"l" * 16, 2, 0, b"")
     changed = msgspec.structs.replace(hello, **changes)
     return Packet(KIND_MESSAGE, 0, 0, 0, encode_message(changed))
 
@@ -140,6 +142,7 @@ def test_a_hello_is_accepted_with_unknown_features_and_a_newer_version() -> None
         (hello_packet(version_min=0, version=0), VersionError),
         (hello_packet(link=b"l" * 17), RemoteProtocolError),
         (hello_packet(incarnation=b""), RemoteProtocolError),
+        (hello_packet(after=b"x"), RemoteProtocolError),
         (hello_packet(role="control"), RemoteProtocolError),
         (hello_packet(index=-1), RemoteProtocolError),
         (hello_packet(index=8), RemoteProtocolError),
