@@ -14,38 +14,24 @@ from __future__ import annotations
 
 import errno
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from geomirror.errors import StorageError
-from geomirror.volume.store import Buffer
+from tests.sim.disk_file import (
+    ALL_SECTORS,
+    PAGE,
+    SECTOR,
+    SECTORS,
+    ZERO_PAGE,
+    Inode,
+    SimFile,
+)
 
-PAGE = 4096
-SECTOR = 512
-SECTORS = PAGE // SECTOR
-ALL_SECTORS = (1 << SECTORS) - 1
-ZERO_PAGE = bytes(PAGE)
+__all__ = ["CrashStyle", "SimFile", "SimStore"]
+
 UNLIMITED = 1 << 62
-
-
-@dataclass(eq=False)
-class Inode:
-    """Content of one file. Pages are immutable bytes; an absent page is all zero."""
-
-    size: int = 0
-    durable_size: int = 0
-    cache: dict[int, bytes] = field(default_factory=dict)
-    durable: dict[int, bytes] = field(default_factory=dict)
-    dirty: dict[int, int] = field(default_factory=dict)
-    """Page → mask of the sectors written since the last sync."""
-    synced: dict[int, int] = field(default_factory=dict)
-    """Page → mask of the sectors that any sync has made durable, zeros included."""
-    reserved_bytes: int = 0
-
-    def used_bytes(self) -> int:
-        """Bytes that it takes on the disk."""
-        return max(self.reserved_bytes, len(self.cache) * PAGE)
 
 
 @dataclass
@@ -96,7 +82,8 @@ class SimStore:
         """Called before each operation with its name and the file's; may raise to stop there."""
         self.faults: list[Fault] = []
         self.counts: dict[str, int] = {}
-        self._writeback = writeback
+        self.writeback = writeback
+        self.random_float = self.random.random
         self._names: dict[str, Inode] = {}
         self._durable_names: dict[str, Inode] = {}
         self._pending: dict[str, Operations] = {}
@@ -193,6 +180,17 @@ class SimStore:
         for name in sorted(self._names):
             self._crash_file(self._names[name], chosen)
 
+    def snapshot(self) -> dict[str, Inode]:
+        """The disk as it would be after a power cut now that loses everything in the cache."""
+        return {name: inode.copy_durable() for name, inode in self._durable_names.items()}
+
+    def restore(self, snapshot: dict[str, Inode]) -> None:
+        """Put an old state of the whole disk back; all open files become unusable."""
+        self.incarnation += 1
+        self._pending.clear()
+        self._names = {name: inode.copy_durable() for name, inode in snapshot.items()}
+        self._durable_names = dict(self._names)
+
     def flip_bit(self, name: str, bit: int) -> None:
         """Flip one bit of a file, in the cache and on the disk: silent corruption."""
         inode = self._names[name]
@@ -221,21 +219,24 @@ class SimStore:
             self._inject(operation, name)
 
     def write_back(self, inode: Inode) -> None:
-        """Now and then the kernel writes a dirty page back, long before it is synced."""
-        if inode.dirty and self._writeback and self.random.random() < self._writeback:
-            page = self.random.choice([*inode.dirty])
-            self._survive(inode, page, inode.dirty[page])
+        """The kernel writes one dirty page back, long before it is synced."""
+        page = self.random.choice([*inode.dirty])
+        self._survive(inode, page, inode.dirty[page])
 
     def require_space(self, inode: Inode, first: int, last: int, name: str) -> None:
         """Refuse a write to the pages [first, last) when the disk has no room for new ones."""
-        if self.capacity_bytes < UNLIMITED:
-            count = sum(page not in inode.cache for page in range(first, last))
-            grown = (len(inode.cache) + count) * PAGE - inode.used_bytes()
-            if grown > 0:
-                self._require_space(grown, name)
+        count = sum(page not in inode.cache for page in range(first, last))
+        grown = (len(inode.cache) + count) * PAGE - inode.used_bytes()
+        if grown > 0:
+            self._require_space(grown, name)
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether the disk can become full."""
+        return self.capacity_bytes < UNLIMITED
 
     def _require_space(self, size: int, name: str) -> None:
-        if size > self.free_bytes():
+        if self.is_limited and size > self.free_bytes():
             raise StorageError.from_os(
                 OSError(errno.ENOSPC, "No space left on device"), operation="write", path=name
             )
@@ -328,160 +329,3 @@ class SimStore:
                     data[at] = new[at]
                     data[sector * SECTOR + self.random.randrange(SECTOR)] ^= 1
         inode.durable[page] = bytes(data)
-
-
-class SimFile:
-    """Implements `geomirror.volume.store.File`; unusable after a crash, like any descriptor."""
-
-    def __init__(self, store: SimStore, inode: Inode, name: str) -> None:
-        self.name = name
-        self._store = store
-        self._inode = inode
-        self._incarnation = store.incarnation
-        self._is_closed = False
-        self._is_poisoned = False
-
-    def size(self) -> int:
-        """Size now."""
-        self._check("size")
-        return self._inode.size
-
-    def pread(self, length: int, offset: int) -> bytes:
-        """Exactly `length` bytes, zeros beyond the end."""
-        self._check("pread")
-        inode = self._inode
-        first, start = divmod(offset, PAGE)
-        last = (offset + length + PAGE - 1) // PAGE
-        get = inode.cache.get
-        if last - first == 1:
-            data = get(first, ZERO_PAGE)[start : start + length]
-        else:
-            joined = b"".join([get(page, ZERO_PAGE) for page in range(first, last)])
-            data = joined[start : start + length]
-        if offset + length > inode.size:
-            data = data[: max(0, inode.size - offset)].ljust(length, b"\0")
-        return data
-
-    def try_read(self, length: int, offset: int) -> bytes | None:
-        """A simulated disk needs no waiting for."""
-        return self.pread(length, offset)
-
-    def expect_scattered_reads(self, is_scattered: bool) -> None:
-        """A hint that nothing here can use."""
-
-    def pwritev(self, buffers: Sequence[Buffer], offset: int) -> None:
-        """Write into the cache."""
-        self._check("pwritev")
-        data = buffers[0] if len(buffers) == 1 else b"".join(buffers)
-        self._write(bytes(data), offset)
-
-    def fdatasync(self) -> None:
-        """Cache to disk; a failure poisons this descriptor and drops the dirty marks."""
-        if self._is_poisoned:
-            raise StorageError(f"fdatasync {self.name}: refused after an earlier failure")
-        inode = self._inode
-        try:
-            self._check("fdatasync")
-        except StorageError:
-            self._is_poisoned = True
-            inode.dirty.clear()
-            raise
-        cache, durable = inode.cache, inode.durable
-        for page, mask in inode.dirty.items():
-            inode.synced[page] = inode.synced.get(page, 0) | mask
-            content = cache.get(page)
-            if content is None:
-                durable.pop(page, None)
-            else:
-                durable[page] = content
-        inode.dirty.clear()
-        inode.durable_size = inode.size
-
-    def zero(self, length: int, offset: int, *, punch: bool) -> None:
-        """Zeros; whole pages are dropped."""
-        self._check("zero")
-        inode = self._inode
-        length = min(length, max(0, inode.size - offset))
-        end = offset + length
-        first, last = -(-offset // PAGE), end // PAGE
-        if first >= last:
-            self._write(bytes(length), offset)
-            return
-        for page in self._pages(first, last):
-            inode.cache.pop(page, None)
-            inode.dirty[page] = ALL_SECTORS
-        if first * PAGE > offset:
-            self._write(bytes(first * PAGE - offset), offset)
-        if end > last * PAGE:
-            self._write(bytes(end - last * PAGE), last * PAGE)
-
-    def data_ranges(self, length: int, offset: int) -> list[tuple[int, int]]:
-        """The pages that exist, joined."""
-        self._check("data_ranges")
-        end = min(offset + length, self._inode.size)
-        ranges: list[tuple[int, int]] = []
-        first, last = offset // PAGE, -(-end // PAGE)
-        cache = self._inode.cache
-        present = (
-            [page for page in range(first, last) if page in cache]
-            if last - first < len(cache)
-            else sorted(page for page in cache if first <= page < last)
-        )
-        for page in present:
-            start, stop = max(offset, page * PAGE), min(end, (page + 1) * PAGE)
-            if ranges and sum(ranges[-1]) == start:
-                ranges[-1] = (ranges[-1][0], stop - ranges[-1][0])
-            else:
-                ranges.append((start, stop - start))
-        return [(start, size) for start, size in ranges if size > 0]
-
-    def truncate(self, size: int) -> None:
-        """Grow sparse or shrink."""
-        self._check("truncate")
-        old = self._inode.size
-        if size < old:
-            self.zero(old - size, size, punch=True)
-        self._inode.size = size
-
-    def close(self) -> None:
-        """Release; twice is once."""
-        self._is_closed = True
-
-    def _check(self, operation: str) -> None:
-        store = self._store
-        if self._is_closed or self._incarnation != store.incarnation:
-            raise StorageError(f"{operation} {self.name}: Bad file descriptor")
-        if self._is_poisoned:
-            raise StorageError(f"{operation} {self.name}: refused after a failed fdatasync")
-        store.check(operation, self.name)
-
-    def _pages(self, first: int, last: int) -> list[int]:
-        inode = self._inode
-        known = inode.cache.keys() | inode.durable.keys()
-        if last - first < len(known):
-            return [page for page in range(first, last) if page in known]
-        return sorted(page for page in known if first <= page < last)
-
-    def _write(self, data: bytes, offset: int) -> None:
-        inode, store = self._inode, self._store
-        cache, dirty = inode.cache, inode.dirty
-        page, start = divmod(offset, PAGE)
-        position, size = 0, len(data)
-        if size == 0:
-            return
-        store.require_space(inode, page, -(-(offset + size) // PAGE), self.name)
-        while position < size:
-            count = min(PAGE - start, size - position)
-            if count == PAGE:
-                cache[page] = data[position : position + PAGE]
-                dirty[page] = ALL_SECTORS
-            else:
-                old = cache.get(page, ZERO_PAGE)
-                end = start + count
-                cache[page] = old[:start] + data[position : position + count] + old[end:]
-                touched = (1 << -(-end // SECTOR)) - (1 << start // SECTOR)
-                dirty[page] = dirty.get(page, 0) | touched
-            position += count
-            page, start = page + 1, 0
-        inode.size = max(inode.size, offset + size)
-        store.write_back(inode)
