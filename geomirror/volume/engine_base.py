@@ -360,12 +360,17 @@ class EngineBase:
         self.committed_epoch, self.committed_hash = epoch.number, epoch.chain_hash
 
     def _redo(self) -> None:
-        """Repeat exactly the pass that a crash may have left half applied (I6). Blocking."""
+        """Repeat exactly the passes that the image may hold a part of (I6). Blocking.
+
+        One that a crash left half applied; more when the newer superblock copy is damaged and the
+        older one speaks of an earlier state.
+        """
         if self.superblock.data_state != "consistent":
             return
-        found = self.undo.pending_pass(self.applied_epoch)
-        if found is None:
-            return
+        while (found := self.undo.pending_pass(self.applied_epoch)) is not None:
+            self._redo_pass(found)
+
+    def _redo_pass(self, found: tuple[int, int]) -> None:
         if found[1] > self.sealed_epoch or found[1] not in self._directory.numbers():
             raise FencedError(
                 f'resource "{self.superblock.name}": epochs {found} are half applied and not in '

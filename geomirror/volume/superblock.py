@@ -1,7 +1,7 @@
 """The superblock: what a resource is, how far it is applied, and where its recovery starts.
 
-Two slots, A and B; the valid one with the higher sequence counts and updates go to the other one,
-so a torn update leaves the state before it.
+Two slots, A and B; the valid one with the higher sequence counts. An update goes to the older one,
+then to the other, so a torn update leaves one that is whole, and afterwards both are equal.
 ```
  slot, 64 KiB: magic 8 │ version u32 │ body length u32 │ sequence u64 │ XXH3-128 16 │ body, JSON
 ```
@@ -145,7 +145,11 @@ def parse_slot(data: bytes) -> Superblock | None:
 
 
 class SuperblockJob:
-    """Writes one version of the superblock; `run` blocks and may run on any thread."""
+    """Writes one version of the superblock; `run` blocks and may run on any thread.
+
+    Both slots get it, one after the other: what it allows (trimming the journal) would otherwise
+    leave the older slot pointing at what is gone, of no use when the newer one rots.
+    """
 
     def __init__(self, owner: SuperblockFile, sequence: int, data: bytes) -> None:
         self.sequence = sequence
@@ -153,7 +157,8 @@ class SuperblockJob:
         self._data = data
 
     def run(self) -> None:
-        """Durable on return. :raises StorageError: the other slot still holds the state before."""
+        """Durable twice on return. :raises StorageError: one slot may hold the state before."""
+        self._owner.write_slot(self._data)
         self._owner.write_slot(self._data)
 
 

@@ -74,9 +74,10 @@ class UndoStore:
                 f"the image may be half applied and {self._damaged[newest].message}",
                 hint='keep the data directory; make this copy anew with "geomirror resync"',
             )
-        if not self._passes or self._passes[-1].from_epoch != applied_epoch:
-            return None
-        return self._passes[-1].from_epoch, self._passes[-1].to_epoch
+        for found in reversed(self._passes):
+            if found.from_epoch == applied_epoch:
+                return found.from_epoch, found.to_epoch
+        return None
 
     def find(
         self, from_epoch: int, to_epoch: int, generation: bytes | None = None
