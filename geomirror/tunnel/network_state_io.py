@@ -201,12 +201,12 @@ def load_network(data_dir: Path, limits: Limits = PRODUCTION) -> NetworkState:
 
 def load_membership(state: NetworkState) -> Membership:
     """The membership as it is in the file now. :raises IntegrityError: damaged."""
-    return Membership.from_json(
-        read_file(state.membership_path),
-        state.network,
-        public_key_of(state.authority_certificate),
-        state.limits,
-    )
+    path = state.membership_path
+    key = public_key_of(state.authority_certificate)
+    try:
+        return Membership.from_json(read_file(path), state.network, key, state.limits)
+    except IntegrityError as error:
+        raise IntegrityError(f"{path}: {error.message}", hint="restore it") from None
 
 
 def _load_certificate(path: Path) -> x509.Certificate:

@@ -42,6 +42,7 @@ from geomirror.volume.segment import (
 )
 from geomirror.volume.store import File, Store
 
+_FENCED_HINT = 'keep the files, see "geomirror status", and fail over to a peer'
 _CHUNK_BYTES = 4 * MIB
 """Read at once while scanning; a longer record is read whole."""
 
@@ -234,6 +235,14 @@ def _scan(log: _Log, scan_lsn: int, resource_id: bytes) -> _Scan:
 
 def _prove(log: _Log, scan: _Scan, known_durable_lsn: int, resource_id: bytes) -> int:
     """The LSN up to which the log is proven durable. :raises FencedError: it lies beyond X."""
+    start_lsn = log.first_number * log.segment_bytes + SEGMENT_HEADER_BYTES
+    if not log.spans and known_durable_lsn >= start_lsn:
+        # X is not below what was durable then; but an empty log has a segment, too.
+        raise FencedError(
+            f"journal of resource {resource_id.hex()} is damaged: "
+            f"{segment_name(log.first_number)} and all after it are missing or not readable",
+            hint=_FENCED_HINT,
+        )
     proofs = [known_durable_lsn, scan.durable_lsn, log.find_durable_lsn(scan.position)]
     proofs += [span.header.durable_lsn for span in log.spans]
     durable_lsn = max(proofs)
@@ -243,7 +252,7 @@ def _prove(log: _Log, scan: _Scan, known_durable_lsn: int, resource_id: bytes) -
             f"journal of resource {resource_id.hex()} is damaged: {segment_name(number)} has no "
             f"valid record at offset {offset} (LSN {scan.position}), "
             f"but the log was durable up to LSN {durable_lsn}",
-            hint='keep the files, see "geomirror status", and fail over to a peer',
+            hint=_FENCED_HINT,
         )
     return durable_lsn
 

@@ -154,6 +154,19 @@ def test_a_missing_segment_fences_when_it_was_durable() -> None:
             disk.recover()
 
 
+def test_a_journal_whose_every_segment_is_gone_is_not_taken_for_an_empty_one() -> None:
+    disk = Disk()
+    disk.note_durable()
+    disk.append_blocks(BLOCK)
+    disk.sync()
+    for name in disk.store.list("journal"):
+        disk.store.unlink(f"journal/{name}")
+    disk.store.sync_directory("journal")
+    disk.store.crash()
+    with pytest.raises(FencedError, match=segment_name(1)):
+        disk.recover()
+
+
 def test_a_bad_segment_header_in_the_middle_fences_and_at_the_end_is_a_torn_tail() -> None:
     for is_durable in (True, False):
         disk = Disk()
