@@ -13,13 +13,14 @@ from geomirror.errors import (
     JournalFullError,
     LimitExceededError,
     NoSpaceError,
+    RemoteProtocolError,
     StorageError,
 )
 from geomirror.limits import Limits
 from geomirror.volume.engine import Engine
 from geomirror.wan_protocol.decisions import Emit
 from geomirror.wan_protocol.epoch_decode import FrameDecoder
-from geomirror.wan_protocol.incoming import Incoming
+from geomirror.wan_protocol.incoming import FRAMES_MAX, Incoming, check_commit
 from geomirror.wan_protocol.messages import EpochCommit
 from geomirror.wan_protocol.replica import Replica
 
@@ -46,9 +47,9 @@ class EpochIntake(Replica):
 
         :raises RemoteProtocolError: hostile content, or too many epochs under way.
         """
-        if len(self.incoming) >= INCOMING_MAX and epoch not in self.incoming:
-            raise LimitExceededError(f"more than {INCOMING_MAX} epochs under way")
-        incoming = self.incoming.setdefault(epoch, Incoming(epoch))
+        if not 0 <= sequence < FRAMES_MAX:
+            raise RemoteProtocolError(f"frame number {sequence} of epoch {epoch}")
+        incoming = self._incoming_of(epoch)
         if sequence in incoming.parts or self._must_wait(incoming):
             return
         try:
@@ -70,6 +71,11 @@ class EpochIntake(Replica):
         incoming.add(sequence, frame.table.copy(), address)
         self.commit_complete()
 
+    def _incoming_of(self, epoch: int) -> Incoming:
+        if len(self.incoming) >= INCOMING_MAX and epoch not in self.incoming:
+            raise LimitExceededError(f"more than {INCOMING_MAX} epochs under way")
+        return self.incoming.setdefault(epoch, Incoming(epoch))
+
     def _must_wait(self, incoming: Incoming) -> bool:
         """Whether the journal's room belongs to the epoch that is next in order."""
         limits = self.limits
@@ -87,13 +93,18 @@ class EpochIntake(Replica):
             if number > first:
                 incoming.drop_parts()
         self.engine.keep_spooled(self._lowest_spooled())
+        self._reclaim()
         self._decide(Emit("spool_full", {"epoch": epoch}))
 
     def take_commit(self, message: EpochCommit) -> None:
-        """Take the word on what an epoch is; it is committed once all of its frames are here."""
+        """Take the word on what an epoch is; it is committed once all of its frames are here.
+
+        :raises RemoteProtocolError: out of bounds, or too many epochs under way.
+        """
+        check_commit(message, self.limits.epoch_entries_max)
         if message.epoch <= self.engine.committed_epoch:
             return
-        incoming = self.incoming.setdefault(message.epoch, Incoming(message.epoch))
+        incoming = self._incoming_of(message.epoch)
         incoming.commit = message
         incoming.progress_ns = self.now_ns
         self.commit_complete()
@@ -132,15 +143,24 @@ class EpochIntake(Replica):
 
     def forget_incoming(self) -> None:
         """Drop everything that is under way."""
+        if self.incoming:
+            self._reclaim()
         self.incoming.clear()
         self.engine.keep_spooled(0)
+
+    def _reclaim(self) -> None:
+        """Let the journal be trimmed of dropped frames: no epoch may ever come to bring that."""
+        self._sync_wanted = self._checkpoint_wanted = True
 
     def _lowest_spooled(self) -> int:
         lowest = [i.lowest_address for i in self.incoming.values() if i.lowest_address]
         return min(lowest, default=0)
 
-    def is_stuck(self, incoming: Incoming) -> bool:
-        """Whether the missing frames of an epoch have to be asked for."""
-        is_waiting = incoming.commit is not None and not incoming.is_complete
-        is_waiting = is_waiting and incoming.number == min(self.incoming)
-        return is_waiting and self.now_ns >= incoming.progress_ns + MISSING_AFTER_NS
+    @property
+    def awaited(self) -> Incoming | None:
+        """The epoch that is next in order, when its commit is here and frames are missing."""
+        first = min(self.incoming, default=None)
+        if first is None:
+            return None
+        incoming = self.incoming[first]
+        return incoming if incoming.commit is not None and not incoming.is_complete else None

@@ -22,6 +22,8 @@ from geomirror.volume.epoch_table import (
 )
 from geomirror.wan_protocol.messages import EpochCommit
 
+GENERATION_BYTES = 16
+HASH_BYTES = 32
 FRAMES_MAX = 1 << 17
 """Frames of one epoch: 8 GiB of raw data, far above any fold."""
 
@@ -32,6 +34,25 @@ def number_bitmap(numbers: set[int] | list[int]) -> bytes:
     for number in numbers:
         bitmap[number >> 3] |= 1 << (number & 7)
     return bytes(bitmap)
+
+
+def check_commit(commit: EpochCommit, entries_max: int) -> None:
+    """Believe no number of a commit that could cost memory or not be stored.
+
+    :raises RemoteProtocolError: it is not one that a primary sends.
+    """
+    positions = (commit.epoch, commit.first_lsn, commit.end_lsn, commit.wall_ns)
+    is_fold = commit.first_epoch != commit.epoch
+    if (
+        not 0 < commit.first_epoch <= commit.epoch
+        or not all(0 <= position < 1 << 63 for position in positions)
+        or not 0 <= commit.frames <= FRAMES_MAX
+        or not 0 <= commit.entries <= entries_max
+        or len(commit.generation) != GENERATION_BYTES
+        or len(commit.chain_hash) != HASH_BYTES
+        or len(commit.table_hash) != (HASH_BYTES if is_fold else 0)
+    ):
+        raise RemoteProtocolError(f"commit of epoch {commit.epoch} is out of bounds")
 
 
 @dataclass
@@ -46,8 +67,7 @@ class Incoming:
 
     def add(self, sequence: int, table: Table, address: int) -> None:
         """Take the table of a spooled frame whose data begins at journal address `address`."""
-        if sequence >= FRAMES_MAX:
-            raise RemoteProtocolError(f"frame number {sequence} of epoch {self.number}")
+        assert 0 <= sequence < FRAMES_MAX
         data = table["kind"] == 0
         table["address"][data] += np.uint64(address)
         self.parts[sequence] = table

@@ -112,6 +112,9 @@ class Replica:
     def _applied_moved(self) -> None:
         """A checkpoint with the applied epoch is durable."""
 
+    def _room_moved(self) -> None:
+        """The journal has more room."""
+
     def _pump_role(self) -> None:
         """Start whatever the role wants started."""
 
@@ -219,11 +222,15 @@ class Replica:
         if not self.is_running("trim"):
             trim = journal.trim_job()
             if trim is not None:
-                self._run("trim", trim, journal.complete_trim)
+                self._run("trim", trim, self._trim_done)
         if not self.is_running("spare") and self.now_ns >= self._spare_not_before_ns:
             spare = journal.spare_job()
             if spare is not None:
                 self._run("spare", spare, journal.complete_spare)
+
+    def _trim_done(self, job: Any) -> None:
+        self.engine.journal.complete_trim(job)
+        self._room_moved()
 
     def _job_failed(self, run: RunJob, error: GeomirrorError) -> None:
         if not isinstance(error, NoSpaceError) or run.kind == "sync":

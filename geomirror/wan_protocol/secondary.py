@@ -25,6 +25,7 @@ from geomirror.volume.engine import Engine
 from geomirror.volume.superblock import DataState
 from geomirror.wan_protocol.decisions import Emit, SendMessage
 from geomirror.wan_protocol.epoch_intake import MISSING_AFTER_NS, EpochIntake
+from geomirror.wan_protocol.frame import FRAME_BODY_BYTES_MAX
 from geomirror.wan_protocol.incoming import Incoming, number_bitmap
 from geomirror.wan_protocol.messages import (
     Acknowledge,
@@ -149,10 +150,11 @@ class Secondary(EpochIntake):
         self.now_ns = max(self.now_ns, now_ns)
         if self._acknowledge_at_ns is not None and self.now_ns >= self._acknowledge_at_ns:
             self._acknowledge()
-        for incoming in self.incoming.values():
-            if self.is_stuck(incoming) and self.is_open:
-                incoming.progress_ns = self.now_ns
-                self._acknowledge(incoming)
+        awaited = self.awaited
+        is_late = awaited and self.now_ns >= awaited.progress_ns + MISSING_AFTER_NS
+        if awaited is not None and is_late and self.is_open:
+            awaited.progress_ns = self.now_ns
+            self._acknowledge(awaited)
         self._pump()
 
     def get_timer(self) -> int | None:
@@ -160,12 +162,9 @@ class Secondary(EpochIntake):
         if self.fenced is not None:
             return None
         times = [self._retry_at_ns, self._acknowledge_at_ns]
-        if self.is_open:
-            times += [
-                i.progress_ns + MISSING_AFTER_NS
-                for i in self.incoming.values()
-                if i.commit is not None and not i.is_complete
-            ]
+        awaited = self.awaited
+        if awaited is not None and self.is_open:
+            times.append(awaited.progress_ns + MISSING_AFTER_NS)
         return min((t for t in times if t is not None), default=None)
 
     def set_hold(self, is_held: bool, now_ns: int) -> None:
@@ -253,11 +252,16 @@ class Secondary(EpochIntake):
 
     def _credit(self) -> int:
         """Bytes that the primary may have sent in this session in total."""
-        spare = self.engine.journal.room_bytes() - self.limits.epoch_bytes_max // 2
+        room = self.engine.journal.room_bytes()
+        spare = room - self.limits.epoch_bytes_max // 2
         if self.resync is not None:
             spare = self.limits.credit_bytes - self.resync.queued_bytes
         # A frame may blow up to its raw size in the journal; compressed bytes are what is granted.
-        return self._received_bytes + max(0, min(self.limits.credit_bytes, spare // 4))
+        granted = max(0, min(self.limits.credit_bytes, spare // 4))
+        if room >= 2 * FRAME_BODY_BYTES_MAX:
+            # Less than one frame would hold the next epoch up for ever.
+            granted = max(granted, FRAME_BODY_BYTES_MAX)
+        return self._received_bytes + granted
 
     # Refusals.
 
@@ -305,6 +309,10 @@ class Secondary(EpochIntake):
         )
 
     def _sealed_moved(self) -> None:
+        self._acknowledge()
+
+    def _room_moved(self) -> None:
+        # The primary may have used up what was granted, and then nothing else would tell it.
         self._acknowledge()
 
     def _apply_target(self) -> int | None:
