@@ -21,6 +21,9 @@ MOVING_FACTOR = 3
 """A set whose bulk data moves gets up to this many times the patience: the other side takes what we
 send, its answers wait behind a lost packet or a busy machine. Bounded, because a proxy on the way
 takes bytes for a dead peer too."""
+PATIENCE_NS_MAX = 3 * SECOND
+"""Unless the round trip itself is so long, no measurement asks for more: patience that grows with
+the stalls that it endures would grow without end."""
 WORST_DECAY = 128
 """The worst round trip loses this part with each sample: half of it within about 15 s."""
 
@@ -54,10 +57,9 @@ class RoundTrip:
     def patience_ns(self, limits: Limits) -> int:
         """Silence after which the other side counts as gone; 750 ms on short paths."""
         interval_ns = self.interval_ns(limits)
-        measured_ns = 3 * self.smoothed_ns + 4 * self.variation_ns
-        return max(
-            limits.hello_misses_max * interval_ns, measured_ns, 2 * self.worst_ns + interval_ns
-        )
+        varying_ns = 3 * self.smoothed_ns + 4 * self.variation_ns
+        measured_ns = max(varying_ns, 2 * self.worst_ns + interval_ns)
+        return max(limits.hello_misses_max * interval_ns, min(measured_ns, PATIENCE_NS_MAX))
 
 
 @dataclass(eq=False)
