@@ -347,13 +347,13 @@ async def test_both_may_dial_and_end_with_one_set() -> None:
     b.links.set_peers([PeerAddress("a", [a.links.endpoint or ""])])
     try:
         await until(lambda: a.is_up("b") and b.is_up("a"))
-        await asyncio.sleep(1.2)  # a loser is closed after a second
         await until(lambda: len(a.links._peers["b"]._sets) == len(b.links._peers["a"]._sets) == 1)
         assert a.links._peers["b"]._sets.keys() == b.links._peers["a"]._sets.keys()
         assert a.is_up("b") and b.is_up("a")
         a.links.send_message("b", 1, NOTE)
         b.links.send_message("a", 1, NOTE)
         await until(lambda: len(a.events.messages) == len(b.events.messages) == 1)
+        assert a.events.log == ["up b"] and b.events.log == ["up a"]
     finally:
         await a.links.stop()
         await b.links.stop()
@@ -404,6 +404,11 @@ async def test_a_message_that_the_node_refuses_closes_the_connections(
     await until(lambda: a.is_up("b") and b.is_up("a"))
 
 
+def message(content: Message) -> bytes:
+    body = encode_message(content)
+    return pack_header(KIND_MESSAGE, len(body)) + body
+
+
 def hello(**changes: Any) -> bytes:
     fields: dict[str, Any] = {
         "version": 1,
@@ -416,8 +421,7 @@ def hello(**changes: Any) -> bytes:
         "index": -1,
         "wall_ns": 0,
     }
-    body = encode_message(Hello(**(fields | changes)))
-    return pack_header(KIND_MESSAGE, len(body)) + body
+    return message(Hello(**(fields | changes)))
 
 
 STRANGERS = {
@@ -433,6 +437,7 @@ STRANGERS = {
     "data number too large": hello(role="data", index=8),
     "data without control": hello(role="data", index=0),
     "second hello": hello() + hello(),
+    "message before use": hello() + message(NOTE),
     "frame on control": hello() + pack_header(KIND_FRAME, 3) + b"abc",
 }
 
@@ -530,6 +535,33 @@ async def test_a_silent_link_is_noticed_and_comes_back_with_the_path() -> None:
         assert a.is_up("b") and b.is_up("a")
         a.links.send_frame("b", 1, 2, 3, b"again")
         await until(lambda: len(b.events.frames) == 1)
+    finally:
+        await a.links.stop()
+        await b.links.stop()
+        await relay.stop()
+
+
+@pytest.mark.system
+async def test_a_silence_that_only_one_side_noticed_starts_both_sides_anew() -> None:
+    a, b = Node("a", PRODUCTION), Node("b")  # patience of 750 and of 300 ms
+    await a.links.start(None)
+    await b.links.start("127.0.0.1:0")
+    relay = Relay(b.links.endpoint or "")
+    b.links.set_peers([PeerAddress("a")])
+    a.links.set_peers([PeerAddress("b", [await relay.start()])])
+    try:
+        await until(lambda: a.is_up("b") and b.is_up("a"))
+        await asyncio.sleep(0.5)
+        relay.is_dead = True
+        await until(lambda: b.events.log == ["up a", "down a"])
+        assert "nothing heard for" in b.links.state("a").last_error
+        relay.is_dead = False
+        await until(lambda: len(a.events.log) == len(b.events.log) == 3)
+        assert a.events.log == ["up b", "down b", "up b"]
+        assert b.events.log == ["up a", "down a", "up a"]
+        for one, other in ((a, b), (b, a)):
+            one.links.send_message(other.name, 1, NOTE)
+        await until(lambda: len(a.events.messages) == len(b.events.messages) == 1)
     finally:
         await a.links.stop()
         await b.links.stop()
