@@ -9,7 +9,7 @@ import time
 import traceback
 
 from tests.sim.oracle import OracleError
-from tests.sim.simulation import Simulation
+from tests.sim.simulation import SECONDS, Simulation
 
 
 def main() -> int:
@@ -18,7 +18,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=100, help="how many")
     parser.add_argument("--seed", type=int, help="just this one, with its story")
     parser.add_argument("--first", type=int, help="first seed; by chance if not given")
-    parser.add_argument("--length", type=int, default=60, help="simulated seconds with faults")
+    parser.add_argument("--length", type=int, default=SECONDS, help="simulated seconds with faults")
     parser.add_argument("--seconds", type=float, help="go on for so long instead of --seeds")
     arguments = parser.parse_args()
     first = arguments.first if arguments.first is not None else secrets.randbelow(1 << 31)

@@ -180,6 +180,10 @@ class SimStore:
         for name in sorted(self._names):
             self._crash_file(self._names[name], chosen)
 
+    def inodes(self) -> list[Inode]:
+        """All files."""
+        return list(self._names.values())
+
     def snapshot(self) -> dict[str, Inode]:
         """The disk as it would be after a power cut now that loses everything in the cache."""
         return {name: inode.copy_durable() for name, inode in self._durable_names.items()}

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+from geomirror.limits import KIB
 from tests.sim.world import MS, SECOND, World
 
 DATA_CONNECTIONS = 2
@@ -29,6 +31,10 @@ class Link:
     queued: dict[str, int] = field(default_factory=dict)
 
 
+Way = tuple[Link, int, tuple[str, int], int]
+"""(link, its number, (source, connection), how often that connection broke) of something sent."""
+
+
 class Network:
     """Links between nodes by name. `deliver(target, source, payload)` hands over what arrives."""
 
@@ -38,8 +44,9 @@ class Network:
         names: list[str],
         deliver: Callable[[str, str, Any], None],
         link_event: Callable[[str, str, bool], None],
+        writable: Callable[[str, str], None],
         *,
-        delay_ns: int,
+        delay_ns: dict[str, int],
         jitter_ns: int,
         bytes_per_second: int,
         flip_chance: float,
@@ -48,12 +55,14 @@ class Network:
         self.links = {(a, b): Link() for i, a in enumerate(names) for b in names[i + 1 :]}
         self._deliver = deliver
         self._link_event = link_event
+        self._writable = writable
         self._delay_ns = delay_ns
+        """By source: the way there need not take as long as the way back."""
         self._jitter_ns = jitter_ns
         self._rate = bytes_per_second
         self._flip_chance = flip_chance
         self.is_alive: Callable[[str], bool] = lambda name: True
-        self.window_bytes = 256 * 1024
+        self.window_bytes = 256 * KIB
 
     def link(self, a: str, b: str) -> Link:
         """The link of two nodes."""
@@ -69,6 +78,7 @@ class Network:
         if not link.is_up:
             return
         world, chance = self.world, self.world.random
+        world.mix(payload[4] if is_frame else payload)
         connection = 1 + chance.randrange(DATA_CONNECTIONS) if is_frame else 0
         if is_frame and self._flip_chance and chance.random() < self._flip_chance:
             payload = flip(payload, chance.randrange(1 << 30))
@@ -77,27 +87,36 @@ class Network:
         sent = start + size * SECOND // self._rate
         link.busy_until[(source, -1)] = sent
         jitter = int(self._jitter_ns * chance.random())
-        arrival = max(sent + self._delay_ns + jitter, link.busy_until.get(key, 0))
+        arrival = max(sent + self._delay_ns[source] + jitter, link.busy_until.get(key, 0))
         link.busy_until[key] = arrival
-        link.queued[source] = link.queued.get(source, 0) + size
-        number, broken = link.number, link.broken.get(key, 0)
+        way = (link, link.number, key, link.broken.get(key, 0))
+        if is_frame:
+            link.queued[source] = link.queued.get(source, 0) + size
+            world.at(sent, partial(self._leave, way, target, size))
+        world.at(arrival, partial(self._arrive, way, target, payload))
 
-        def leave() -> None:
-            if link.number == number:
-                link.queued[source] -= size
+    def _leave(self, way: Way, target: str, size: int) -> None:
+        """Bytes have left the queue; the sender hears of it when half is free."""
+        link, number, (source, _), _ = way
+        if link.number == number:
+            before = link.queued[source]
+            link.queued[source] = after = before - size
+            half = self.window_bytes // 2
+            if after == 0 or before >= half > after:
+                self._writable(source, target)
 
-        def arrive() -> None:
-            is_lost = link.number != number or link.broken.get(key, 0) != broken
-            index = 0 if (source, target) in self.links else 1
-            if is_lost or not link.is_up or not self.is_alive(target):
-                return
-            if link.is_cut[index]:
-                link.has_lost = True
-                return
-            self._deliver(target, source, payload)
-
-        world.at(sent, leave)
-        world.at(arrival, arrive)
+    def _arrive(self, way: Way, target: str, payload: Any) -> None:
+        link, number, key, broken = way
+        if link.number != number or link.broken.get(key, 0) != broken:
+            return
+        source = key[0]
+        if not link.is_up or not self.is_alive(target):
+            return
+        index = 0 if (source, target) in self.links else 1
+        if link.is_cut[index]:
+            link.has_lost = True
+            return
+        self._deliver(target, source, payload)
 
     def break_connection(self, a: str, b: str) -> None:
         """One data connection dies with everything in flight on it."""

@@ -1,15 +1,21 @@
-"""One simulated node: the real engine and core over a simulated disk; jobs take simulated time."""
+"""One simulated node: the real engine and core over a simulated disk; jobs take simulated time.
+
+It is the shell of the cores: what `node.replica_runner` does with threads and sockets, it does with
+simulated delays. A life ends with a crash; `life` tells late events of earlier ones apart.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from geomirror.environment import SeededEntropy
 from geomirror.errors import GeomirrorError, RemoteProtocolError
 from geomirror.limits import Limits
 from geomirror.volume.engine import Engine, VolumeSpec
+from geomirror.volume.open_epoch import EpochDraft
 from geomirror.volume.superblock import GenerationRecord, PeerRecord
 from geomirror.wan_protocol.decisions import (
     Emit,
@@ -19,17 +25,21 @@ from geomirror.wan_protocol.decisions import (
     SendFrame,
     SendMessage,
 )
-from geomirror.wan_protocol.messages import (
-    Acknowledge,
-    decode_message,
-    encode_message,
-)
+from geomirror.wan_protocol.messages import Acknowledge, decode_message, encode_message
 from geomirror.wan_protocol.primary import Primary
 from geomirror.wan_protocol.secondary import CONSISTENT, Secondary
 from tests.sim.disk import SimStore
 from tests.sim.network import Network
 from tests.sim.oracle import Entry, Oracle
-from tests.sim.world import MS, World
+from tests.sim.watch import Watch
+from tests.sim.world import MS, SECOND, WALL_OFFSET_NS, World
+
+SLOW_JOBS = frozenset(("sync", "checkpoint"))
+SLOW_FACTOR = 40
+AILING_NS = 30 * SECOND
+"""A disk that was slow or full may take so long to catch up."""
+WRITABLE_FRACTION = 2
+"""The link asks for more when its queue is half empty, after it was fuller."""
 
 
 class MachineStoppedError(BaseException):
@@ -38,7 +48,7 @@ class MachineStoppedError(BaseException):
 
 @dataclass
 class Setup:
-    """What all nodes of a simulation share."""
+    """What all nodes of a simulation share; the callbacks are the runner's."""
 
     world: World
     network: Network
@@ -49,8 +59,12 @@ class Setup:
     volumes: dict[int, int]
     journal_bytes: int
     needs_first_sync: bool
+    clock_rates: dict[str, float]
     on_flush: Callable[[object, GeomirrorError | None], None]
     on_room: Callable[[], None]
+    on_stopped: Callable[[SimNode], None]
+    on_recovered: Callable[[SimNode], None]
+    on_fenced: Callable[[SimNode], None]
 
 
 class SimNode:
@@ -63,20 +77,31 @@ class SimNode:
         self.is_primary = name == setup.primary
         self.store = SimStore(f"{seed}/{name}")
         self.entropy = SeededEntropy(f"{seed}/{name}")
+        self.watch = Watch(self)
         self.is_alive = False
         self.is_damaged = False
+        self.is_slow = False
+        self.ailing_until_ns = 0
+        self.wall_shift_ns = 0
         self.life = 0
         self.links: set[str] = set()
-        self.fence_reason = ""
         self.engine: Engine
         self.core: Primary | Secondary
-        self._timer_ns: int | None = None
-        self._stop_at: int | None = None
-        self._is_draining = False
         self.writing: list[Entry] = []
-        self.sealed_seen = 0
-        self.applied_seen = 0
-        self.store.on_operation = self._on_operation
+        self._clock_rate = setup.clock_rates[name]
+        self._timer_ns: int | None = None
+        self._stop_at = 0
+        self._is_draining = False
+
+    # Clocks: each node has its own, none of them right.
+
+    def now_ns(self) -> int:
+        """Monotonic time of this node."""
+        return int(self.world.now_ns * self._clock_rate)
+
+    def wall_ns(self) -> int:
+        """Wall clock of this node; it may step either way."""
+        return WALL_OFFSET_NS + self.world.now_ns + self.wall_shift_ns
 
     # Life.
 
@@ -96,7 +121,7 @@ class SimNode:
             journal_bytes=setup.journal_bytes,
             role="primary" if self.is_primary else "secondary",
             chain=chain,
-            wall_ns=self.world.wall_offset_ns,
+            wall_ns=self.wall_ns(),
         )
         superblock = self.engine.superblock
         is_blank = setup.needs_first_sync and not self.is_primary
@@ -117,45 +142,38 @@ class SimNode:
         self.engine = Engine.open(
             self.store, self.setup.limits, self.entropy, lambda volume: self.store.open("none")
         )
-        self.on_recovered()
+        self.setup.on_recovered(self)
         self._begin()
 
-    def on_recovered(self) -> None:
-        """Storage is recovered, nothing runs yet; replaced by the runner."""
-        raise NotImplementedError
-
     def _begin(self) -> None:
-        world, setup = self.world, self.setup
+        setup = self.setup
         if self.is_primary:
             self.core = Primary(
                 self.engine,
                 setup.limits,
                 incarnation=self.entropy.token_bytes(16),
                 peers=setup.secondaries,
-                now_ns=world.now_ns,
-                wall_ns=world.now_ns + world.wall_offset_ns,
+                now_ns=self.now_ns(),
+                wall_ns=self.wall_ns(),
             )
-            self._watch_cuts()
+            self._watch_writes()
         else:
             self.core = Secondary(self.engine, setup.limits, primary=setup.primary)
-            self.core.now_ns = world.now_ns
+            self.core.now_ns = self.now_ns()
         self.is_alive = True
         self._timer_ns = None
-        self.sealed_seen = self.engine.sealed_epoch
-        self.applied_seen = -1
-        self.call(lambda: self.core.handle_timer(world.now_ns))
+        self.watch.begin()
+        self.call(self._handle_timer)
 
-    def _watch_cuts(self) -> None:
+    def _watch_writes(self) -> None:
         engine, oracle = self.engine, self.setup.oracle
-        real = engine.cut
+        real_cut, real_write = engine.cut, engine.write
 
-        def cut(wall_ns: int, *, is_mark: bool = False) -> Any:
-            draft = real(wall_ns, is_mark=is_mark)
+        def cut(wall_ns: int, *, is_mark: bool = False) -> EpochDraft | None:
+            draft = real_cut(wall_ns, is_mark=is_mark)
             if draft is not None:
                 oracle.cut(draft.number)
             return draft
-
-        real_write = engine.write
 
         def write(writes: Any, wall_ns: int) -> int:
             # In doubt until the call returns: a crash inside it may keep any first part.
@@ -177,22 +195,33 @@ class SimNode:
         self.is_alive = False
         self.life += 1
         self.links.clear()
-        self._stop_at = None
-        hook, self.store.on_operation = self.store.on_operation, None
+        self.stop_at_operation(0)
         self.store.faults.clear()
         self.store.crash(lose_nothing=is_kill)
-        self.store.on_operation = hook
 
     def stop_at_operation(self, count: int) -> None:
-        """Cut the power at the count-th disk operation from now."""
+        """Cut the power at the count-th disk operation from now; 0: do not."""
         self._stop_at = count
+        self.store.on_operation = self._on_operation if count else None
 
     def _on_operation(self, operation: str, name: str) -> None:
-        if self._stop_at is not None:
-            self._stop_at -= 1
-            if self._stop_at <= 0:
-                self._stop_at = None
-                raise MachineStoppedError
+        self._stop_at -= 1
+        if self._stop_at <= 0:
+            self.stop_at_operation(0)
+            self.world.note(f"{self.name}: stops in {operation} {name}")
+            raise MachineStoppedError
+
+    @property
+    def is_ailing(self) -> bool:
+        """The disk is, or was a moment ago, slow or full: writers may have to wait for it."""
+        is_bad_now = self.is_slow or self.store.is_limited
+        return is_bad_now or self.world.now_ns < self.ailing_until_ns
+
+    def recover_disk(self) -> None:
+        """The disk is fast and has room again."""
+        self.is_slow = False
+        self.store.capacity_bytes = 1 << 62
+        self.ailing_until_ns = self.world.now_ns + AILING_NS
 
     # The shell.
 
@@ -204,28 +233,37 @@ class SimNode:
             action()
             self._drain()
         except MachineStoppedError:
-            self.on_stopped()
+            self.setup.on_stopped(self)
         except RemoteProtocolError as error:
             # What the shell does: close the link.
             self.world.note(f"{self.name}: protocol error {error}")
-            for peer in list(self.links):
+            for peer in sorted(self.links):
                 self.setup.network.down(self.name, peer)
-
-    def on_stopped(self) -> None:
-        """Power went away inside a disk operation; replaced by the runner."""
-        raise NotImplementedError
 
     def _drain(self) -> None:
         if self._is_draining:
             return
         self._is_draining = True
+        core = self.core
         try:
-            while self.is_alive and (decision := self.core.next_decision()) is not None:
-                self._execute(decision)
+            while self.is_alive and core.has_decisions:
+                while self.is_alive and (decision := core.next_decision()) is not None:
+                    self._execute(decision)
+                if isinstance(core, Primary):
+                    self._tell_new_sessions(core)
         finally:
             self._is_draining = False
-        self._observe()
+        self.watch.observe()
         self._arm()
+
+    def _tell_new_sessions(self, core: Primary) -> None:
+        """A session that was just accepted does not know the link's room yet."""
+        for peer in sorted(self.links):
+            sender = core.senders[peer]
+            if sender.is_open and sender.room_bytes == 0:
+                room = self.setup.network.room(self.name, peer)
+                if room:
+                    core.link_room(peer, room, self.now_ns())
 
     def _execute(self, decision: object) -> None:
         setup = self.setup
@@ -250,111 +288,76 @@ class SimNode:
 
     def _run_job(self, run: RunJob) -> None:
         world, life = self.world, self.life
-        limit = 30 * MS if run.kind in ("sync", "checkpoint") else 8 * MS
-        error: list[GeomirrorError | None] = [None]
-
-        def execute() -> None:
-            if self.life != life:
-                return
-            try:
-                run.job.run()
-            except GeomirrorError as failure:
-                error[0] = failure
-            except MachineStoppedError:
-                self.on_stopped()
-
-        def finish() -> None:
-            if self.life == life:
-                self.call(lambda: self.core.job_done(run, error[0], world.now_ns))
-
+        limit = 30 * MS if run.kind in SLOW_JOBS else 8 * MS
+        factor = SLOW_FACTOR if self.is_slow else 1
         start = world.now_ns + world.between(50_000, 2 * MS)
-        world.at(start, execute)
-        world.at(start + world.between(100_000, limit), finish)
+        end = start + world.between(100_000, limit) * factor
+        world.at(start, partial(self._run, run, life, end))
+
+    def _run(self, run: RunJob, life: int, end_ns: int) -> None:
+        if self.life != life:
+            return
+        error: GeomirrorError | None = None
+        try:
+            run.job.run()
+        except GeomirrorError as failure:
+            error = failure
+        except MachineStoppedError:
+            self.setup.on_stopped(self)
+            return
+        self.world.at(end_ns, partial(self._finish, run, life, error))
+
+    def _finish(self, run: RunJob, life: int, error: GeomirrorError | None) -> None:
+        if self.life == life:
+            self.call(lambda: self.core.job_done(run, error, self.now_ns()))
 
     def _arm(self) -> None:
-        at_ns = self.core.get_timer()
-        if at_ns is None or (self._timer_ns is not None and self._timer_ns <= at_ns):
+        if not self.is_alive:
             return
-        life = self.life
+        at_ns = self.core.get_timer()
+        if at_ns is None:
+            return
         # A timer that is due already fires with the delay of a busy loop.
-        when_ns = max(at_ns, self.world.now_ns + MS)
+        when_ns = max(int(at_ns / self._clock_rate) + 1000, self.world.now_ns + MS)
+        if self._timer_ns is not None and self._timer_ns <= when_ns:
+            return
         self._timer_ns = when_ns
+        self.world.at(when_ns, partial(self._fire, self.life, when_ns))
 
-        def fire() -> None:
-            if self.life == life and self._timer_ns == when_ns:
-                self._timer_ns = None
-                self.call(lambda: self.core.handle_timer(self.world.now_ns))
+    def _fire(self, life: int, when_ns: int) -> None:
+        if self.life == life and self._timer_ns == when_ns:
+            self._timer_ns = None
+            self.call(self._handle_timer)
 
-        self.world.at(when_ns, fire)
+    def _handle_timer(self) -> None:
+        self.core.handle_timer(self.now_ns())
 
     def receive(self, source: str, payload: Any) -> None:
         """Something arrived from a peer."""
+        self.call(partial(self._receive, source, payload))
 
-        def action() -> None:
-            now_ns = self.world.now_ns
-            if isinstance(payload, bytes):
-                self.core.receive(source, decode_message(payload), now_ns)
-            elif isinstance(self.core, Secondary):
-                _, epoch, sequence, is_resync, body = payload
-                self.core.receive_frame(
-                    source, epoch, sequence, body, is_resync=is_resync, now_ns=now_ns
-                )
-            self.refresh_room()
+    def _receive(self, source: str, payload: Any) -> None:
+        now_ns, core = self.now_ns(), self.core
+        if isinstance(payload, bytes):
+            core.receive(source, decode_message(payload), now_ns)
+        elif isinstance(core, Secondary):
+            _, epoch, sequence, is_resync, body = payload
+            core.receive_frame(source, epoch, sequence, body, is_resync=is_resync, now_ns=now_ns)
 
-        self.call(action)
+    def writable(self, peer: str) -> None:
+        """The link's queue has drained."""
+        if isinstance(self.core, Primary) and peer in self.links:
+            self.call(partial(self._writable, peer, self.core))
+
+    def _writable(self, peer: str, core: Primary) -> None:
+        core.link_room(peer, self.setup.network.room(self.name, peer), self.now_ns())
 
     def link_event(self, peer: str, is_up: bool) -> None:
         """A link came up or went down."""
-        now_ns = self.world.now_ns
         self.world.note(f"{self.name}: link to {peer} {'up' if is_up else 'down'}")
         if is_up:
             self.links.add(peer)
-            self.call(lambda: self.core.link_up(peer, now_ns))
+            self.call(lambda: self.core.link_up(peer, self.now_ns()))
         else:
             self.links.discard(peer)
-            self.call(lambda: self.core.link_down(peer, now_ns))
-
-    def refresh_room(self) -> None:
-        """Tell a primary what its links' queues take."""
-        if isinstance(self.core, Primary) and self.is_alive:
-            for peer in sorted(self.links):
-                room = self.setup.network.room(self.name, peer)
-                self.core.link_room(peer, room, self.world.now_ns)
-
-    def poke(self) -> None:
-        """The shell's tick: queues may have drained."""
-        self.call(self.refresh_room)
-
-    # What the oracle sees.
-
-    def _observe(self) -> None:
-        if self.core.fenced is not None:
-            if not self.fence_reason:
-                self.fence_reason = str(self.core.fenced)
-                self.world.note(f"{self.name}: fenced: {self.fence_reason}")
-                self.on_fenced()
-            return
-        engine, oracle = self.engine, self.setup.oracle
-        if self.is_primary:
-            while self.sealed_seen < engine.sealed_epoch:
-                self.sealed_seen += 1
-                if self.sealed_seen in engine.epoch_numbers():
-                    info = engine.epoch_info(self.sealed_seen)
-                    oracle.sealed(self.sealed_seen, info.chain_hash)
-                else:
-                    oracle.sealed_epoch = max(oracle.sealed_epoch, self.sealed_seen)
-            return
-        is_settled = not self.core.is_running("apply") and not self.core.is_running("resync")
-        if engine.applied_epoch != self.applied_seen and is_settled:
-            self.applied_seen = engine.applied_epoch
-            if engine.superblock.data_state == CONSISTENT:
-                self.check_image()
-
-    def on_fenced(self) -> None:
-        """The core stopped itself; replaced by the runner."""
-        raise NotImplementedError
-
-    def check_image(self) -> None:
-        """O1 for this secondary."""
-        content = {i: image.read(0, image.size_bytes) for i, image in self.engine.images.items()}
-        self.setup.oracle.applied(self.name, self.engine.applied_epoch, content)
+            self.call(lambda: self.core.link_down(peer, self.now_ns()))

@@ -2,12 +2,16 @@
 
 S(p) is the content after the first p operations of the log. O1: a mirror equals S(p) for exactly
 the epoch it reports. O2: that never falls. O3: it is at least what was last reported durable. O4:
-local recovery is at least the last flush reply and at least every mirror. O7 is the runner's.
+local recovery is at least the last flush reply and at least every mirror. O5: undo gives the blocks
+of an earlier epoch. O7 is the runner's.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass, field
+
+BLOCK = 4096
 
 
 class OracleError(AssertionError):
@@ -31,15 +35,27 @@ class Entry:
         target[self.offset : end] = bytes(self.length) if self.data is None else self.data
         return old
 
+    def blocks(self) -> range:
+        """The blocks that it changes."""
+        return range(self.offset // BLOCK, (self.offset + self.length + BLOCK - 1) // BLOCK)
+
 
 @dataclass
 class Mirror:
     """What is known of one secondary."""
 
     content: dict[int, bytearray]
-    prefix: int = 0
-    applied_epoch: int = 0
+    at_epoch: int = 0
+    """Of `content`, and the highest that was ever applied."""
     durable_epoch: int = 0
+
+
+@dataclass
+class History:
+    """What one block held after the epochs that changed it."""
+
+    epochs: list[int] = field(default_factory=list)
+    contents: list[bytes] = field(default_factory=list)
 
 
 @dataclass
@@ -52,13 +68,18 @@ class Oracle:
     flushed: int = 0
     epoch_prefix: dict[int, int] = field(default_factory=dict)
     epoch_hash: dict[int, bytes] = field(default_factory=dict)
+    changes: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    """Blocks that an epoch changes."""
+    history: dict[tuple[int, int], History] = field(default_factory=dict)
     sealed_epoch: int = 0
     mirrors: dict[str, Mirror] = field(default_factory=dict)
     checks: int = 0
+    undo_checks: int = 0
 
     def __post_init__(self) -> None:
         self.content = self.blank()
         self.epoch_prefix[0] = 0
+        self._touched: set[tuple[int, int]] = set()
 
     def blank(self) -> dict[int, bytearray]:
         """All volumes as zeros."""
@@ -68,6 +89,8 @@ class Oracle:
         """An operation was handed to the primary."""
         self.undo.append(entry.apply(self.content))
         self.log.append(entry)
+        for block in entry.blocks():
+            self._touched.add((entry.volume, block))
 
     def forget_last(self, count: int) -> None:
         """The last operations were refused: they never happened."""
@@ -79,6 +102,16 @@ class Oracle:
     def cut(self, epoch: int) -> None:
         """The primary ended an epoch after the last operation."""
         self.epoch_prefix[epoch] = len(self.log)
+        changed = sorted(self._touched)
+        self._touched.clear()
+        self.changes[epoch] = changed
+        for volume, block in changed:
+            history = self.history.get((volume, block))
+            if history is None:
+                history = self.history[volume, block] = History()
+            history.epochs.append(epoch)
+            content = bytes(self.content[volume][block * BLOCK : (block + 1) * BLOCK])
+            history.contents.append(content)
 
     def sealed(self, epoch: int, chain_hash: bytes) -> None:
         """The primary says that an epoch is sealed: it must never be another one again."""
@@ -96,16 +129,39 @@ class Oracle:
         while any(content[volume] != target for volume, target in self.content.items()):
             if len(self.log) <= least:
                 raise OracleError(f"recovered content is no prefix in [{least}, {total}]")
-            entry = self.log.pop()
-            old = self.undo.pop()
-            target = self.content[entry.volume]
-            target[entry.offset : entry.offset + entry.length] = old
-        for epoch in [e for e, p in self.epoch_prefix.items() if p > len(self.log)]:
+            self.forget_last(1)
+        for epoch in sorted((e for e, p in self.epoch_prefix.items() if p > len(self.log))):
             if epoch <= sealed_epoch:
                 raise OracleError(f"epoch {epoch} was recovered without its operations")
-            del self.epoch_prefix[epoch]
+        for epoch in sorted((e for e in self.epoch_prefix if e > sealed_epoch), reverse=True):
+            self._forget_epoch(epoch)
+        start = self.epoch_prefix[sealed_epoch]
+        self._touched = {(e.volume, b) for e in self.log[start:] for b in e.blocks()}
         self.checks += 1
         return total - len(self.log)
+
+    def _forget_epoch(self, epoch: int) -> None:
+        """It was cut but never sealed: another one will have its number."""
+        del self.epoch_prefix[epoch]
+        for key in self.changes.pop(epoch):
+            history = self.history[key]
+            assert history.epochs.pop() == epoch
+            history.contents.pop()
+
+    def block_at(self, volume: int, block: int, epoch: int) -> bytes:
+        """What a block holds after an epoch; a short last one is padded."""
+        history = self.history.get((volume, block))
+        at = bisect_right(history.epochs, epoch) if history is not None else 0
+        content = history.contents[at - 1] if history is not None and at else b""
+        return content.ljust(BLOCK, b"\0")
+
+    def undone(self, name: str, volume: int, block: int, epoch: int, content: bytes) -> None:
+        """O5: undo at a node says that a block held this after an epoch."""
+        self.undo_checks += 1
+        if content.ljust(BLOCK, b"\0") != self.block_at(volume, block, epoch):
+            raise OracleError(
+                f"{name}: undo gives another block {block} of volume {volume} at epoch {epoch}"
+            )
 
     def reported_durable(self, name: str, epoch: int, chain_hash: bytes) -> None:
         """A mirror says that an epoch is durable there."""
@@ -122,30 +178,38 @@ class Oracle:
         if durable_epoch < known:
             raise OracleError(f"{name} came back at epoch {durable_epoch}, reported {known}")
 
+    def restored(self, name: str) -> None:
+        """An old state of a mirror's disk was put back: what it reported counts no more."""
+        self.mirrors[name] = Mirror(self.blank())
+
     def applied(self, name: str, epoch: int, content: dict[int, bytes]) -> None:
         """O1, O2: a mirror reports this epoch as applied and holds this content."""
         mirror = self.mirrors[name]
-        if epoch < mirror.applied_epoch:
-            raise OracleError(f"{name} fell from epoch {mirror.applied_epoch} to {epoch}")
-        mirror.applied_epoch = epoch
-        prefix = self.epoch_prefix.get(epoch)
-        if prefix is None:
+        if epoch < mirror.at_epoch:
+            raise OracleError(f"{name} fell from epoch {mirror.at_epoch} to {epoch}")
+        if epoch not in self.epoch_prefix:
             raise OracleError(f"{name} applied epoch {epoch}, which never was")
-        for entry in self.log[mirror.prefix : prefix]:
-            entry.apply(mirror.content)
-        mirror.prefix = max(mirror.prefix, prefix)
+        changed = {key for n in range(mirror.at_epoch + 1, epoch + 1) for key in self.changes[n]}
+        for volume, block in changed:
+            size = min(BLOCK, self.sizes[volume] - block * BLOCK)
+            start = block * BLOCK
+            mirror.content[volume][start : start + size] = self.block_at(volume, block, epoch)[
+                :size
+            ]
+        mirror.at_epoch = epoch
         for volume, expected in mirror.content.items():
             if content[volume] != expected:
                 raise OracleError(
-                    f"{name} at epoch {epoch}: volume {volume} differs from S({prefix}) "
-                    f"in block {first_difference(content[volume], expected)}"
+                    f"{name} at epoch {epoch}: volume {volume} differs from S("
+                    f"{self.epoch_prefix[epoch]}) in block "
+                    f"{first_difference(content[volume], expected)}"
                 )
         self.checks += 1
 
 
 def first_difference(left: bytes, right: bytearray) -> int:
     """Number of the first block that differs."""
-    for at in range(0, len(right), 4096):
-        if left[at : at + 4096] != right[at : at + 4096]:
-            return at // 4096
+    for at in range(0, len(right), BLOCK):
+        if left[at : at + BLOCK] != right[at : at + BLOCK]:
+            return at // BLOCK
     return -1

@@ -1,4 +1,4 @@
-"""Simulated time: an event heap. Ties are broken by order of scheduling, so a seed repeats exactly."""
+"""Simulated time: an event heap. Ties go by order of scheduling, so a seed repeats exactly."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import heapq
 import random
 from collections.abc import Callable
 
+from xxhash import xxh3_64
+
 MS = 1_000_000
 SECOND = 1_000_000_000
+WALL_OFFSET_NS = 1_700_000_000 * SECOND
+TRACE_LINES_MAX = 4000
 
 
 class World:
@@ -16,8 +20,9 @@ class World:
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
         self.now_ns = SECOND
-        self.wall_offset_ns = 1_700_000_000 * SECOND
         self.trace: list[str] = []
+        self.events = 0
+        self._digest = xxh3_64()
         self._heap: list[tuple[int, int, Callable[[], None]]] = []
         self._order = 0
 
@@ -32,10 +37,10 @@ class World:
 
     def run_until(self, end_ns: int) -> None:
         """Run all events up to a time."""
-        heap = self._heap
+        heap, pop = self._heap, heapq.heappop
         while heap and heap[0][0] <= end_ns:
-            when_ns, _, action = heapq.heappop(heap)
-            self.now_ns = when_ns
+            self.now_ns, _, action = pop(heap)
+            self.events += 1
             action()
         self.now_ns = end_ns
 
@@ -45,6 +50,17 @@ class World:
 
     def note(self, text: str) -> None:
         """One line of the story; the last ones are printed with a failure."""
-        self.trace.append(f"{self.now_ns / SECOND:10.4f} {text}")
-        if len(self.trace) > 4000:
-            del self.trace[:2000]
+        line = f"{self.now_ns / SECOND:10.4f} {text}"
+        self._digest.update(line.encode())
+        self.trace.append(line)
+        if len(self.trace) > TRACE_LINES_MAX:
+            del self.trace[: TRACE_LINES_MAX // 2]
+
+    def mix(self, data: bytes) -> None:
+        """Make something that happened part of the fingerprint, without a line for it."""
+        self._digest.update(b"%d %d" % (self.now_ns, len(data)))
+        self._digest.update(data)
+
+    def fingerprint(self) -> str:
+        """Two runs with equal ones did the same things at the same times."""
+        return self._digest.hexdigest()

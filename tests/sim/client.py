@@ -1,0 +1,147 @@
+"""The client of the primary: batches of writes, flushes, storms and calms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from geomirror.errors import GeomirrorError, JournalFullError
+from geomirror.volume.record import RecordType
+from geomirror.wan_protocol.primary import Primary
+from tests.sim.node import SimNode
+from tests.sim.options import Options
+from tests.sim.oracle import Entry, Oracle, OracleError
+from tests.sim.world import MS, SECOND, World
+
+BATCHES = (1, 1, 1, 3, 8)
+LENGTHS = (512, 4096, 4096, 4096, 4096, 8192, 1000, 20_000, 60_000)
+ZERO_LENGTHS = (4096, 32_768, 100_000)
+GAPS_NS = (5 * MS, 30 * MS, 200 * MS, SECOND)
+HELD_NS_MAX = 40 * SECOND
+"""A writer waits for the local disk only, so never for long while that disk is well."""
+
+
+class Client:
+    """Writes through whatever life of the primary is there."""
+
+    def __init__(
+        self, world: World, options: Options, oracle: Oracle, primary: Callable[[], SimNode]
+    ) -> None:
+        self.world = world
+        self.options = options
+        self.oracle = oracle
+        self.operations = 0
+        self.is_ending = False
+        self.is_held = False
+        self.is_storm = True
+        self._primary = primary
+        self._held_since_ns = 0
+        self._serial = 0
+        self._hot = 0
+
+    def begin(self) -> None:
+        """Start with a storm."""
+        self._storm()
+        self._work()
+
+    def forget_hold(self) -> None:
+        """The primary's disk or life is not as it was: waiting begins anew."""
+        self._held_since_ns = self.world.now_ns
+
+    def reconnect(self) -> None:
+        """The primary stopped: nothing is held back by the next life."""
+        self.is_held = False
+
+    def room(self) -> None:
+        """The primary says that held writers may try again."""
+        self.is_held = False
+
+    def flushed(self, token: object, error: GeomirrorError | None) -> None:
+        """A flush was answered."""
+        assert isinstance(token, tuple)
+        life, position = token
+        if error is None and life == self._primary().life:
+            self.oracle.flushed = max(self.oracle.flushed, position)
+
+    def _storm(self) -> None:
+        self.is_storm = True
+        self._hot = self.world.random.randrange(4)
+        self.world.after(self.world.between(*self.options.storm_ns), self._calm)
+
+    def _calm(self) -> None:
+        if not self.is_ending:
+            self.is_storm = False
+            self.world.after(self.world.between(*self.options.calm_ns), self._storm)
+
+    def _work(self) -> None:
+        chance, world = self.world.random, self.world
+        if not self.is_ending:
+            low, high = (MS, chance.choice(GAPS_NS)) if self.is_storm else (SECOND, 30 * SECOND)
+            world.after(world.between(low, high), self._work)
+        primary = self._primary()
+        if not primary.is_alive or primary.core.fenced is not None:
+            return
+        if self.is_held:
+            if world.now_ns - self._held_since_ns > HELD_NS_MAX and not primary.is_ailing:
+                raise OracleError(f"the writer is held back for {HELD_NS_MAX // SECOND} s")
+            return
+        burst = self.options.burst if self.is_storm else 2
+        for _ in range(1 + int(chance.random() * burst)):
+            if not self._write_batch(primary):
+                return
+        if chance.random() < 0.3:
+            token = (primary.life, len(self.oracle.log))
+            primary.call(lambda: primary.core.flush(token, primary.now_ns()))
+
+    def _write_batch(self, primary: SimNode) -> bool:
+        random = self.world.random.random
+        entries = [self._draw_entry() for _ in range(BATCHES[int(random() * len(BATCHES))])]
+        zero = int(RecordType.ZERO if random() < 0.5 else RecordType.TRIM)
+        writes = [
+            (
+                zero if e.data is None else int(RecordType.WRITE),
+                e.volume,
+                e.offset,
+                e.length,
+                e.data,
+            )
+            for e in entries
+        ]
+        core = primary.core
+        assert isinstance(core, Primary)
+        primary.writing = entries
+        is_refused = False
+
+        def action() -> None:
+            nonlocal is_refused
+            try:
+                core.write(writes, primary.now_ns(), primary.wall_ns())
+            except GeomirrorError as error:
+                is_refused = True
+                if isinstance(error, JournalFullError):
+                    self.is_held = True
+                    self._held_since_ns = self.world.now_ns
+
+        primary.call(action)
+        self.operations += len(entries)
+        return not is_refused and primary.is_alive
+
+    def _draw_entry(self) -> Entry:
+        random = self.world.random.random
+        volume = 0 if random() < 0.75 else 1
+        size = self.oracle.sizes[volume]
+        length = min(LENGTHS[int(random() * len(LENGTHS))], size)
+        offset = int(random() * (size - length + 1))
+        if random() < 0.5:
+            # Most of the writes of a storm fall into one quarter.
+            offset = self._hot * size // 4 + offset % (size // 4)
+        if random() < 0.8:
+            offset = offset // 4096 * 4096
+        offset = min(offset, size - length)
+        if random() < 0.12:
+            length = min(ZERO_LENGTHS[int(random() * len(ZERO_LENGTHS))], size - offset)
+            return Entry(volume, offset, length, None)
+        self._serial += 1
+        if random() < 0.3:
+            return Entry(volume, offset, length, self.world.random.randbytes(length))
+        pattern = self._serial.to_bytes(8, "little") + self.world.random.randbytes(8)
+        return Entry(volume, offset, length, (pattern * (length // 16 + 1))[:length])
