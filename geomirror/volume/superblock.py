@@ -197,6 +197,10 @@ class SuperblockFile:
         # the other slot, so this one must be durable first; the other one still is.
         self._file.pwritev([data[self._slot_newest]], self._slot_newest * SLOT_BYTES)
         self._file.fdatasync()
+        other = slots[1 - self._slot_newest]
+        if other is None or other.sequence != newest.sequence:
+            # A resource that is never changed again must not live on with one copy.
+            self.write_slot(data[self._slot_newest])
         return newest
 
     def write_job(self, superblock: Superblock) -> SuperblockJob:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from geomirror.errors import UnreachableError
 from geomirror.nbd.client_io import NbdClient
 from geomirror.node.control_client_io import ControlClient
 from geomirror.node.paths import DataDir
@@ -104,10 +105,15 @@ class Site:
         self.start()
         process = self.process
         assert process is not None
-        is_running = ControlClient(DataDir(self.data_dir)).is_running
-        until(lambda: is_running() or process.poll() is not None, what=f"start of {self.name}")
-        assert process.poll() is None, self.log()
-        self.call("status")
+        until(lambda: self._answers() or process.poll() is not None, what=f"start of {self.name}")
+        assert process.poll() is None, self.log()[-2000:]
+
+    def _answers(self) -> bool:
+        try:
+            self.call("status")
+        except UnreachableError:
+            return False
+        return True
 
     def failed_start(self, *, expected: int) -> str:
         """Start a daemon that must refuse to run; what it printed."""
