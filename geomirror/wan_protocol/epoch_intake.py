@@ -36,6 +36,9 @@ class EpochIntake(Replica):
     def __init__(self, engine: Engine, limits: Limits) -> None:
         super().__init__(engine, limits)
         self.incoming: dict[int, Incoming] = {}
+        self.taken_bytes = 0
+        """Frame body bytes taken in this session. What is dropped here is asked for and sent again,
+        so only what is taken opens the primary's window."""
         self.decoder = FrameDecoder(limits, {i: v.size_bytes for i, v in engine.images.items()})
 
     def _diverged(self, error: IntegrityError) -> None:
@@ -68,7 +71,8 @@ class EpochIntake(Replica):
                 self._fence(error)
                 return
         incoming.progress_ns = self.now_ns
-        incoming.add(sequence, frame.table.copy(), address)
+        incoming.add(sequence, frame.table.copy(), address, len(body))
+        self.taken_bytes += len(body)
         self.commit_complete()
 
     def _incoming_of(self, epoch: int) -> Incoming:
@@ -91,7 +95,7 @@ class EpochIntake(Replica):
         first = min(self.incoming)
         for number, incoming in self.incoming.items():
             if number > first:
-                incoming.drop_parts()
+                self.taken_bytes -= incoming.drop_parts()
         self.engine.keep_spooled(self._lowest_spooled())
         self._reclaim()
         self._decide(Emit("spool_full", {"epoch": epoch}))

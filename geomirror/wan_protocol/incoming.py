@@ -63,21 +63,25 @@ class Incoming:
     parts: dict[int, Table] = field(default_factory=dict)
     commit: EpochCommit | None = None
     lowest_address: int = 0
+    wire_bytes: int = 0
     progress_ns: int = 0
 
-    def add(self, sequence: int, table: Table, address: int) -> None:
+    def add(self, sequence: int, table: Table, address: int, wire_bytes: int) -> None:
         """Take the table of a spooled frame whose data begins at journal address `address`."""
         assert 0 <= sequence < FRAMES_MAX
         data = table["kind"] == 0
         table["address"][data] += np.uint64(address)
         self.parts[sequence] = table
+        self.wire_bytes += wire_bytes
         if address and not 0 < self.lowest_address < address:
             self.lowest_address = address
 
-    def drop_parts(self) -> None:
-        """Forget all frames; they are asked for again once the commit is here."""
+    def drop_parts(self) -> int:
+        """Forget all frames; they are asked for again once the commit is here. Returns bytes."""
+        dropped_bytes, self.wire_bytes = self.wire_bytes, 0
         self.parts.clear()
         self.lowest_address = 0
+        return dropped_bytes
 
     @property
     def is_complete(self) -> bool:

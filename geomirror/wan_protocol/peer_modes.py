@@ -152,8 +152,6 @@ class PeerModes(Replica):
         if sender.mode in (STREAM, FOLD):
             if not self._has_epochs_after(epoch):
                 self._start_over(sender, is_initial=False)
-            elif sender.units and sender.units[0].encoded.first_number > epoch + 1:
-                sender.forget_units(epoch + 1)
             return ""
         resync = self.resyncs.pop(sender.name, None)
         kept = self.bitmaps[sender.name]
@@ -344,7 +342,7 @@ class PeerModes(Replica):
             return
         if sender.may_encode(self.engine.sealed_epoch):
             self._start_encode(sender)
-        for decision in sender.next_sends():
+        for decision in sender.next_sends(self.now_ns):
             self._decide(decision)
 
     def _pump_resync(self, sender: Sender, resync: ResyncSender) -> None:
@@ -386,6 +384,7 @@ class PeerModes(Replica):
 
     def _peer_timers(self) -> list[int]:
         stuck = [resync.stuck_at() for resync in self.resyncs.values()]
+        stuck += [sender.hung_at() for sender in self.senders.values()]
         times = [at_ns for at_ns in stuck if at_ns is not None]
         for name, kept in self.bitmaps.items():
             is_waiting = self.senders[name].mode == BITMAP and not self.is_running(f"bitmap:{name}")

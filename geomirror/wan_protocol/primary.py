@@ -312,7 +312,7 @@ class Primary(PeerModes):
             self._decide(SendMessage(sender.name, self.session, refuse))
             self._decide(Emit("peer_refused", {"peer": sender.name, "reason": problem}))
             return
-        sender.open(message)
+        sender.open(message, self.now_ns)
         self._retain(sender)
         fields: dict[str, object] = {"peer": sender.name, "epoch": sender.durable_epoch}
         self._decide(Emit("peer_connected", fields))
@@ -320,9 +320,9 @@ class Primary(PeerModes):
     def _acknowledged(self, sender: Sender, message: Acknowledge) -> None:
         before = sender.durable_epoch
         if sender.mode not in (STREAM, FOLD):
-            sender.grant(message.received_bytes, message.credit_bytes)
+            sender.grant(message.received_bytes, message.credit_bytes, self.now_ns)
             return
-        sender.acknowledge(message)
+        sender.acknowledge(message, self.now_ns)
         if sender.applied_epoch >= self._consistent_from(sender):
             sender.data_state = "consistent"
         if sender.durable_epoch > before:

@@ -90,17 +90,18 @@ class ResyncReceiver:
         """Serial number that frames of this resync carry."""
         return self.begin.number
 
-    def add(self, sequence: int, body: bytes) -> None:
-        """Queue a frame; one that is here already is dropped.
+    def add(self, sequence: int, body: bytes) -> bool:
+        """Queue a frame; False for one that is here already.
 
         :raises LimitExceededError: more is queued than was ever granted.
         """
         if sequence < self.frames_durable or sequence in self._ahead or sequence in self._queue:
-            return
+            return False
         if self.queued_bytes + len(body) > 2 * self.limits.credit_bytes:
             raise LimitExceededError("resync frames beyond the granted credit")
         self._queue[sequence] = body
         self.queued_bytes += len(body)
+        return True
 
     def next_job(self) -> ResyncWriteJob | None:
         """The next write into the images, once Inconsistent is durable."""
@@ -112,17 +113,21 @@ class ResyncReceiver:
         decoder = FrameDecoder(self.limits, sizes)
         return ResyncWriteJob(self.engine.images, decoder, self.number, frames)
 
-    def written(self, job: ResyncWriteJob) -> None:
-        """A job's blocks are durable."""
+    def written(self, job: ResyncWriteJob) -> int:
+        """A job's blocks are durable. Returns the bytes of damaged frames: they come again."""
+        damaged_bytes = 0
         for sequence, body in job.frames:
             if self._queue.pop(sequence, None) is None:
                 continue
             self.queued_bytes -= len(body)
-            if sequence not in job.damaged:
+            if sequence in job.damaged:
+                damaged_bytes += len(body)
+            else:
                 self._ahead.add(sequence)
         while self.frames_durable in self._ahead:
             self._ahead.discard(self.frames_durable)
             self.frames_durable += 1
+        return damaged_bytes
 
     def needs_checkpoint(self) -> bool:
         """Whether the superblock has something new to say; sets what it says."""

@@ -190,7 +190,7 @@ class ResyncSender:
         """Take what is durable in the peer's image; True once the peer needs no more copying."""
         if message.number != self.number:
             return False
-        self.sender.grant(message.received_bytes, message.credit_bytes)
+        self.sender.grant(message.received_bytes, message.credit_bytes, now_ns)
         for sequence in [s for s in self._frames if s < message.frames]:
             del self._frames[sequence]
             self.progress_ns = now_ns

@@ -12,6 +12,7 @@ Deliberately not here: who reads the image; `hold_apply` is how readers keep it 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from geomirror.errors import (
@@ -26,7 +27,7 @@ from geomirror.volume.superblock import DataState
 from geomirror.wan_protocol.decisions import Emit, SendMessage
 from geomirror.wan_protocol.epoch_intake import MISSING_AFTER_NS, EpochIntake
 from geomirror.wan_protocol.frame import FRAME_BODY_BYTES_MAX
-from geomirror.wan_protocol.incoming import Incoming, number_bitmap
+from geomirror.wan_protocol.incoming import HASH_BYTES, Incoming, number_bitmap
 from geomirror.wan_protocol.messages import (
     Acknowledge,
     AnyMessage,
@@ -39,7 +40,7 @@ from geomirror.wan_protocol.messages import (
     SessionRefuse,
 )
 from geomirror.wan_protocol.resync_receiver import ResyncReceiver
-from geomirror.wan_protocol.session import session_number
+from geomirror.wan_protocol.session import session_number, session_problem
 
 BLANK: DataState = "blank"
 INCONSISTENT: DataState = "inconsistent"
@@ -60,6 +61,7 @@ class Secondary(EpochIntake):
         self.primary = primary
         self.session = session_number(engine.superblock.resource_id)
         self.is_open = False
+        self._is_accepting = False
         self.is_link_up = False
         self.hold_apply = False
         self.refusal = ""
@@ -67,7 +69,6 @@ class Secondary(EpochIntake):
         self.received_total = 0
         self.resync: ResyncReceiver | None = None
         self._incarnation = b""
-        self._received_bytes = 0
         self._unreported_bytes = 0
         self._acknowledge_at_ns: int | None = None
         self._applied_reported = engine.applied_epoch
@@ -89,7 +90,7 @@ class Secondary(EpochIntake):
         """The link is gone; what is spooled stays for the next connection."""
         self.now_ns = max(self.now_ns, now_ns)
         if peer == self.primary:
-            self.is_link_up = self.is_open = False
+            self.is_link_up = self.is_open = self._is_accepting = False
             self.resync = None
 
     def receive(self, peer: str, message: AnyMessage, now_ns: int) -> None:
@@ -109,7 +110,7 @@ class Secondary(EpochIntake):
                 self.is_open = False
                 self.refusal = message.error_text
                 self._decide(Emit("primary_refused", {"reason": message.error_text}))
-            case EpochCommit() if self.is_open:
+            case EpochCommit() if self.is_open and self.resync is None:
                 self.primary_epoch = max(self.primary_epoch, message.epoch)
                 self.take_commit(message)
             case ResyncBegin() if self.is_open:
@@ -134,12 +135,13 @@ class Secondary(EpochIntake):
         self.now_ns = max(self.now_ns, now_ns)
         if peer != self.primary or not self.is_open or self.fenced is not None:
             return
-        self._received_bytes += len(body)
         self.received_total += len(body)
         self._unreported_bytes += len(body)
-        if is_resync:
-            if self.resync is not None and self.resync.number == epoch:
-                self.resync.add(sequence, body)
+        resync = self.resync
+        if is_resync != (resync is not None) or (resync and resync.number != epoch):
+            self.taken_bytes += len(body)  # Of what was given up meanwhile: it never comes again.
+        elif resync is not None:
+            self.taken_bytes += len(body) if resync.add(sequence, body) else 0
         elif epoch > self.engine.committed_epoch:
             self.take_frame(epoch, sequence, body)
         self._acknowledge_soon()
@@ -176,7 +178,7 @@ class Secondary(EpochIntake):
     def stop(self, now_ns: int) -> None:
         """Orderly stop: durable epochs are applied. `is_settled` tells when it is done."""
         self.now_ns = max(self.now_ns, now_ns)
-        self.is_open = False
+        self.is_open = self._is_accepting = False
         self.hold_apply = False
         self._pump()
 
@@ -202,7 +204,7 @@ class Secondary(EpochIntake):
 
     def _opened(self, message: SessionOpen) -> None:
         engine = self.engine
-        problem = self._mismatch(message)
+        problem = session_problem(engine.superblock, message)
         if problem:
             self._refuse_session(RefusedError(problem))
             return
@@ -213,14 +215,23 @@ class Secondary(EpochIntake):
         if engine.generation == NO_GENERATION and message.chain:
             engine.adopt_chain(message.chain)
             self._checkpoint_wanted = True
-        self.is_open = True
         self.refusal = ""
         self.resync = None
         self.primary_epoch = message.epoch
-        self._received_bytes = self._unreported_bytes = 0
-        spooled = [
-            (i.number, number_bitmap(set(i.parts))) for i in self.incoming.values() if i.parts
-        ]
+        self._is_accepting = True
+        if engine.committed_epoch > engine.sealed_epoch:
+            self._sync_wanted = True  # The position is told when it stands.
+        else:
+            self._accept()
+
+    def _accept(self) -> None:
+        engine = self.engine
+        self._is_accepting = False
+        self.is_open = True
+        self.taken_bytes = self._unreported_bytes = 0
+        spooled = [i for i in self.incoming.values() if i.parts]
+        for incoming in spooled[SPOOLED_REPORTED_MAX:]:
+            incoming.drop_parts()
         self._send(
             SessionAccept(
                 self.session,
@@ -229,26 +240,14 @@ class Secondary(EpochIntake):
                 engine.sealed_hash,
                 self._applied_reported,
                 self.data_state,
-                spooled[:SPOOLED_REPORTED_MAX],
+                [(i.number, number_bitmap(set(i.parts))) for i in spooled[:SPOOLED_REPORTED_MAX]],
                 self._credit(),
             )
         )
         for incoming in self.incoming.values():
             incoming.commit = None
-        self._decide(Emit("primary_connected", {"peer": self.primary, "epoch": message.epoch}))
-
-    def _mismatch(self, message: SessionOpen) -> str:
-        superblock = self.engine.superblock
-        if message.resource.hex() != superblock.resource_id:
-            return f'resource "{superblock.name}" has another identity here'
-        mine = {v.index: v.size_bytes for v in superblock.volumes}
-        theirs = {v.index: v.size_bytes for v in message.volumes}
-        if mine != theirs:
-            return f'volumes of "{superblock.name}" differ: {mine} here, {theirs} at the primary'
-        known = [entry.identity for entry in message.chain]
-        if self.engine.generation not in (NO_GENERATION, *known):
-            return f'"{superblock.name}" has another history here: diverged'
-        return ""
+        fields: dict[str, object] = {"peer": self.primary, "epoch": self.primary_epoch}
+        self._decide(Emit("primary_connected", fields))
 
     def _credit(self) -> int:
         """Bytes that the primary may have sent in this session in total."""
@@ -261,7 +260,7 @@ class Secondary(EpochIntake):
         if room >= 2 * FRAME_BODY_BYTES_MAX:
             # Less than one frame would hold the next epoch up for ever.
             granted = max(granted, FRAME_BODY_BYTES_MAX)
-        return self._received_bytes + granted
+        return self.taken_bytes + granted
 
     # Refusals.
 
@@ -271,7 +270,7 @@ class Secondary(EpochIntake):
         self._refuse_session(error)
 
     def _refuse_session(self, error: GeomirrorError) -> None:
-        self.is_open = False
+        self.is_open = self._is_accepting = False
         self.resync = None
         self.refusal = str(error)
         self._decide(Emit("session_refused", {"reason": str(error)}))
@@ -292,7 +291,7 @@ class Secondary(EpochIntake):
             return
         engine = self.engine
         if self.resync is not None:
-            self._send(self.resync.acknowledgement(self._received_bytes, self._credit()))
+            self._send(self.resync.acknowledgement(self.taken_bytes, self._credit()))
             return
         self._send(
             Acknowledge(
@@ -303,12 +302,14 @@ class Secondary(EpochIntake):
                 self._applied_reported,
                 stuck.number if stuck else 0,
                 number_bitmap(stuck.missing()) if stuck else b"",
-                self._received_bytes,
+                self.taken_bytes,
                 self._credit(),
             )
         )
 
     def _sealed_moved(self) -> None:
+        if self._is_accepting and self.engine.sealed_epoch == self.engine.committed_epoch:
+            self._accept()
         self._acknowledge()
 
     def _room_moved(self) -> None:
@@ -337,6 +338,9 @@ class Secondary(EpochIntake):
     # Plain resync.
 
     def _resync_began(self, message: ResyncBegin) -> None:
+        is_known = message.generation == self.engine.generation and message.epoch >= 0
+        if not is_known or len(message.chain_hash) != HASH_BYTES:
+            raise RemoteProtocolError(f'primary "{self.primary}" resyncs to another history')
         self.forget_incoming()
         self.resync = ResyncReceiver(self.engine, self.limits, message)
         self._decide(Emit("resync_began", {"epoch": message.epoch, "bytes": message.total_bytes}))
@@ -361,11 +365,12 @@ class Secondary(EpochIntake):
         if not self.is_running("resync"):
             job = resync.next_job()
             if job is not None:
-                self._run("resync", job, self._resync_written)
+                self._run("resync", job, partial(self._resync_written, resync))
 
-    def _resync_written(self, job: Any) -> None:
-        if self.resync is not None and job.number == self.resync.number:
-            self.resync.written(job)
+    def _resync_written(self, resync: ResyncReceiver, job: Any) -> None:
+        # Numbers begin anew with each start of the primary, so they do not tell an old one apart.
+        if self.resync is resync:
+            self.taken_bytes -= resync.written(job)
             self._acknowledge()
             if job.hostile is not None:
                 self._refuse_session(job.hostile)

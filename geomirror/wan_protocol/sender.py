@@ -19,6 +19,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from geomirror.environment import SECOND
 from geomirror.errors import RemoteProtocolError
 from geomirror.limits import Limits
 from geomirror.wan_protocol.decisions import Decision, SendFrame, SendMessage
@@ -31,6 +32,9 @@ STREAM = "Stream"
 FOLD = "Fold"
 BITMAP = "Bitmap"
 RESYNC = "Resync"
+
+LOST_AFTER_NS = 3 * SECOND
+"""Nothing on its way was received for so long: it counts as lost with its connection."""
 
 
 def bitmap_numbers(bitmap: bytes, count: int) -> list[int]:
@@ -81,6 +85,8 @@ class Sender:
     units: deque[Unit] = field(default_factory=deque)
     next_number: int = 1
     is_encoding: bool = False
+    progress_ns: int = 0
+    """When the peer last received something."""
     _sent_bytes: int = 0
     _received_bytes: int = 0
     _credit_bytes: int = 0
@@ -110,17 +116,19 @@ class Sender:
         )
         self.next_number = encoded.number + 1
 
-    def open(self, accept: SessionAccept) -> None:
+    def open(self, accept: SessionAccept, now_ns: int) -> None:
         """The peer accepted the session at this position: go on right after it."""
         self.is_open = True
+        self.progress_ns = now_ns
         self.refusal = ""
         self._sent_bytes = self._received_bytes = 0
         self._credit_bytes = accept.credit_bytes
         self.data_state = accept.data_state
         self._set_durable(accept.durable_epoch, accept.durable_hash)
         self.applied_epoch = accept.applied_epoch
-        if not self.units:
-            self.next_number = self.durable_epoch + 1
+        if not self.units or self.units[0].encoded.first_number != self.durable_epoch + 1:
+            # Of another cut into folds, or the peer lost what it had: encoded anew from there.
+            self.forget_units(self.durable_epoch + 1)
         spooled = dict(accept.spooled)
         for unit in self.units:
             count = len(unit.encoded.frames)
@@ -138,34 +146,39 @@ class Sender:
         self.units.clear()
         self.next_number = next_number
 
-    def acknowledge(self, message: Acknowledge) -> None:
+    def acknowledge(self, message: Acknowledge, now_ns: int) -> None:
         """Take the peer's word for what it has.
 
         :raises RemoteProtocolError: a position beyond what was sent, or one that went back.
         """
-        last = self.units[-1].encoded.number if self.units else self.durable_epoch
-        if message.durable_epoch > max(last, self.durable_epoch):
-            raise RemoteProtocolError(
-                f'peer "{self.name}" reports epoch {message.durable_epoch} durable, '
-                f"only {last} was sent"
-            )
+        self._check_position(message.durable_epoch, message.durable_hash)
         if message.applied_epoch > message.durable_epoch:
             raise RemoteProtocolError(f'peer "{self.name}" reports more applied than durable')
         if message.durable_epoch >= self.durable_epoch:
             self._set_durable(message.durable_epoch, message.durable_hash)
         self.applied_epoch = max(self.applied_epoch, message.applied_epoch)
-        self._received_bytes = max(self._received_bytes, message.received_bytes)
-        self._credit_bytes = max(self._credit_bytes, message.credit_bytes)
+        self.grant(message.received_bytes, message.credit_bytes, now_ns)
         if message.missing_epoch:
             self._resend(message.missing_epoch, message.missing_frames)
 
+    def _check_position(self, epoch: int, chain_hash: bytes) -> None:
+        """Only ends of units that were sent, with their hash, or what is known already."""
+        if epoch < self.durable_epoch:
+            return
+        known = {unit.encoded.number: unit.commit.chain_hash for unit in self.units}
+        known[self.durable_epoch] = self.durable_hash
+        if epoch not in known:
+            raise RemoteProtocolError(
+                f'peer "{self.name}" reports epoch {epoch} durable, which it was not sent'
+            )
+        if known[epoch] != chain_hash:
+            raise RemoteProtocolError(
+                f'peer "{self.name}" has another history at epoch {epoch}: chain hashes differ'
+            )
+
     def _set_durable(self, epoch: int, chain_hash: bytes) -> None:
         while self.units and self.units[0].encoded.number <= epoch:
-            unit = self.units.popleft()
-            if unit.encoded.number == epoch and unit.commit.chain_hash != chain_hash:
-                raise RemoteProtocolError(
-                    f'peer "{self.name}" has another history at epoch {epoch}: chain hashes differ'
-                )
+            self.units.popleft()
             self.counters.epochs_durable += 1
         self.durable_epoch = epoch
         self.durable_hash = chain_hash
@@ -185,9 +198,12 @@ class Sender:
 
     def may_send(self, length: int) -> bool:
         """Whether window, credit and link take a frame of this length now."""
-        if length > self.room_bytes or self._sent_bytes + length > self._credit_bytes:
-            return False
-        return self._sent_bytes + length - self._received_bytes <= self.limits.window_bytes_min
+        return length <= self.room_bytes and self._fits(length)
+
+    def _fits(self, length: int) -> bool:
+        sent_bytes = self._sent_bytes + length
+        is_in_window = sent_bytes - self._received_bytes <= self.limits.window_bytes_min
+        return is_in_window and sent_bytes <= self._credit_bytes
 
     def count_sent(self, length: int) -> None:
         """Account for a frame handed to the link."""
@@ -199,12 +215,28 @@ class Sender:
         """So many bytes count as lost: they will be sent again."""
         self._sent_bytes -= length
 
-    def grant(self, received_bytes: int, credit_bytes: int) -> None:
-        """Positions of flow control from an acknowledgement of another kind."""
+    def grant(self, received_bytes: int, credit_bytes: int, now_ns: int) -> None:
+        """Positions of flow control, from an acknowledgement of any kind."""
+        if received_bytes > self._received_bytes:
+            self.progress_ns = now_ns
         self._received_bytes = max(self._received_bytes, received_bytes)
         self._credit_bytes = max(self._credit_bytes, credit_bytes)
 
-    def next_sends(self) -> list[Decision]:
+    def _is_hung(self, unit: Unit) -> bool:
+        """Part of the unit is on its way, and the window or the credit is used up."""
+        frames = unit.encoded.frames
+        is_begun = len(unit.to_send) < len(frames) and not unit.is_commit_sent
+        return is_begun and not self._fits(len(frames[unit.to_send[0]]))
+
+    def hung_at(self) -> int | None:
+        """When `next_sends` has to look whether frames were lost, None for not at all."""
+        if not self.is_open or self.mode not in (STREAM, FOLD):
+            return None
+        waiting = next((unit for unit in self.units if unit.to_send), None)
+        is_hung = waiting is not None and self._is_hung(waiting)
+        return self.progress_ns + LOST_AFTER_NS if is_hung else None
+
+    def next_sends(self, now_ns: int) -> list[Decision]:
         """Frames and commits that may go out now, in order."""
         decisions: list[Decision] = []
         if not self.is_open or self.mode not in (STREAM, FOLD):
@@ -214,12 +246,18 @@ class Sender:
             while unit.to_send:
                 body = frames[unit.to_send[0]]
                 if not self.may_send(len(body)):
+                    if self._is_hung(unit) and now_ns >= self.progress_ns + LOST_AFTER_NS:
+                        # What fills the window may be lost; the commit lets the peer ask for it.
+                        decisions.append(self._commit_of(unit))
                     return decisions
                 number = unit.to_send.popleft()
                 self.count_sent(len(body))
                 epoch = unit.encoded.number
                 decisions.append(SendFrame(self.name, self.session, epoch, number, body))
             if not unit.is_commit_sent:
-                unit.is_commit_sent = True
-                decisions.append(SendMessage(self.name, self.session, unit.commit))
+                decisions.append(self._commit_of(unit))
         return decisions
+
+    def _commit_of(self, unit: Unit) -> Decision:
+        unit.is_commit_sent = True
+        return SendMessage(self.name, self.session, unit.commit)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from geomirror.volume.superblock import Superblock
-from geomirror.wan_protocol.messages import GenerationEntry, VolumeInfo
+from geomirror.wan_protocol.messages import GenerationEntry, SessionOpen, VolumeInfo
 
 
 def session_number(resource_id: str) -> int:
@@ -34,3 +34,17 @@ def chain_entries(superblock: Superblock) -> list[GenerationEntry]:
 def volume_infos(superblock: Superblock) -> list[VolumeInfo]:
     """Volumes as both sides must agree on them."""
     return [VolumeInfo(v.index, v.name, v.size_bytes) for v in superblock.volumes]
+
+
+def session_problem(superblock: Superblock, message: SessionOpen) -> str:
+    """Why a secondary with this superblock cannot take what the primary offers, "" if it can."""
+    if message.resource.hex() != superblock.resource_id:
+        return f'resource "{superblock.name}" has another identity here'
+    mine = {v.index: v.size_bytes for v in superblock.volumes}
+    theirs = {v.index: v.size_bytes for v in message.volumes}
+    if mine != theirs:
+        return f'volumes of "{superblock.name}" differ: {mine} here, {theirs} at the primary'
+    known = [entry.identity.hex() for entry in message.chain]
+    if superblock.chain and superblock.chain[-1].identity not in known:
+        return f'"{superblock.name}" has another history here: diverged'
+    return ""
