@@ -38,11 +38,11 @@ class Limits:
     spare_segments_max: int = 2
     """Zeroed segments kept ready, so that no write waits for preallocation."""
 
-    dirty_bytes_max: int = 256 * MIB
+    dirty_bytes_max: int = 1 * GIB
     """Undestaged data; beyond it writers wait for the local disk, never for a link."""
     dirty_entries_max: int = 262_144
     """Undestaged index entries (about 100 bytes of RAM each)."""
-    apply_pass_bytes_max: int = 64 * MIB
+    apply_pass_bytes_max: int = 256 * MIB
     """Data of one apply pass, but at least one epoch: the step in which room comes back."""
     destage_age_ns_max: int = 30 * SECOND
     """Oldest undestaged epoch before a destage pass starts."""

@@ -53,9 +53,18 @@ def set_up_logging(level: str, style: str, node: str) -> None:
     ]
     tail: list[structlog.types.Processor]
     if is_console:
-        tail = [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+        tail = [
+            structlog.dev.ConsoleRenderer(
+                colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+            )
+        ]
     else:
-        tail = [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+        # Without local variables: they may hold tokens and keys.
+        traceback = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+        tail = [
+            structlog.processors.ExceptionRenderer(traceback),
+            structlog.processors.JSONRenderer(),
+        ]
     structlog.configure(
         processors=[*shared, *tail],
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),

@@ -255,6 +255,7 @@ class Journal:
         self._unsynced = {}
         self._is_directory_unsynced = False
         self._syncing.append(job)
+        self._spares.count_sync()
         return job
 
     def complete_sync(self, job: SyncJob) -> None:
@@ -302,7 +303,7 @@ class Journal:
                 self._spares.names.append(spare)
 
     def spare_job(self) -> SpareJob | None:
-        """A job that makes a zeroed spare; None when enough are ready or the journal is full."""
+        """A job that makes a zeroed spare; None when none is wanted or the journal is full."""
         self._health.require()
         return self._spares.job(self._segments_max - len(self._segments))
 
@@ -365,6 +366,7 @@ class Journal:
         return Segment(number, self._store.create(name, self._segment_bytes))
 
     def _adopt(self, opened: list[Segment], parts: list[PlanPart]) -> None:
+        self._spares.segment_opened()
         self._segments = {**self._segments, **{segment.number: segment for segment in opened}}
         for segment, part in zip(opened, parts, strict=True):
             self._unsynced[segment.number] = segment.file

@@ -104,8 +104,17 @@ class SpareJob:
         self.is_done = True
 
 
+FLUSH_HEAVY_SYNCS = 256
+"""Syncs within one segment from which on zeroed spares pay. Each saves about 0.1 ms (0.11 ms in
+zeroed blocks, 0.18 to 0.26 in unwritten ones), zeroing 64 MiB costs some 25 ms and writes every
+byte twice: 18 % of the daemon's CPU under a bulk load that never flushes."""
+
+
 class SparePool:
-    """Names of the spare segments that are ready; at most `limits.spare_segments_max` are kept."""
+    """Names of the spare segments that are ready; at most `limits.spare_segments_max` are kept.
+
+    New ones are made while the journal is flush-heavy; recycled segments are always taken.
+    """
 
     def __init__(self, store: Store, limits: Limits, names: Sequence[str]) -> None:
         self.names = list(names)
@@ -113,6 +122,8 @@ class SparePool:
         self._segment_bytes = limits.segment_bytes
         self._count_max = limits.spare_segments_max
         self._is_making = False
+        self._syncs = 0
+        self._is_flush_heavy = True
         indexes = [spare_index(name.removeprefix(f"{DIRECTORY}/")) or 0 for name in names]
         self._index = max(indexes, default=0)
 
@@ -123,9 +134,18 @@ class SparePool:
         self._index += 1
         return spare_name(self._index)
 
+    def count_sync(self) -> None:
+        """The segment that is written was synced."""
+        self._syncs += 1
+
+    def segment_opened(self) -> None:
+        """Another segment is written from now on; the one before tells what to expect of it."""
+        self._is_flush_heavy = self._syncs >= FLUSH_HEAVY_SYNCS
+        self._syncs = 0
+
     def job(self, room: int) -> SpareJob | None:
         """A job that makes a spare, if one is wanted and `room` segments leave place for it."""
-        if self._is_making or len(self.names) >= room:
+        if not self._is_flush_heavy or self._is_making or len(self.names) >= room:
             return None
         name = self.new_name(0)
         if name == "":

@@ -11,6 +11,7 @@ from geomirror.environment import SeededEntropy
 from geomirror.errors import IntegrityError, JournalFullError, NoSpaceError, StorageError
 from geomirror.limits import PRODUCTION, SIMULATION
 from geomirror.volume.journal import Journal
+from geomirror.volume.journal_jobs import FLUSH_HEAVY_SYNCS
 from geomirror.volume.record import HEADER_BYTES, RecordType, record_bytes
 from geomirror.volume.segment import (
     SEGMENT_HEADER_BYTES,
@@ -298,10 +299,24 @@ def test_spares_are_made_until_enough_are_ready_and_count_as_journal() -> None:
     disk.journal.complete_spare(job)
     assert make_spare(disk)
     assert not make_spare(disk)
-    fill(disk)
-    assert make_spare(disk)  # for the segment that is kept back for bookkeeping
+    for _ in range(FLUSH_HEAVY_SYNCS):
+        disk.sync()
+    fill_segment(disk)
+    assert make_spare(disk)
     assert not make_spare(disk)
     assert len(disk.store.list("journal")) <= 4
+
+
+def test_a_journal_that_hardly_anybody_flushes_makes_no_spares() -> None:
+    disk = Disk()
+    disk.sync()
+    fill_segment(disk)
+    fill_segment(disk)
+    assert not make_spare(disk)
+    for _ in range(FLUSH_HEAVY_SYNCS):
+        disk.sync()
+    fill_segment(disk)
+    assert make_spare(disk)
 
 
 def test_a_spare_that_could_not_be_made_leaves_nothing_and_is_tried_again() -> None:
