@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import ExitStack
+
 from geomirror.errors import NotFoundError, RefusedError
 from geomirror.node.context import NodeContext
 from geomirror.node.resource_definition import ResourceDefinition
@@ -27,32 +30,35 @@ def create_engine(
     """
     is_primary = definition.primary == node.name
     assert definition.journal_bytes is not None
-    store = DirectoryStore(node.resource_dir(definition.name), create=True)
-    try:
+    # What fails half-way must not keep its backings locked: the operator tries again.
+    with ExitStack() as stack:
+        store = DirectoryStore(node.resource_dir(definition.name), create=True)
+        stack.callback(store.close)
         engine = Engine.create(
             store,
             node.limits,
             node.entropy,
             name=definition.name,
             resource_id=definition.identity,
-            volumes=_volume_specs(definition, node.name),
+            volumes=_volume_specs(definition, node.name, stack),
             journal_bytes=definition.journal_bytes,
             role="primary" if is_primary else "secondary",
             chain=[_first_generation(node)] if is_primary else [],
             wall_ns=node.clock.wall_ns(),
         )
+        stack.callback(engine.close)
         _note_beginning(engine, definition, is_primary=is_primary)
-    except BaseException:
-        store.close()
-        raise
+        stack.pop_all()
     return store, engine
 
 
-def _volume_specs(definition: ResourceDefinition, node: str) -> list[VolumeSpec]:
+def _volume_specs(definition: ResourceDefinition, node: str, stack: ExitStack) -> list[VolumeSpec]:
     specs: list[VolumeSpec] = []
     for volume in definition.volumes:
         path = definition.backing_path(node, volume.name)
-        file = None if path is None else _open_path(path, volume.size_bytes)
+        file = None if path is None else _create_path(path, volume.size_bytes)
+        if file is not None:
+            stack.callback(file.close)
         specs.append(VolumeSpec(volume.index, volume.name, volume.size_bytes, file, path or ""))
     return specs
 
@@ -102,6 +108,15 @@ def open_engine(definition: ResourceDefinition, node: NodeContext) -> tuple[Dire
 
 def _open_volume(volume: VolumeRecord) -> File:
     return _open_path(volume.backing, volume.size_bytes)
+
+
+def _create_path(path: str, size_bytes: int) -> File:
+    """The backing device of a new volume; a file that is missing or empty is made, one hole."""
+    if os.path.isfile(path) and os.path.getsize(path) == 0:
+        file = open_backing(path)
+        file.truncate(size_bytes)
+        return file
+    return open_backing(path, create_size=size_bytes)
 
 
 def _open_path(path: str, size_bytes: int) -> File:

@@ -9,7 +9,13 @@ from typing import Any
 
 import msgspec
 
-from geomirror.errors import NotFoundError, NotPrimaryError, RefusedError, UsageError
+from geomirror.errors import (
+    GeomirrorError,
+    NotFoundError,
+    NotPrimaryError,
+    RefusedError,
+    UsageError,
+)
 from geomirror.node.backing_check import backing_size, check_backing, zero_backing
 from geomirror.node.calls import Caller, MethodRegistry, Parameters, Result
 from geomirror.node.definition_push import Calls, DefinitionPush
@@ -295,7 +301,10 @@ class ResourceCalls:
             if paths and self.is_connected(node):
                 parameters = {"paths": paths, "sizes": sizes, "is_forced": is_forced}
                 method = "resource.check_backing"
-                await self.links.call(node, method, parameters, CHECK_TIMEOUT_S)
+                try:
+                    await self.links.call(node, method, parameters, CHECK_TIMEOUT_S)
+                except GeomirrorError as error:
+                    raise type(error)(f'node "{node}": {error.message}', hint=error.hint) from None
 
     async def _check_own_backings(self, definition: ResourceDefinition, is_forced: bool) -> None:
         volumes = {volume.name: volume.size_bytes for volume in definition.volumes}
