@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from geomirror.limits import BLOCK_BYTES, GIB, KIB, MIB, Limits
+from geomirror.volume.arrays import run_heads, run_lengths, run_tails
 from geomirror.volume.epoch_table import (
     FLAG_PUNCH,
     KIND_DATA,
@@ -175,8 +176,8 @@ class ApplyJob:
         step = _READ_BYTES_MAX // BLOCK_BYTES
         for start in range(0, len(blocks), step):
             part = blocks[start : start + step]
-            heads = np.flatnonzero(np.append(True, np.diff(part) != 1))
-            counts = np.diff(np.append(heads, len(part)))
+            heads = run_heads(part[1:] - part[:-1] != 1)
+            counts = run_lengths(heads, len(part))
             pieces = [
                 _read_blocks(image, block, count)
                 for block, count in zip(part[heads].tolist(), counts.tolist(), strict=True)
@@ -219,10 +220,10 @@ class ApplyJob:
         short = (int(blocks[-1]) + 1) * BLOCK_BYTES - image.size_bytes
         assert short < BLOCK_BYTES, "a block beyond the end of the volume"
         chunks, chunk, position = self._read_new(data["address"].astype(np.int64), max(short, 0))
-        follows = np.diff(blocks) == 1
-        follows &= (np.diff(position) == BLOCK_BYTES) & (np.diff(chunk) == 0)
-        heads = np.flatnonzero(np.append(True, ~follows))
-        sizes = np.diff(np.append(heads, len(blocks))) * BLOCK_BYTES
+        follows = (blocks[1:] - blocks[:-1] == 1) & (chunk[1:] == chunk[:-1])
+        follows &= position[1:] - position[:-1] == BLOCK_BYTES
+        heads = run_heads(~follows)
+        sizes = run_lengths(heads, len(blocks)) * BLOCK_BYTES
         if short > 0:
             sizes[-1] -= short
         columns = (blocks[heads], chunk[heads], position[heads], sizes)
@@ -239,14 +240,14 @@ class ApplyJob:
         order = np.argsort(addresses, kind="stable")
         ordered = addresses[order]
         segment = ordered // self._limits.segment_bytes
-        breaks = np.diff(ordered) - BLOCK_BYTES > _GAP_BYTES_MAX
-        breaks |= np.diff(segment) != 0
-        breaks = np.append(True, breaks)
+        breaks = np.ones(len(ordered), dtype=bool)
+        breaks[1:] = ordered[1:] - ordered[:-1] > BLOCK_BYTES + _GAP_BYTES_MAX
+        breaks[1:] |= segment[1:] != segment[:-1]
         start = np.maximum.accumulate(np.where(breaks, ordered, 0))
         part = (ordered - start) // _READ_BYTES_MAX
-        breaks[1:] |= np.diff(part) != 0
-        heads = np.flatnonzero(breaks)
-        tails = np.append(heads[1:], len(ordered)) - 1
+        breaks[1:] |= part[1:] != part[:-1]
+        heads = run_heads(breaks[1:])
+        tails = run_tails(heads, len(ordered))
         starts = ordered[heads]
         ends = ordered[tails] + BLOCK_BYTES
         # The short block may be the last thing in the journal: nothing beyond it is there to read.
@@ -295,8 +296,8 @@ def _read_blocks(image: ApplyImage, block: int, count: int) -> bytes:
 def _by_volume(table: Table) -> Iterator[tuple[int, Table]]:
     if not len(table):
         return
-    heads = np.flatnonzero(np.append(True, table["volume"][1:] != table["volume"][:-1]))
-    for start, end in zip(heads.tolist(), [*heads[1:].tolist(), len(table)], strict=True):
+    heads = run_heads(table["volume"][1:] != table["volume"][:-1]).tolist()
+    for start, end in zip(heads, [*heads[1:], len(table)], strict=True):
         yield int(table["volume"][start]), table[start:end]
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -33,7 +32,13 @@ from geomirror.volume.journal import Journal, SyncJob
 from geomirror.volume.open_epoch import EpochDraft, OpenEpoch
 from geomirror.volume.retention import Retention
 from geomirror.volume.store import Store
-from geomirror.volume.superblock import DataState, GenerationRecord, Superblock, SuperblockFile
+from geomirror.volume.superblock import (
+    DataState,
+    GenerationRecord,
+    Superblock,
+    SuperblockFile,
+    copy_of,
+)
 from geomirror.volume.undo import UndoStore
 
 NO_GENERATION = bytes(16)
@@ -102,7 +107,7 @@ class EngineBase:
         """Newest epoch whose EPOCH record is appended; durable when `sealed_epoch` reaches it."""
         self.committed_hash = parts.sealed_hash
         self._superblock_file = parts.superblock_file
-        self._written = deepcopy(parts.superblock)
+        self._written = copy_of(parts.superblock)
         self._directory = parts.directory
         self._open = parts.open_epoch
         self._draft: EpochDraft | None = None
@@ -277,7 +282,7 @@ class EngineBase:
         if msgspec.structs.replace(self._written, **same) == superblock and not self._is_undo_void:
             return None
         superblock.known_durable_lsn = self.journal.durable_lsn
-        version = deepcopy(superblock)
+        version = copy_of(superblock)
         undo = self.undo if self._is_undo_void else None
         return CheckpointJob(version, self._superblock_file.write_job(version), undo)
 

@@ -20,7 +20,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from geomirror.volume.arrays import joined, run_heads, run_tails
 from geomirror.volume.epoch_table import (
+    ENTRY,
     KIND_ZERO,
     Table,
     empty_table,
@@ -59,7 +61,7 @@ def merge_tables(tables: Sequence[Table]) -> Table:
     filled = [table for table in tables if len(table)]
     if len(filled) <= 1:
         return filled[0] if filled else empty_table()
-    entries = np.concatenate(filled)
+    entries = joined(filled, ENTRY)
     age = np.repeat(np.arange(len(filled), dtype=np.int64), [len(table) for table in filled])
     assert int(entries["block"].max()) <= _BLOCK_MASK - RUN_BLOCKS_MAX
     single = entries["count"] == 1
@@ -80,7 +82,7 @@ def merge_tables(tables: Sequence[Table]) -> Table:
     singles, single_keys, inside = singles[stands], single_keys[stands], inside[stands]
     runs = _split(runs, single_keys[inside])
 
-    merged = np.concatenate([singles, _run_entries(runs)])
+    merged = joined([singles, _run_entries(runs)], ENTRY)
     merged_keys = np.concatenate([single_keys, runs.start])
     order = np.argsort(merged_keys, kind="stable")
     return _join_zero_runs(merged[order], merged_keys[order])
@@ -96,7 +98,8 @@ def _newest(keys: Keys) -> tuple[Keys, Keys]:
     """Indices of the last occurrence of each key, by ascending key, and those keys."""
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
-    is_last = np.append(ordered[1:] != ordered[:-1], np.ones(min(len(keys), 1), dtype=bool))
+    is_last = np.ones(len(keys), dtype=bool)
+    is_last[:-1] = ordered[1:] != ordered[:-1]
     return order[is_last], ordered[is_last]
 
 
@@ -129,9 +132,8 @@ def _overlay(older: _Runs, newer: _Runs) -> _Runs:
         at = np.searchsorted(layer.start, left, side="right") - 1
         covered = (at >= 0) & (left < layer.end[np.maximum(at, 0)])
         owner[covered] = at[covered] + first
-    changes = np.append(True, owner[1:] != owner[:-1])
-    heads = np.flatnonzero(changes)
-    tails = np.append(heads[1:], len(left))
+    heads = run_heads(owner[1:] != owner[:-1])
+    tails = run_tails(heads, len(left)) + 1
     used = owner[heads] >= 0
     heads, tails = heads[used], tails[used]
     origin = owner[heads]
@@ -170,15 +172,15 @@ def _join_zero_runs(entries: Table, keys: Keys) -> Table:
     if not bool(joins.any()):
         assert is_canonical(entries)
         return entries
-    heads = np.flatnonzero(np.append(True, ~joins))
-    tails = np.append(heads[1:], len(entries)) - 1
+    heads = run_heads(~joins)
+    tails = run_tails(heads, len(entries))
     blocks = end[tails] - keys[heads]
-    joined = entries[heads]
+    runs = entries[heads]
     if int(blocks.max()) > RUN_BLOCKS_MAX:
-        joined, blocks = _split_long(joined, blocks)
-    joined["count"] = blocks
-    assert is_canonical(joined)
-    return joined
+        runs, blocks = _split_long(runs, blocks)
+    runs["count"] = blocks
+    assert is_canonical(runs)
+    return runs
 
 
 def _split_long(entries: Table, blocks: Keys) -> tuple[Table, Keys]:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from geomirror.limits import MIB
+from geomirror.volume.arrays import run_heads
 from geomirror.volume.bitmap_file import PAGE_BITS_BYTES, PAGE_REGIONS, BitmapPage, pages_of
 
 _Bytes = npt.NDArray[np.uint8]
@@ -65,7 +66,7 @@ class RegionBits:
         assert int(ordered[0]) >= 0
         assert int(ordered[-1]) < self.regions
         where = ordered >> 3
-        heads = np.flatnonzero(np.append(True, np.diff(where) != 0))
+        heads = run_heads(where[1:] != where[:-1])
         masks = np.left_shift(1, ordered & 7).astype(np.uint8)
         where, masks = where[heads], np.bitwise_or.reduceat(masks, heads)
         old = self._bits[where]

@@ -20,9 +20,11 @@ import numpy as np
 import numpy.typing as npt
 
 from geomirror.limits import BLOCK_BYTES, KIB, MIB
+from geomirror.volume.arrays import joined, run_heads
 from geomirror.volume.digest import ZERO_DIGEST, digest_of, digests_of
 from geomirror.volume.dirty_index import Parts
 from geomirror.volume.epoch_table import (
+    ENTRY,
     KIND_DATA,
     KIND_ZERO,
     Table,
@@ -87,10 +89,8 @@ class SealJob:
             extents.append(_zero_table(each.volume, each.extents))
             singles.append(self._whole_blocks(each))
             fills.append(self._partial_blocks(each))
-        filled = np.concatenate([empty_table(), *fills])
-        self.table = _canonical(
-            np.concatenate([empty_table(), *extents]), np.concatenate([filled, *singles])
-        )
+        filled = joined(fills, ENTRY)
+        self.table = _canonical(joined(extents, ENTRY), joined([filled, *singles], ENTRY))
         assert is_canonical(self.table)
         has_content = filled["kind"] == KIND_DATA
         self.fill_rows = np.searchsorted(keys_of(self.table), keys_of(filled[has_content]))
@@ -185,13 +185,15 @@ def _reads(addresses: Column, segment_bytes: int) -> Iterator[tuple[int, int]]:
     """(first, end) index ranges of ascending addresses that are worth one read each."""
     if not len(addresses):
         return
-    far = np.diff(addresses) > BLOCK_BYTES + GAP_BYTES_MAX
-    far |= np.diff(addresses // segment_bytes) != 0
-    breaks = np.append(True, far)
+    segments = addresses // segment_bytes
+    breaks = np.ones(len(addresses), dtype=bool)
+    breaks[1:] = addresses[1:] - addresses[:-1] > BLOCK_BYTES + GAP_BYTES_MAX
+    breaks[1:] |= segments[1:] != segments[:-1]
     # Within a stretch, a new read starts each time it enters another READ_BYTES_MAX.
     stretch = np.maximum.accumulate(np.where(breaks, addresses, 0))
-    breaks[1:] |= np.diff((addresses - stretch) // READ_BYTES_MAX) != 0
-    heads = np.flatnonzero(breaks).tolist()
+    part = (addresses - stretch) // READ_BYTES_MAX
+    breaks[1:] |= part[1:] != part[:-1]
+    heads = run_heads(breaks[1:]).tolist()
     yield from zip(heads, [*heads[1:], len(addresses)], strict=True)
 
 
@@ -218,7 +220,7 @@ def _canonical(extents: Table, singles: Table) -> Table:
     if len(extents) and len(singles):
         return merge_tables([extents, singles])
     table = extents if len(extents) else singles
-    if not bool(np.any(table["kind"] == KIND_ZERO)):
+    if not bool((table["kind"] == KIND_ZERO).any()):
         return table
     # A single table is returned as it is; two halves of it are joined where they touch.
     half = len(table) // 2

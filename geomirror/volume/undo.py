@@ -68,15 +68,17 @@ class UndoStore:
 
         :raises FencedError: the newest undo file is damaged, so that this cannot be known.
         """
-        newest = self._newest_name()
+        newest = self._newest_name() if self._damaged else ""
         if newest in self._damaged:
             raise FencedError(
                 f"the image may be half applied and {self._damaged[newest].message}",
                 hint='keep the data directory; make this copy anew with "geomirror resync"',
             )
+        # Passes follow each other: asked at every turn, this looks at the last one only.
         for found in reversed(self._passes):
-            if found.from_epoch == applied_epoch:
-                return found.from_epoch, found.to_epoch
+            if found.from_epoch <= applied_epoch:
+                is_it = found.from_epoch == applied_epoch
+                return (found.from_epoch, found.to_epoch) if is_it else None
         return None
 
     def find(

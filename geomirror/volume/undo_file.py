@@ -22,6 +22,7 @@ import zstandard
 
 from geomirror.errors import IntegrityError
 from geomirror.limits import BLOCK_BYTES, KIB
+from geomirror.volume.arrays import joined, run_heads
 from geomirror.volume.merge import Keys, keys_of
 from geomirror.volume.store import Buffer, File
 from geomirror.volume.zero_blocks import ZERO_BLOCK, zero_mask
@@ -135,7 +136,7 @@ class UndoWriter:
         assert len(generation) == 16
         assert from_epoch < to_epoch
         self._write_chunks(memoryview(self._pending))
-        table = _joined(np.concatenate([np.zeros(0, dtype=_ENTRY), *self._tables]))
+        table = _joined(joined(self._tables, _ENTRY))
         held = np.where(table["kind"] == KIND_DATA, table["count"].astype(np.uint64), 0)
         held *= np.uint64(BLOCK_BYTES)
         table["position"] = np.where(held > 0, np.cumsum(held) - held, 0)
@@ -160,18 +161,19 @@ def _joined(entries: _Array) -> _Array:
     """Join adjacent entries of one kind (positions are not set yet); counts stay below 2**32."""
     if len(entries) < 2:
         return entries
-    end = keys_of(entries) + entries["count"].astype(np.int64)
-    breaks = (keys_of(entries)[1:] != end[:-1]) | (entries["kind"][1:] != entries["kind"][:-1])
+    keys = keys_of(entries)
+    end = keys + entries["count"].astype(np.int64)
+    breaks = (keys[1:] != end[:-1]) | (entries["kind"][1:] != entries["kind"][:-1])
     # Entries of 2**31 blocks (8 TiB) and more come from runs alone; they are left as they are.
     long = entries["count"] >= 1 << 31
     breaks |= long[1:] | long[:-1]
-    heads = np.flatnonzero(np.append(True, breaks))
-    joined = entries[heads]
+    heads = run_heads(breaks)
+    runs = entries[heads]
     counts = np.add.reduceat(entries["count"].astype(np.int64), heads)
     if int(counts.max()) >= 1 << 32:
         return entries
-    joined["count"] = counts
-    return joined
+    runs["count"] = counts
+    return runs
 
 
 class UndoReader:
