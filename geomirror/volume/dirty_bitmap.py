@@ -112,6 +112,11 @@ class DirtyBitmap:
         return sum(bits.count for bits in self._bits.values())
 
     @property
+    def is_full(self) -> bool:
+        """Every region of every volume is dirty."""
+        return all(bits.count == bits.regions for bits in self._bits.values())
+
+    @property
     def volumes(self) -> list[int]:
         """Volume indices, ascending."""
         return sorted(self._bits)

@@ -143,6 +143,8 @@ class SessionAccept(Message, frozen=True):
     """Epochs of which frames are here already, each with a bitmap: bit 0 of byte 0 is frame 0."""
     credit_bytes: int
     """Frame body bytes that may be sent in this session before the next grant, in total."""
+    consistent_from: int = -1
+    """While inconsistent: consistent once this epoch is applied; -1: a resync has to end first."""
 
 
 class SessionRefuse(Message, frozen=True):

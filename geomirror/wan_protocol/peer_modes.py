@@ -138,7 +138,8 @@ class PeerModes(Replica):
         epoch = message.durable_epoch
         if message.data_state == "blank":
             kept = self.bitmaps.get(sender.name)
-            if kept is None or not kept.is_initial:
+            # A blank peer has nothing of what was copied: its disk is another one.
+            if kept is None or not kept.is_initial or not kept.bitmap.is_full:
                 self._start_over(sender, is_initial=True)
             return ""
         if message.generation != self.engine.generation:
@@ -150,7 +151,9 @@ class PeerModes(Replica):
         if epoch > self.engine.sealed_epoch or known not in (None, message.durable_hash):
             return f'"{sender.name}" holds another history at epoch {epoch}: diverged'
         if sender.mode in (STREAM, FOLD):
-            if not self._has_epochs_after(epoch):
+            # What was copied to it is not known any more: it is an older disk.
+            is_half_copied = message.data_state == "inconsistent" and message.consistent_from < 0
+            if is_half_copied or not self._has_epochs_after(epoch):
                 self._start_over(sender, is_initial=False)
             return ""
         resync = self.resyncs.pop(sender.name, None)

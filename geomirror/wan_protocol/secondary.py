@@ -242,6 +242,7 @@ class Secondary(EpochIntake):
                 self.data_state,
                 [(i.number, number_bitmap(set(i.parts))) for i in spooled[:SPOOLED_REPORTED_MAX]],
                 self._credit(),
+                engine.superblock.consistent_from,
             )
         )
         for incoming in self.incoming.values():
