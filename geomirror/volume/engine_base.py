@@ -168,9 +168,10 @@ class EngineBase:
         return self._uncommitted_lsn
 
     @property
-    def open_epoch(self) -> int:
-        """Number that the open epoch will have: no change is in a later one."""
-        return self._open.number
+    def last_changed_epoch(self) -> int:
+        """No change so far is in a later epoch; it is sealed or will be without another write."""
+        is_empty = self._open.since_wall_ns is None
+        return self._open.number - 1 if is_empty else self._open.number
 
     # Epochs.
 

@@ -109,7 +109,7 @@ class ResyncSender:
         self._reading_end = offset + length
         if skipped:
             # They travel with their epoch, so the peer is not consistent before it has that one.
-            self.end_epoch = max(self.end_epoch, self.engine.open_epoch)
+            self.end_epoch = max(self.end_epoch, self.engine.last_changed_epoch)
         if not skipped:
             return [Run(volume, offset, length, pieces)]
         runs: list[Run] = []

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import errno
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -179,6 +180,16 @@ class SimStore:
         # Files without a durable name are gone; two names never share a file.
         for name in sorted(self._names):
             self._crash_file(self._names[name], chosen)
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """For looking from outside of the simulation: no fault, no hook."""
+        hook, faults = self.on_operation, self.faults
+        self.on_operation, self.faults = None, []
+        try:
+            yield
+        finally:
+            self.on_operation, self.faults = hook, faults
 
     def inodes(self) -> list[Inode]:
         """All files."""

@@ -191,9 +191,9 @@ class Simulation:
         engine = node.engine
         self.world.note(f"{node.name}: back at epoch {engine.sealed_epoch}")
         if node.is_primary:
-            content = {
-                volume: engine.read(volume, 0, size) for volume, size in self.oracle.sizes.items()
-            }
+            with node.store.undisturbed():
+                sizes = self.oracle.sizes.items()
+                content = {volume: engine.read(volume, 0, size) for volume, size in sizes}
             self.lost += self.oracle.recovered(content, engine.sealed_epoch)
             for number in range(self.oracle.sealed_epoch + 1, engine.sealed_epoch + 1):
                 self.oracle.sealed(number, engine.epoch_info(number).chain_hash)
