@@ -13,7 +13,7 @@ from typing import Any
 
 from aiohttp import web
 
-from geomirror.errors import GeomirrorError, UsageError
+from geomirror.errors import GeomirrorError, StorageError, UsageError
 from geomirror.limits import MIB
 from geomirror.node.calls import Caller, MethodRegistry
 from geomirror.node.error_json import error_object
@@ -33,17 +33,23 @@ class ControlServer:
         self._stopping = asyncio.Event()
 
     async def start(self, path: str) -> None:
-        """Listen on `path`; a socket that a killed daemon left is replaced (the lock is ours)."""
+        """Listen on `path`; a socket that a killed daemon left is replaced (the lock is ours).
+
+        :raises StorageError: the socket cannot be made.
+        """
         application = web.Application(client_max_size=REQUEST_BYTES_MAX)
         application.router.add_post("/v1/call/{method}", self._call)
         application.router.add_get("/v1/events", self._stream)
         self._runner = web.AppRunner(application, access_log=None, shutdown_timeout=1.0)
         await self._runner.setup()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-        # The daemon's umask is 077: the socket is born closed to everybody else.
-        await web.UnixSite(self._runner, path).start()
-        os.chmod(path, 0o600)
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            # The daemon's umask is 077: the socket is born closed to everybody else.
+            await web.UnixSite(self._runner, path).start()
+            os.chmod(path, 0o600)
+        except OSError as error:
+            raise StorageError.from_os(error, operation="listen on", path=path) from error
 
     async def stop(self) -> None:
         """End streams and close the socket."""

@@ -97,13 +97,22 @@ class DefinitionStore:
     def put(self, entry: ResourceEntry) -> None:
         """Add or replace an entry; durable at return.
 
-        :raises StorageError: nothing changed on disk.
+        :raises StorageError: nothing changed, neither on disk nor here.
         """
-        self._entries[entry.definition.resource_id] = entry
-        self.save()
+        identity = entry.definition.resource_id
+        before = self._entries.get(identity)
+        self._entries[identity] = entry
+        try:
+            self.save()
+        except StorageError:
+            if before is None:
+                del self._entries[identity]
+            else:
+                self._entries[identity] = before
+            raise
 
     def remove(self, resource_id: str) -> None:
-        """Forget an entry; durable at return."""
+        """Forget an entry; durable at return. :raises StorageError: not durable."""
         self._entries.pop(resource_id, None)
         self.save()
 

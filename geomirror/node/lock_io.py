@@ -36,8 +36,10 @@ class DaemonLock:
                 f"{data_dir.root} is served by process {holder}",
                 hint=f'"geomirror --data-dir {data_dir.root} status" asks it',
             ) from error
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
+        # For people only: on a full disk the lock holds without it.
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
 
     def _take(self) -> None:
         # A command that looks whether a daemon runs holds the lock, shared, for an instant.

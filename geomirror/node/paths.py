@@ -79,7 +79,14 @@ class DataDir:
         """Choose and make the directory for sockets; the daemon calls it once at start.
 
         :raises UsageError: no directory with a short enough path can be used safely.
+        :raises StorageError: it cannot be made.
         """
+        try:
+            return self._prepare_socket_dir()
+        except OSError as error:
+            raise StorageError.from_os(error, operation="use", path=str(self.root)) from error
+
+    def _prepare_socket_dir(self) -> Path:
         longest = max(len(os.fsencode(self.root / name)) for name in ("control.sock", "nbd.sock"))
         if longest <= SOCKET_PATH_BYTES_MAX:
             self.socket_pointer.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from geomirror.errors import (
     NotFoundError,
     NotPrimaryError,
     RefusedError,
+    StorageError,
     UsageError,
 )
 from geomirror.node.backing_check import backing_size, check_backing, zero_backing
@@ -80,18 +82,7 @@ class ResourceCalls:
         definition = await self._define_new(request)
         definition.validate()
         await self._check_backings(definition, request.is_forced)
-        entry = ResourceEntry(definition, "creating", is_forced=request.is_forced)
-        self.store.put(entry)
-        try:
-            if entry.is_forced:
-                await self._zero_forced(definition)
-            await self.host.create(definition)
-        except BaseException:
-            # Also when the caller gave up: an entry that is never served must not stay.
-            self.store.remove(definition.resource_id)
-            raise
-        entry.state = "active"
-        self.store.put(entry)
+        entry = await self._make(definition, request.is_forced)
         self.push.changed()
         self.host.context.emit("resource_created", {"resource": request.name, "by": caller.name})
         return {"resource": self.describe(request.name), "pending": entry.pending_peers()}
@@ -239,18 +230,30 @@ class ResourceCalls:
         if self.store.find(definition.name) is not None:
             raise RefusedError(f'node "{self._self}" has another resource "{definition.name}"')
         await self._check_own_backings(definition, is_forced)
-        entry = ResourceEntry(definition, "creating", is_forced=is_forced)
-        self.store.put(entry)
+        await self._make(definition, is_forced)
+        self.host.context.emit("resource_defined", {"resource": definition.name})
+
+    async def _make(self, definition: ResourceDefinition, is_forced: bool) -> ResourceEntry:
+        """Make and serve this node's part of a resource; a failure leaves nothing of it."""
+        self.store.put(ResourceEntry(definition, "creating", is_forced=is_forced))
         try:
-            if entry.is_forced:
+            if is_forced:
                 await self._zero_forced(definition)
             await self.host.create(definition)
+            entry = ResourceEntry(definition, "active", is_forced=is_forced)
+            try:
+                self.store.put(entry)
+            except StorageError:
+                await self.host.close(definition.name)
+                await self.host.remove_state(definition.name)
+                raise
         except BaseException:
-            self.store.remove(definition.resource_id)
+            # Also when the caller gave up: an entry that is never served must not stay. One that
+            # is left on a full disk, still `creating`, is undone at the next start.
+            with contextlib.suppress(StorageError):
+                self.store.remove(definition.resource_id)
             raise
-        entry.state = "active"
-        self.store.put(entry)
-        self.host.context.emit("resource_defined", {"resource": definition.name})
+        return entry
 
     async def _define_new(self, request: Create) -> ResourceDefinition:
         if request.adopt not in (None, request.primary):

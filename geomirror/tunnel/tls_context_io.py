@@ -8,6 +8,7 @@ Without session tickets each connection proves its key anew, so a revocation can
 from __future__ import annotations
 
 import datetime
+import os
 import ssl
 import tempfile
 from collections.abc import Callable
@@ -138,11 +139,18 @@ def _decoy_context(state: NetworkState, entropy: Entropy) -> ssl.SSLContext:
     pem = key_to_pem(key) + certificate_pem(builder.sign(key, None)).encode("ascii")
     context = _base(ssl.PROTOCOL_TLS_SERVER)
     context.num_tickets = 0
-    # OpenSSL reads key and certificate from files only; mode 0600, gone at once.
-    with tempfile.NamedTemporaryFile(dir=state.key_path.parent, prefix=".decoy.") as file:
-        file.write(pem)
-        file.flush()
-        context.load_cert_chain(file.name)
+    # OpenSSL reads key and certificate from files only. In memory where there is such a thing: a
+    # node has to start on a full disk, too.
+    if hasattr(os, "memfd_create"):
+        with open(os.memfd_create("decoy"), "wb") as file:
+            file.write(pem)
+            file.flush()
+            context.load_cert_chain(f"/proc/self/fd/{file.fileno()}")
+        return context
+    with tempfile.NamedTemporaryFile(dir=state.key_path.parent, prefix=".decoy.") as named:
+        named.write(pem)
+        named.flush()
+        context.load_cert_chain(named.name)
     return context
 
 

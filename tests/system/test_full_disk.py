@@ -1,0 +1,178 @@
+"""A small real file system under the data directory, filled up and made read-only."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from geomirror.errors import GeomirrorError
+from geomirror.nbd.client_io import NbdClient
+from tests.system.support import MIB, Site, create, is_root, some_sites, until
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(120)]
+CHUNKS = 48
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Path]:
+    """An ext4 of 400 MiB over a loop device."""
+    if not is_root() or shutil.which("mke2fs") is None:
+        pytest.skip("a file system of its own needs root and mke2fs")
+    image, mount = tmp_path / "fs.img", tmp_path / "mnt"
+    mount.mkdir()
+    subprocess.run(["mke2fs", "-q", "-t", "ext4", "-m", "0", image, "400m"], check=True)
+    done = subprocess.run(
+        ["mount", "-o", "loop", image, mount], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        pytest.skip(f"no mount: {done.stderr.strip()}")
+    yield mount
+    subprocess.run(["umount", mount], check=True)
+
+
+@pytest.fixture
+def site(mounted: Path, tmp_path: Path) -> Iterator[Site]:
+    """A node whose data directory lies on the small file system."""
+    with some_sites(tmp_path, "a") as (a,):
+        a.data_dir = mounted / "a"
+        listen = ("--listen", f"127.0.0.1:{a.port}")
+        a.run("network", "create", "acme", "--site", "east", "--node", "east-1", *listen)
+        a.restart()
+        create(a, "pg", secondary=None)
+        yield a
+
+
+def fill(mounted: Path) -> Path:
+    """Take all the space that is left."""
+    path = mounted / "filler"
+    with path.open("wb", buffering=0) as file:
+        for size in (MIB, 4096):
+            block = bytes(size)
+            while True:
+                try:
+                    if file.write(block) < size:
+                        break
+                except OSError:
+                    break
+    os.sync()
+    return path
+
+
+class Writer:
+    """Overwrites megabytes in turn, each flushed, and knows what must be there."""
+
+    def __init__(self, client: NbdClient) -> None:
+        self.client = client
+        self.completed: dict[int, bytes] = {}
+        self.under_way: dict[int, bytes] = {}
+        self.errors: list[Exception] = []
+        self._chance = random.Random(1)
+
+    async def write(self, number: int) -> None:
+        chunk = self._chance.randbytes(MIB)
+        self.under_way[number] = chunk
+        await self.client.write(number * MIB, chunk)
+        self.completed[number] = chunk
+        del self.under_way[number]
+        await self.client.flush()
+
+    async def write_until_it_stops(self, seconds: float) -> None:
+        """Until an error, or until a write waits for `seconds`."""
+        for count in range(1000):
+            try:
+                async with asyncio.timeout(seconds):
+                    await self.write(count % CHUNKS)
+            except (GeomirrorError, TimeoutError) as error:
+                self.errors.append(error)
+                return
+        raise AssertionError("it never stops")
+
+    async def check(self, client: NbdClient) -> None:
+        for number, chunk in self.completed.items():
+            found = bytes(await client.read(number * MIB, MIB))
+            # A write that was not answered may have happened, in whole.
+            assert found in (chunk, self.under_way.get(number)), f"chunk {number}"
+
+
+async def test_a_full_disk_holds_writers_back_and_loses_nothing(site: Site, mounted: Path):
+    filler = await asyncio.to_thread(fill, mounted)
+    client = await NbdClient.connect(site.uri())
+    writer = Writer(client)
+    await writer.write_until_it_stops(seconds=4)
+    (error,) = writer.errors
+    assert isinstance(error, TimeoutError) or "ENOSPC" in str(error) or "space" in str(error)
+    assert len(writer.completed) > 10
+    await asyncio.to_thread(until, lambda: site.status()["state"] == "storage_full")
+    assert "No space left" in site.status()["reason"]
+    text = await asyncio.to_thread(site.run, "status", "pg")
+    assert "disk is full" in text and "Free space" in text
+    assert site.events("storage_full")
+    async with await NbdClient.connect(site.uri()) as reader:
+        await writer.check(reader)
+    client.abort()
+    # It goes on by itself when there is space again.
+    filler.unlink()
+    await asyncio.to_thread(until, lambda: site.status()["state"] == "ok")
+    async with await NbdClient.connect(site.uri()) as again:
+        await writer.check(again)
+        after = Writer(again)
+        for number in range(CHUNKS):
+            await after.write(number)
+    # And what was flushed outlives the process.
+    await asyncio.to_thread(site.kill)
+    await asyncio.to_thread(site.restart)
+    async with await NbdClient.connect(site.uri()) as last:
+        await after.check(last)
+    assert site.crashes() == []
+
+
+async def test_a_daemon_killed_on_a_full_disk_starts_again_when_there_is_space(
+    site: Site, mounted: Path
+):
+    client = await NbdClient.connect(site.uri())
+    writer = Writer(client)
+    for number in range(8):
+        await writer.write(number)
+    await asyncio.to_thread(site.kill)
+    client.abort()
+    filler = await asyncio.to_thread(fill, mounted)
+    await asyncio.to_thread(site.restart)
+    found = site.status()
+    if found["error"] is not None:
+        assert found["error"]["code"] == "no_space"
+        await asyncio.to_thread(site.kill)
+        filler.unlink()
+        await asyncio.to_thread(site.restart)
+    async with await NbdClient.connect(site.uri()) as again:
+        await writer.check(again)
+
+
+def test_a_read_only_data_directory_keeps_the_daemon_from_starting(site: Site, mounted: Path):
+    asyncio.run(site.write(0, b"x" * MIB))
+    site.stop()
+    subprocess.run(["mount", "-o", "remount,ro", mounted], check=True)
+    said = site.error("node", "run", expected=8, code="storage")
+    assert str(site.data_dir) in said
+    assert "Read-only file system" in said
+    subprocess.run(["mount", "-o", "remount,rw", mounted], check=True)
+    site.restart()
+    assert asyncio.run(site.read(0, MIB)) == b"x" * MIB
+
+
+def test_a_data_directory_without_room_for_a_journal(site: Site, mounted: Path):
+    filler = fill(mounted)
+    new = ("resource", "create", "more", "--size", "64M", "--primary", "east-1")
+    said = site.error(*new, "--journal-size", "256M", expected=8, code="no_space")
+    assert str(site.data_dir) in said
+    assert not (site.data_dir / "resources/more").exists()
+    assert [r["name"] for r in site.call("resource.list")["resources"]] == ["pg"]
+    filler.unlink()
+    asyncio.run(site.write(0, b"x" * MIB))
+    assert asyncio.run(site.read(0, MIB)) == b"x" * MIB
