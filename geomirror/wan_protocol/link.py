@@ -161,9 +161,10 @@ class LinkCore:
 
     def data_up(self, link: bytes, index: int, now_ns: int) -> None:
         """Hellos were exchanged on a data connection of the set."""
-        self._sets[link].data[index] = now_ns
-        self.heard(link, now_ns)
-        self._settle(now_ns)
+        item = self._sets.get(link)
+        if item is not None:
+            item.data[index] = item.heard_ns = now_ns
+            self._settle(now_ns)
 
     def data_lost(self, link: bytes, index: int, reason: str, now_ns: int) -> None:
         """A data connection that was up is gone; it is dialled again by the side that dialled."""
@@ -195,7 +196,9 @@ class LinkCore:
 
         :raises RemoteProtocolError: this node leads, or the set has been used already.
         """
-        item = self._sets[link]
+        item = self._sets.get(link)
+        if item is None:
+            return
         if self._is_leader:
             raise RemoteProtocolError("the follower does not choose the connections")
         if item is self._current:

@@ -229,8 +229,12 @@ async def test_the_queue_is_bounded_and_tells_when_it_has_room(pair: tuple[Node,
     fill()
     assert sent * len(body) <= PRODUCTION.queue_bytes_max * 4
     assert a.links.state("b").queued_bytes > 0
+    core = a.links._peers["b"].core
+    assert core.current is not None
+    before_ns = core.current.moved_ns
     await until(lambda: len(b.events.frames) == total, 30)
     assert a.links.state("b").queued_bytes == 0
+    assert core.current.moved_ns > before_ns  # a sign of life
 
 
 async def test_a_call_returns_a_result_or_the_error_of_the_other_side(
@@ -294,6 +298,19 @@ async def test_a_cut_link_comes_back_and_goes_on(pair: tuple[Node, Node]) -> Non
     assert b.events.log == ["up a", "down a", "up a"]
     a.links.send_frame("b", 1, 2, 3, b"after")
     await until(lambda: b.events.frames == [(1, 2, 3, False, b"after")])
+
+
+async def test_what_was_not_sent_when_a_set_is_given_up_is_discarded(
+    pair: tuple[Node, Node],
+) -> None:
+    a, b = pair
+    link = a.links._peers["b"]
+    assert link.core.current is not None
+    link.core.set_lost(link.core.current.link, "given up", SystemClock().now_ns())
+    link._execute()
+    assert a.events.log == ["up b", "down b"]
+    await until(lambda: "down a" in b.events.log)
+    assert b.links.state("a").last_error == "reset by the peer"
 
 
 async def test_a_lost_data_connection_is_no_event_and_is_replaced(pair: tuple[Node, Node]) -> None:
