@@ -111,6 +111,8 @@ class Limits:
     """Requests in flight of one connection; clients use 16 to 256. Beyond it reading pauses."""
     nbd_queued_bytes_max: int = 64 * MIB
     """Writes that wait for journal room, and replies that wait for a client, per connection."""
+    full_disk_wait_ns_max: int = 30 * SECOND
+    """How long a full disk holds writers back before they get ENOSPC."""
     reader_pin_ns_max: int = 60 * SECOND
     """How long a reader of a secondary may hold back applying before it gets EIO."""
 
@@ -153,7 +155,7 @@ class Limits:
         # Two epochs per peer may be in flight while a third is open; none may fill the journal.
         assert self.epoch_bytes_max * 3 <= self.journal_bytes_min
         assert self.fold_backlog_fraction < self.bitmap_backlog_fraction < 1.0
-        assert FRAME_RAW_BYTES_MAX <= self.queue_bytes_max
+        assert self.queue_bytes_max >= FRAME_RAW_BYTES_MAX
         # An EPOCH record (40 bytes an entry) must fit in one segment.
         assert self.epoch_entries_max * 40 + 16 * KIB <= self.segment_bytes
         assert self.window_bytes_min >= FRAME_RAW_BYTES_MAX

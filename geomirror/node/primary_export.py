@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from geomirror.errors import GeomirrorError, JournalFullError, RefusedError
+from geomirror.errors import GeomirrorError, JournalFullError, NoSpaceError, RefusedError
 from geomirror.nbd.constants import (
     CMD_FLAG_FUA,
     CMD_FLAG_NO_HOLE,
@@ -80,6 +80,8 @@ class HeldWriters:
 
     def __init__(self) -> None:
         self._queue: deque[tuple[PrimaryExport, _Held]] = deque()
+        self.no_space: NoSpaceError | None = None
+        """Why the first of them waits, when the disk has no room for the journal to grow."""
 
     def __bool__(self) -> bool:
         return bool(self._queue)
@@ -91,6 +93,7 @@ class HeldWriters:
 
     def retry(self) -> None:
         """There is room: go on until there is none."""
+        self.no_space = None
         while self._queue:
             export, held = self._queue[0]
             if not export.write_held(held):
@@ -104,7 +107,8 @@ class HeldWriters:
         self._queue = deque(item for item in self._queue if item[1].attached is not attached)
 
     def fail(self, error: GeomirrorError) -> None:
-        """The core is fenced: answer everything with the error."""
+        """Answer everything with the error: fenced, or no space for too long."""
+        self.no_space = None
         while self._queue:
             _, held = self._queue.popleft()
             FlushToken(held.attached.sink, [*held.cookies, *held.fua_cookies]).answer(error)
@@ -196,6 +200,8 @@ class PrimaryExport:
                 return
             except JournalFullError:
                 pass
+            except NoSpaceError as error:
+                self.held.no_space = error
             except GeomirrorError as error:
                 FlushToken(attached.sink, [*cookies, *fua]).answer(error)
                 return
@@ -222,6 +228,9 @@ class PrimaryExport:
         try:
             self._completed(sink, held.writes, held.cookies, held.fua_cookies)
         except JournalFullError:
+            return False
+        except NoSpaceError as error:
+            self.held.no_space = error
             return False
         except GeomirrorError as error:
             FlushToken(sink, [*held.cookies, *held.fua_cookies]).answer(error)

@@ -6,7 +6,7 @@ It decides nothing. After every call into the core, `drive` drains what the core
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from geomirror.wan_protocol.streams_io import PeerLinks
 
 _log = structlog.get_logger(component="replica")
+
+REPEATING = frozenset({"bad_frame", "spool_full", "storage_full"})
+"""Events that a lasting trouble causes again and again: they must not push others out."""
+REPEAT_NS = 60 * SECOND
 
 
 def run_job(job: Job) -> GeomirrorError | None:
@@ -76,6 +80,7 @@ class ReplicaRunner:
         self._jobs = 0
         self._is_draining = False
         self._is_stopped = False
+        self._silent_until_ns: dict[str, int] = {}
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -134,7 +139,16 @@ class ReplicaRunner:
             case RoomAvailable():
                 self._on_room()
             case Emit(kind, fields):
-                self._context.emit(kind, {"resource": self.name, **fields})
+                self.tell(kind, fields)
+
+    def tell(self, kind: str, fields: Mapping[str, object]) -> None:
+        """Publish an event of this resource; one that repeats itself only once in a while."""
+        if kind in REPEATING:
+            now_ns = self.now_ns()
+            if now_ns < self._silent_until_ns.get(kind, 0):
+                return
+            self._silent_until_ns[kind] = now_ns + REPEAT_NS
+        self._context.emit(kind, {"resource": self.name, **fields})
 
     def _start(self, run: RunJob) -> None:
         self._jobs += 1

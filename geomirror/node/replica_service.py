@@ -8,6 +8,7 @@ from typing import Any
 from geomirror.errors import GeomirrorError, UsageError, WaitTimeoutError
 from geomirror.nbd.protocol import Export
 from geomirror.node.context import NodeContext
+from geomirror.node.full_disk import FullDisk
 from geomirror.node.primary_export import FlushToken, HeldWriters, PrimaryExport
 from geomirror.node.replica_runner import ReplicaRunner
 from geomirror.node.replica_status import PrimaryStatus, SecondaryStatus
@@ -46,6 +47,7 @@ class ReplicaService:
         self._runner: ReplicaRunner
         self._status: PrimaryStatus | SecondaryStatus
         self._held = HeldWriters()
+        self._full_disk = FullDisk(node.limits.full_disk_wait_ns_max)
         self._pins: ReaderPins | None = None
         self._exports: dict[str, Export] = {}
         self._ticker: asyncio.Task[None] | None = None
@@ -167,7 +169,7 @@ class ReplicaService:
             "name": self.definition.name,
             "generation": engine.generation.hex(),
             "role": self.role,
-            "state": status.state(),
+            "state": "storage_full" if self._held.no_space else status.state(),
             "disk_state": disk_state,
             "journal": journal,
             "volumes": [
@@ -176,7 +178,7 @@ class ReplicaService:
             ],
             "position": self.position(),
             "peers": peers,
-            "reason": str(core.fenced or core.stalled or ""),
+            "reason": str(core.fenced or core.stalled or self._held.no_space or ""),
         }
 
     async def wait(self, kind: str, timeout_s: float) -> None:
@@ -323,3 +325,14 @@ class ReplicaService:
             for peer in list(self._links_up):
                 self._room(peer)
             self._runner.drive()
+            self._mind_full_disk()
+
+    def _mind_full_disk(self) -> None:
+        """Writers wait for space, then they are told; the first look tells the operator."""
+        held, now_ns = self._held, self._runner.now_ns()
+        if held.no_space is not None:
+            self._runner.tell("storage_full", {"job": "write", "error": str(held.no_space)})
+            held.retry()
+        error = self._full_disk.look(held.no_space or self._core.stalled, now_ns)
+        if error is not None and held:
+            held.fail(error)
