@@ -117,6 +117,16 @@ class DirtyBitmap:
         return all(bits.count == bits.regions for bits in self._bits.values())
 
     @property
+    def is_on_disk(self) -> bool:
+        """There is a file of it."""
+        return not self._is_new_file
+
+    @property
+    def is_changed(self) -> bool:
+        """A write job would have bits to write."""
+        return self._is_new_file or any(bits.is_changed for bits in self._bits.values())
+
+    @property
     def volumes(self) -> list[int]:
         """Volume indices, ascending."""
         return sorted(self._bits)

@@ -58,6 +58,11 @@ class RegionBits:
         assert 0 <= region < self.regions
         return bool(self._bits[region >> 3] >> (region & 7) & 1)
 
+    @property
+    def is_changed(self) -> bool:
+        """Pages differ from what was last taken to be written."""
+        return bool(self._changed.any())
+
     def set_each(self, regions: npt.NDArray[np.int64]) -> None:
         """Add single regions, in any order."""
         if not len(regions):

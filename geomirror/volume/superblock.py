@@ -63,6 +63,8 @@ class PeerRecord(msgspec.Struct):
     """The dirty bitmap is right for a peer at or past this epoch."""
     bitmap_through: int = 0
     """Epochs up to this one are in the durable bitmap; later ones are kept in the journal."""
+    bitmap_is_full: bool = False
+    """No file of the bitmap counts yet: every bit is set."""
     is_initial: bool = False
     """The peer never had a consistent image: its first sync is no resync."""
     consistent_from: int = 0

@@ -1,8 +1,8 @@
 """A peer's dirty bitmap as the primary keeps it: which epochs it covers, and how more are added.
 
-The bitmap covers every change after `base_epoch` up to `through_epoch`. Later epochs are retained in
-the journal; retention moves only after the bits are durable (I14), so bitmap and journal together
-are exact after any crash.
+The bitmap covers every change after `base_epoch` up to `through_epoch`. Later epochs are retained
+in the journal; retention moves only after the bits are durable (I14), so bitmap and journal
+together are exact after any crash.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ class PeerBitmap:
     through_epoch: int
     is_initial: bool = False
     updated_ns: int = 0
+    covers_all: bool = False
+    """It began with every bit set, so that without its file every bit is set again."""
 
 
 @dataclass

@@ -19,7 +19,7 @@ from fnmatch import fnmatchcase
 from typing import TypeVar
 
 from geomirror.environment import MS, SeededEntropy
-from geomirror.errors import GeomirrorError, RemoteProtocolError
+from geomirror.errors import GeomirrorError, JournalFullError, RemoteProtocolError
 from geomirror.limits import KIB, SIMULATION, Limits
 from geomirror.volume.engine import Engine, VolumeSpec
 from geomirror.volume.open_epoch import EpochDraft
@@ -511,9 +511,16 @@ class Stage:
 
     def submit(self, writes: Sequence[tuple[int, int, int, int, bytes | None]]) -> None:
         """One batch, *completed* when this returns. Raises what the core raises."""
-        self.primary.write(writes, self.now_ns, self.wall_ns)
+        # The model comes first: the core may cut an epoch before its `write` returns.
+        before = {volume: bytes(self.content[volume]) for _, volume, *_ in writes}
         for _, volume, offset, length, data in writes:
             self.content[volume][offset : offset + length] = data or bytes(length)
+        try:
+            self.primary.write(writes, self.now_ns, self.wall_ns)
+        except GeomirrorError:
+            for volume, old in before.items():
+                self.content[volume][:] = old
+            raise
         self.settle()
 
     def seal(self) -> int:
@@ -523,10 +530,18 @@ class Stage:
         return self.primary.engine.sealed_epoch
 
     def write_epochs(self, count: int, *, blocks: int = 4, seed: int = 0) -> int:
-        """`count` epochs of some blocks each, sealed one after the other."""
+        """`count` epochs of some blocks each, sealed one after the other.
+
+        Time passes only while the writer is held back.
+        """
         for at in range(count):
             first = (seed + at * blocks) % (512 - blocks)
-            self.write_blocks(first, blocks, seed * 1000 + at)
+            for _ in range(100):
+                try:
+                    self.write_blocks(first, blocks, seed * 1000 + at)
+                    break
+                except JournalFullError:
+                    self.pass_time(20)
             self.seal()
         return self.primary.engine.sealed_epoch
 

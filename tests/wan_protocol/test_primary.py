@@ -282,16 +282,23 @@ def test_a_disk_that_is_full_at_the_destage_stalls_and_goes_on(
 
 
 def test_the_spare_segment_that_a_full_disk_refused_is_made_later() -> None:
-    stage = Stage(is_connected=False)
-    stage.east.store.fail("create", "journal/spare*", error=errno.ENOSPC)
-    stage.write_epochs(4, blocks=12)
-    stage.write_epochs(4, blocks=12)
-    stage.pass_time(500)
-    assert stage.primary.engine.sealed_epoch >= 8, "no room for a spare is no reason to wait"
-    before = stage.east.jobs.count("spare")
-    stage.pass_time(30_000)
-    assert stage.east.jobs.count("spare") > before
-    assert len([n for n in stage.east.store.names() if "spare" in n]) == 2
+    stage = Stage()
+    stage.crash(PRIMARY, is_kill=True)
+    store = stage.east.store
+    for name in [n for n in store.names() if "spare" in n]:
+        store.unlink(name)
+    store.fail("create", "journal/spare*", error=errno.ENOSPC)
+    stage.east.jobs.clear()
+    stage.start(PRIMARY)
+    assert stage.east.jobs.count("spare") == 1
+    assert stage.primary.stalled is None, "no room for a spare is no reason to wait"
+    stage.write_epochs(3)
+    stage.check_in_sync()
+    stage.pass_time(9_900)
+    assert stage.east.jobs.count("spare") == 1
+    stage.pass_time(100)
+    stage.write_epochs(1, seed=9)
+    assert len([n for n in store.names() if "spare" in n]) == 2
 
 
 def test_destage_comes_after_its_age_and_leaves_reads_as_they_are() -> None:

@@ -1,0 +1,391 @@
+"""Stories of a plain resync: what is copied, what an interruption costs, when it is consistent."""
+
+from __future__ import annotations
+
+from dataclasses import replace as replaced
+
+import pytest
+
+from geomirror.errors import BadFrameError, JournalFullError, RemoteProtocolError
+from geomirror.limits import KIB, REGION_BYTES, SIMULATION
+from geomirror.wan_protocol.decisions import SendFrame, SendMessage
+from geomirror.wan_protocol.messages import ResyncAcknowledge, ResyncBegin, ResyncEnd
+from tests.wan_protocol.core_support import BLOCK, PEER, PRIMARY, SIZES, Stage, noise
+
+REGION = REGION_BYTES // BLOCK
+"""Blocks of a region."""
+
+
+def overflow(stage: Stage, name: str = PEER) -> None:
+    """Write while the peer is away until its backlog does not fit the journal any more."""
+    stage.link_down(name)
+    at = 0
+    while stage.sender(name).mode != "Bitmap":
+        at += 1
+        try:
+            stage.write_blocks(at * 8 % 256, 8, seed=at)
+        except JournalFullError:
+            stage.pass_time(50)
+        if at % 2:
+            stage.seal()
+        assert at < 1000
+    stage.pass_time(1500)
+
+
+def copied_regions(stage: Stage) -> int:
+    resync = stage.primary.resyncs.get(PEER)
+    return 0 if resync is None else resync.copied_bytes // REGION_BYTES
+
+
+def test_a_first_sync_copies_everything_and_is_no_resync() -> None:
+    stage = Stage(first_sync=True, is_connected=False)
+    stage.write_epochs(12, blocks=16)
+    stage.write(SIZES[0] - 700, b"the short last block")
+    stage.seal()
+    assert stage.sender().mode == "Bitmap"
+    stage.link_up()
+    stage.pass_time(100)
+    stage.check_in_sync()
+    assert stage.sender().counters.resyncs == 0
+    assert stage.west.event_kinds().count("consistent") == 1
+
+
+def test_a_first_sync_of_an_empty_volume_sends_only_holes() -> None:
+    stage = Stage(first_sync=True)
+    assert stage.check() == 0
+    assert sum(len(frame.body) for frame in stage.east.frames) < 1024
+
+
+def test_an_overflow_ends_in_a_counted_resync_of_what_changed() -> None:
+    stage = Stage(journal_bytes=1024 * KIB)
+    stage.write_epochs(2)
+    overflow(stage)
+    assert stage.east.event_kinds().count("journal_overflow") == 1
+    assert stage.sender().counters.resyncs == 1
+    assert stage.check() == 2
+    begun = len(stage.east.messages)
+    stage.link_up()
+    stage.pass_time(5000)
+    (begin,) = [m for m in stage.east.messages[begun:] if isinstance(m, ResyncBegin)]
+    assert 0 < begin.total_bytes <= 17 * REGION_BYTES < stage.sizes[0]
+    assert stage.sender().counters.resyncs == 1
+    stage.check_in_sync()
+
+
+def test_data_state_is_inconsistent_from_the_first_copied_block_to_the_end() -> None:
+    stage = Stage(journal_bytes=1024 * KIB)
+    stage.write_epochs(2)
+    overflow(stage)
+    before = stage.image()
+    stage.hold(PEER, "checkpoint")
+    stage.park_frames()
+    stage.link_up()
+    stage.unpark(2)
+    assert stage.image() == before, "nothing is written before Inconsistent is durable"
+    assert "resync" not in stage.west.jobs
+    stage.release(PEER)
+    assert "resync" in stage.west.jobs
+    assert stage.image() != before
+    assert stage.secondary.data_state == "inconsistent"
+    stage.restart(PEER)
+    assert stage.secondary.engine.superblock.data_state == "inconsistent", "it is durable"
+    stage.unpark()
+    stage.pass_time(5000)
+    assert stage.secondary.data_state == "consistent"
+    stage.check_in_sync()
+
+
+def test_writes_during_a_resync_are_there_at_its_end() -> None:
+    stage = Stage(first_sync=True, is_connected=False)
+    stage.write_epochs(10, blocks=16)
+    stage.park_frames()
+    stage.link_up()
+    for at in range(12):
+        stage.write_blocks(at * 13, 3, seed=100 + at)
+        stage.write(at * 50_000 + 100, b"unsealed until later")
+        stage.unpark(1)
+        stage.pass_time(100)
+    assert stage.secondary.data_state == "inconsistent"
+    stage.unpark()
+    stage.pass_time(5000)
+    stage.check_in_sync()
+
+
+def test_a_resync_interrupted_by_the_link_goes_on_where_it_was() -> None:
+    stage = Stage(first_sync=True, is_connected=False)
+    stage.write_epochs(16, blocks=16)
+    total = stage.primary.bitmaps[PEER].bitmap.count()
+    stage.park_frames()
+    stage.link_up()
+    for _ in range(6):
+        stage.unpark(1)
+        stage.pass_time(50)
+    left = stage.primary.bitmaps[PEER].bitmap.count()
+    assert left < total
+    stage.reconnect()
+    begins = stage.east.sent(ResyncBegin)
+    assert [begin.total_bytes // REGION_BYTES for begin in begins] == [total, left]
+    stage.unpark()
+    stage.pass_time(5000)
+    stage.check_in_sync()
+
+
+@pytest.mark.parametrize("name", [PRIMARY, PEER])
+@pytest.mark.parametrize("is_kill", [True, False])
+def test_a_resync_interrupted_by_a_restart_goes_on_where_it_was(name: str, is_kill: bool) -> None:
+    stage = Stage(first_sync=True, is_connected=False)
+    stage.write_epochs(16, blocks=16)
+    stage.primary.flush("all", stage.now_ns)
+    total = stage.primary.bitmaps[PEER].bitmap.count()
+    stage.park_frames()
+    stage.link_up()
+    for _ in range(6):
+        stage.unpark(1)
+        stage.pass_time(50)
+    left = stage.primary.bitmaps[PEER].bitmap.count()
+    assert left < total - 2
+    stage.pass_time(2000)
+    stage.restart(name, is_kill=is_kill)
+    assert stage.primary.bitmaps[PEER].bitmap.count() == left
+    stage.unpark()
+    stage.pass_time(5000)
+    stage.check_in_sync()
+    assert stage.sender().counters.resyncs == 0
+
+
+def test_bits_are_cleared_on_disk_only_when_the_base_is_known_there() -> None:
+    """A crash of the primary just then must not leave an old base beside cleared bits."""
+    stage = Stage(journal_bytes=1024 * KIB)
+    stage.write_epochs(2)
+    old = stage.snapshot(PEER)
+    overflow(stage)
+    stage.hold(PRIMARY, "checkpoint")
+    stage.park_frames()
+    stage.link_up()
+    for _ in range(6):
+        stage.unpark(1)
+        stage.pass_time(500)
+    stage.crash(PRIMARY, is_kill=True)
+    stage.is_parked = lambda source, target, what: False
+    # The copy is replaced by an older one: what was copied is not there.
+    stage.crash(PEER, is_kill=True)
+    stage.nodes[PEER].store = old
+    stage.start(PEER, is_connected=False)
+    stage.start(PRIMARY)
+    stage.pass_time(5000)
+    stage.check_in_sync()
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "apply", "sync"])
+def test_a_crash_of_the_secondary_at_the_end_of_a_resync(kind: str) -> None:
+    stage = Stage(first_sync=True, is_connected=False)
+    stage.write_epochs(4, blocks=16)
+    stage.park_frames()
+    stage.link_up()
+    stage.write_epochs(2, seed=30)
+    stage.hold(PEER, kind)
+    stage.unpark()
+    stage.pass_time(500)
+    stage.restart(PEER)
+    stage.pass_time(5000)
+    stage.check_in_sync()
+
+
+def test_a_crash_of_the_primary_at_the_end_of_a_resync_copies_nothing_again() -> None:
+    stage = Stage(first_sync=True, is_connected=False)
+    stage.write_epochs(6, blocks=16)
+    stage.hold(PRIMARY, "checkpoint")
+    stage.link_up()
+    stage.pass_time(500)
+    assert stage.sender().mode == "Stream"
+    assert stage.secondary.data_state == "consistent"
+    frames = len([f for f in stage.east.frames if f.is_resync])
+    stage.restart(PRIMARY, is_kill=True)
+    stage.pass_time(3000)
+    assert len([f for f in stage.east.frames if f.is_resync]) == frames
+    stage.check_in_sync()
+
+
+def test_lost_frames_of_a_resync_are_sent_again() -> None:
+    stage = Stage(first_sync=True, is_connected=False)
+    stage.write_epochs(6, blocks=16)
+    lost: list[int] = []
+
+    def is_lost(source: str, target: str, what: SendMessage | SendFrame) -> bool:
+        is_victim = isinstance(what, SendFrame) and what.sequence in (0, 2) and len(lost) < 3
+        if is_victim:
+            lost.append(1)
+        return is_victim
+
+    stage.is_lost = is_lost
+    stage.link_up()
+    stage.pass_time(2500)
+    assert stage.secondary.data_state == "inconsistent"
+    stage.pass_time(12_000)
+    stage.check_in_sync()
+
+
+def test_a_damaged_frame_of_a_resync_is_sent_again() -> None:
+    stage = Stage(first_sync=True, is_connected=False)
+    stage.write_epochs(2, blocks=16)
+    stage.park_frames()
+    stage.link_up()
+    source, target, frame = stage.parked[0]
+    assert isinstance(frame, SendFrame)
+    damaged = frame.body[:-9] + bytes([frame.body[-9] ^ 1]) + frame.body[-8:]
+    stage.deliver([(source, target, replaced(frame, body=damaged))])
+    stage.parked.pop(0)
+    stage.unpark()
+    stage.pass_time(10_000)
+    stage.check_in_sync()
+    assert not stage.errors
+    assert BadFrameError.is_retryable
+
+
+def test_a_hostile_frame_of_a_resync_ends_the_session() -> None:
+    stage = Stage(first_sync=True, is_connected=False)
+    stage.write_epochs(2, blocks=16)
+    stage.park_frames()
+    stage.link_up()
+    source, target, frame = stage.parked[0]
+    assert isinstance(frame, SendFrame)
+    stage.deliver([(source, target, replaced(frame, body=b"\x07" + frame.body[1:]))])
+    assert not stage.secondary.is_open
+    assert "codec 7" in stage.secondary.refusal
+    assert "codec 7" in stage.sender().refusal
+
+
+def test_frames_beyond_the_credit_are_refused() -> None:
+    stage = Stage(first_sync=True, is_connected=False)
+    stage.write_epochs(2, blocks=16)
+    stage.hold(PEER, "resync")
+    stage.park_frames()
+    stage.link_up()
+    body = noise(1, 64 * KIB)
+    with pytest.raises(RemoteProtocolError, match="beyond the granted credit"):
+        for sequence in range(100):
+            stage.secondary.receive_frame(
+                PRIMARY, 1, sequence, body, is_resync=True, now_ns=stage.now_ns
+            )
+    assert stage.secondary.resync is not None
+    assert stage.secondary.resync.queued_bytes <= 2 * SIMULATION.credit_bytes
+
+
+def test_an_acknowledgement_of_frames_never_sent_is_a_lie() -> None:
+    stage = Stage(first_sync=True, is_connected=False)
+    stage.write_epochs(2, blocks=16)
+    stage.park_frames()
+    stage.link_up()
+    lie = ResyncAcknowledge(stage.primary.session, 1, 1000, 0, 0)
+    with pytest.raises(RemoteProtocolError, match="never sent"):
+        stage.primary.receive(PEER, lie, stage.now_ns)
+    early = ResyncAcknowledge(stage.primary.session, 1, 0, 0, 0, is_finished=True)
+    stage.primary.receive(PEER, early, stage.now_ns)
+    assert stage.sender().mode == "Resync", "its end was not sent yet"
+    old = ResyncAcknowledge(stage.primary.session, 0, 1000, 0, 0, is_finished=True)
+    with pytest.raises(RemoteProtocolError):
+        stage.primary.receive(PEER, old, stage.now_ns)
+
+
+def test_a_resync_holds_only_a_window_in_memory() -> None:
+    stage = Stage(first_sync=True, is_connected=False)
+    stage.write_epochs(30, blocks=16)
+    stage.park_frames()
+    stage.link_up()
+    resync = stage.primary.resyncs[PEER]
+    for _ in range(40):
+        held = sum(map(len, resync._frames.values()))
+        assert held <= stage.limits.window_bytes_min // 2 + stage.limits.resync_read_bytes_max + KIB
+        assert stage.parked_bytes() <= stage.limits.window_bytes_min
+        stage.unpark(1)
+        stage.pass_time(30)
+    assert copied_regions(stage) > 0 or stage.sender().mode == "Stream"
+    stage.unpark()
+    stage.pass_time(5000)
+    stage.check_in_sync()
+
+
+def test_late_packets_of_the_stream_do_not_disturb_what_follows_a_resync() -> None:
+    stage = Stage(journal_bytes=1024 * KIB)
+    stage.write_epochs(1)
+    stage.park_all()
+    at = 0
+    while stage.sender().mode in ("Stream", "Fold"):
+        at += 1
+        stage.write_epochs(1, blocks=8, seed=at)
+        stage.pass_time(20)
+    stage.pass_time(1500)
+    stream = [wire for wire in stage.parked if not getattr(wire[2], "is_resync", False)]
+    copies = [wire for wire in stage.parked if getattr(wire[2], "is_resync", False)]
+    late = [wire for wire in stream if isinstance(wire[2], SendFrame)]
+    assert late
+    # Data connections are in no order: frames of the stream arrive after the resync began.
+    stage.deliver([wire for wire in stream if isinstance(wire[2], SendMessage)])
+    stage.deliver(late)
+    stage.deliver(copies)
+    stage.unpark()
+    stage.pass_time(6000)
+    assert all(
+        number > stage.secondary.engine.committed_epoch for number in stage.secondary.incoming
+    )
+    stage.write_epochs(2, seed=99)
+    stage.pass_time(1000)
+    stage.check_in_sync()
+
+
+def test_a_pause_stops_a_resync_and_resuming_goes_on() -> None:
+    stage = Stage(first_sync=True, is_connected=False)
+    stage.write_epochs(20, blocks=16)
+    stage.park_frames()
+    stage.link_up()
+    stage.primary.pause(PEER, is_paused=True)
+    for _ in range(10):
+        stage.unpark(1)
+        stage.pass_time(100)
+    reads = stage.east.jobs.count("read:west")
+    stage.pass_time(10_000)
+    assert stage.east.jobs.count("read:west") == reads
+    assert not stage.east.sent(ResyncEnd)
+    stage.primary.pause(PEER, is_paused=False)
+    stage.unpark()
+    stage.pass_time(5000)
+    stage.check_in_sync()
+
+
+def test_an_overflow_during_a_resync_starts_another_one_of_the_rest() -> None:
+    stage = Stage(journal_bytes=1024 * KIB, first_sync=True, is_connected=False)
+    stage.write_epochs(10, blocks=16)
+    stage.park_frames()
+    stage.link_up()
+    at = 0
+    while stage.east.event_kinds().count("journal_overflow") == 0:
+        at += 1
+        try:
+            stage.write_blocks(at * 8 % 500, 8, seed=at)
+        except JournalFullError:
+            stage.pass_time(50)
+        stage.seal()
+        assert at < 500
+    stage.unpark()
+    stage.pass_time(10_000)
+    assert stage.sender().counters.resyncs == 0, "it is still the first sync"
+    stage.check_in_sync()
+
+
+def test_a_resync_of_a_disk_that_changes_is_consistent_only_at_its_end_epoch() -> None:
+    stage = Stage(first_sync=True, is_connected=False)
+    stage.write_epochs(6, blocks=16)
+    stage.park_frames()
+    stage.link_up()
+    stage.write_epochs(3, seed=40, blocks=16)
+    stage.hold(PEER, "apply")
+    stage.unpark()
+    stage.pass_time(2000)
+    (end,) = stage.east.sent(ResyncEnd)
+    assert end.epoch == 9
+    assert stage.secondary.engine.sealed_epoch == 9
+    assert stage.secondary.data_state == "inconsistent", "copied is not yet consistent"
+    assert stage.sender().data_state != "consistent"
+    stage.release(PEER)
+    stage.pass_time(100)
+    stage.check_in_sync()
