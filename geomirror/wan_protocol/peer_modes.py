@@ -100,8 +100,6 @@ class PeerModes(PeerRecords):
 
     def _check_backlog(self, sender: Sender) -> None:
         """Fold or overflow this peer when its backlog says so."""
-        total = self.engine.journal.bytes_total
-        limits = self.limits
         if sender.mode == BITMAP:
             return
         since = sender.durable_epoch
@@ -110,10 +108,11 @@ class PeerModes(PeerRecords):
         backlog = self.engine.bytes_backlog(since)
         if backlog >= self._overflow_bytes():
             self._overflow(sender)
-        elif sender.mode == STREAM and backlog >= total * limits.fold_backlog_fraction:
+        elif sender.mode == STREAM and backlog >= self._fold_bytes():
             self._set_mode(sender, FOLD)
-        elif sender.mode == FOLD and backlog < total * limits.fold_backlog_fraction / 4:
-            self._leave_fold(sender)
+
+    def _fold_bytes(self) -> float:
+        return self.engine.journal.bytes_total * self.limits.fold_backlog_fraction
 
     def _overflow_bytes(self) -> float:
         limits, total = self.limits, self.engine.journal.bytes_total
@@ -123,7 +122,9 @@ class PeerModes(PeerRecords):
         return min(total * limits.bitmap_backlog_fraction, total - spare_bytes)
 
     def _leave_fold(self, sender: Sender) -> None:
-        if self.now_ns - sender.mode_since_ns >= self.limits.mode_dwell_ns_min:
+        """Stream again once the backlog is drained and the peer has dwelt in Fold."""
+        is_drained = self.engine.bytes_backlog(sender.durable_epoch) < self._fold_bytes() / 4
+        if is_drained and self.now_ns >= sender.mode_since_ns + self.limits.mode_dwell_ns_min:
             self._set_mode(sender, STREAM)
 
     def _overflow(self, sender: Sender) -> None:
@@ -145,6 +146,9 @@ class PeerModes(PeerRecords):
             self._set_mode(sender, BITMAP)
 
     def _pump_modes(self) -> None:
+        for sender in self.senders.values():
+            if sender.mode == FOLD:
+                self._leave_fold(sender)
         for name, kept in self.bitmaps.items():
             sender = self.senders[name]
             if self.is_running(f"bitmap:{name}"):
@@ -256,6 +260,9 @@ class PeerModes(PeerRecords):
     def _peer_timers(self) -> list[int]:
         stuck = [resync.stuck_at() for resync in self.resyncs.values()]
         stuck += [sender.hung_at() for sender in self.senders.values()]
+        folding = [s.mode_since_ns for s in self.senders.values() if s.mode == FOLD]
+        dwelt = [since_ns + self.limits.mode_dwell_ns_min for since_ns in folding]
+        stuck += [at_ns for at_ns in dwelt if at_ns > self.now_ns]
         times = [at_ns for at_ns in stuck if at_ns is not None]
         for name, kept in self.bitmaps.items():
             mode = self.senders[name].mode
