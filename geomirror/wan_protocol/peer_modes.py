@@ -178,13 +178,14 @@ class PeerModes(PeerRecords):
         )
         self.resyncs[sender.name] = resync
         self._set_mode(sender, RESYNC)
+        sender.restart_flow(self.now_ns)
         self._decide(resync.begin())
         self._pump_sender(sender)
 
     def _resync_acknowledged(self, sender: Sender, message: ResyncAcknowledge) -> None:
         resync = self.resyncs.get(sender.name)
-        if resync is None:
-            return
+        if resync is None or message.number != resync.number:
+            return  # Of one that was given up.
         if message.frames > resync.next_sequence:
             raise RemoteProtocolError(f'peer "{sender.name}" acknowledges frames never sent')
         is_finished = resync.acknowledge(message, self.now_ns)

@@ -320,8 +320,7 @@ class Primary(PeerModes):
     def _acknowledged(self, sender: Sender, message: Acknowledge) -> None:
         before = sender.durable_epoch
         if sender.mode not in (STREAM, FOLD):
-            sender.grant(message.received_bytes, message.credit_bytes, self.now_ns)
-            return
+            return  # The peer does not know yet; its counts are of what was given up.
         sender.acknowledge(message, self.now_ns)
         if sender.applied_epoch >= self._consistent_from(sender):
             sender.data_state = "consistent"

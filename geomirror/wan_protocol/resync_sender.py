@@ -188,8 +188,7 @@ class ResyncSender:
 
     def acknowledge(self, message: ResyncAcknowledge, now_ns: int) -> bool:
         """Take what is durable in the peer's image; True once the peer needs no more copying."""
-        if message.number != self.number:
-            return False
+        assert message.number == self.number
         self.sender.grant(message.received_bytes, message.credit_bytes, now_ns)
         for sequence in [s for s in self._frames if s < message.frames]:
             del self._frames[sequence]

@@ -137,12 +137,10 @@ class Secondary(EpochIntake):
             return
         self.received_total += len(body)
         self._unreported_bytes += len(body)
-        resync = self.resync
-        if is_resync != (resync is not None) or (resync and resync.number != epoch):
-            self.taken_bytes += len(body)  # Of what was given up meanwhile: it never comes again.
-        elif resync is not None:
-            self.taken_bytes += len(body) if resync.add(sequence, body) else 0
-        elif epoch > self.engine.committed_epoch:
+        if is_resync:
+            if self.resync is not None and self.resync.number == epoch:
+                self.taken_bytes += len(body) if self.resync.add(sequence, body) else 0
+        elif self.resync is None and epoch > self.engine.committed_epoch:
             self.take_frame(epoch, sequence, body)
         self._acknowledge_soon()
         self._pump()
@@ -344,6 +342,8 @@ class Secondary(EpochIntake):
             raise RemoteProtocolError(f'primary "{self.primary}" resyncs to another history')
         self.forget_incoming()
         self.resync = ResyncReceiver(self.engine, self.limits, message)
+        self.taken_bytes = self._unreported_bytes = 0  # As at the primary; it waits for credit.
+        self._acknowledge()
         self._decide(Emit("resync_began", {"epoch": message.epoch, "bytes": message.total_bytes}))
 
     def _pump_role(self) -> None:

@@ -136,6 +136,11 @@ class Sender:
             unit.to_send = deque(i for i in range(count) if i not in have)
             unit.is_commit_sent = False
 
+    def restart_flow(self, now_ns: int) -> None:
+        """What is on the way is given up, and may be lost: both sides count from zero again."""
+        self._sent_bytes = self._received_bytes = self._credit_bytes = 0
+        self.progress_ns = now_ns
+
     def close(self) -> None:
         """The link is gone; positions and encoded units stay."""
         self.is_open = False
