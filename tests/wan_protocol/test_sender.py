@@ -102,7 +102,7 @@ def test_frames_that_are_sent_twice_do_not_widen_the_window() -> None:
         stage.pass_time(100)
         assert stage.sender().durable_epoch == round_number + 1
     stage.park_frames()
-    for _ in range(8):
+    for _ in range(7):
         stage.write_blocks(200, 32, seed=99)
         stage.seal()
     assert stage.parked_bytes() <= 256 * KIB
