@@ -316,7 +316,8 @@ class Secondary(EpochIntake):
         self._acknowledge()
 
     def _apply_target(self) -> int | None:
-        if self.hold_apply or self.resync is not None or self.data_state == BLANK:
+        is_resyncing = self.resync is not None and self.resync.is_begun
+        if self.hold_apply or is_resyncing or self.data_state == BLANK:
             return None
         return self._pass_end()
 
@@ -352,7 +353,10 @@ class Secondary(EpochIntake):
         if resync is None:
             return
         busy = {"apply", "resync", "checkpoint", "sync"}
-        if not resync.is_begun and not any(self.is_running(kind) for kind in busy):
+        # What is durable here is not copied: it has to be in the image before it is forgotten.
+        is_applied = self.engine.applied_epoch == self.engine.committed_epoch
+        is_ready = is_applied and not any(self.is_running(kind) for kind in busy)
+        if not resync.is_begun and is_ready:
             # Nothing else writes the image or the position now.
             begin = resync.begin
             self.engine.reset_position(
