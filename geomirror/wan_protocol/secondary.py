@@ -353,11 +353,9 @@ class Secondary(EpochIntake):
         if resync is None:
             return
         busy = {"apply", "resync", "checkpoint", "sync"}
-        # What is durable here is not copied: it has to be in the image before it is forgotten.
         is_applied = self.engine.applied_epoch == self.engine.committed_epoch
-        is_ready = is_applied and not any(self.is_running(kind) for kind in busy)
-        if not resync.is_begun and is_ready:
-            # Nothing else writes the image or the position now.
+        if not resync.is_begun and is_applied and not any(map(self.is_running, busy)):
+            # What is durable here is not copied, so it is in the image before it is forgotten.
             begin = resync.begin
             self.engine.reset_position(
                 begin.generation, begin.epoch, begin.chain_hash, data_state=INCONSISTENT
