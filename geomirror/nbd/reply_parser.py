@@ -9,7 +9,7 @@ Every length is compared with what was asked for before a byte of it is taken.
 from __future__ import annotations
 
 import errno
-import os
+import errno
 import struct
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,10 +61,11 @@ class Pending:
         verb = {c.CMD_READ: "read", c.CMD_WRITE: "write", c.CMD_FLUSH: "flush"}.get(
             self.command, f"request {self.command}"
         )
-        text = self.message or os.strerror(self.error)
+        name = errno.errorcode.get(self.error, str(self.error))
+        text = self.message or name
         kind = _ERROR_CLASSES.get(self.error, StorageError)
         raised = kind(f"NBD {verb} at {self.offset}+{self.length}: {text} (errno {self.error})")
-        raised.__cause__ = OSError(self.error, os.strerror(self.error))
+        raised.__cause__ = OSError(self.error, name)
         return raised
 
 
