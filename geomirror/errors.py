@@ -198,11 +198,8 @@ class VersionError(RemoteProtocolError):
 
 def all_errors() -> list[type[GeomirrorError]]:
     """Every class of the table, in the order of this file."""
-    found: list[type[GeomirrorError]] = []
-    for value in globals().values():
-        if isinstance(value, type) and issubclass(value, GeomirrorError):
-            found.append(value)
-    return found
+    values = globals().values()
+    return [v for v in values if isinstance(v, type) and issubclass(v, GeomirrorError)]
 
 
 def from_wire(code: int, message: str) -> GeomirrorError:

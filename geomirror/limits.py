@@ -93,7 +93,7 @@ class Limits:
     hello_interval_ns: int = 150 * MS
     """Heartbeat on the control connection; adaptive to the RTT."""
     hello_misses_max: int = 5
-    """Silent intervals before a path counts as dead; 3 give a false alarm every 30 min at 2 % loss."""
+    """Silent intervals before a path counts as dead; with 3, 2 % loss alarms every 30 min."""
     reconnect_interval_ns: int = 1 * SECOND
     """Between attempts to connect beside a silent connection, with 20 % jitter."""
     reconnect_interval_ns_max: int = 15 * SECOND
@@ -161,7 +161,7 @@ class Limits:
         assert self.window_bytes_min >= FRAME_RAW_BYTES_MAX
         assert self.hello_misses_max >= 3
         assert self.data_connections <= self.data_connections_max
-        # The largest member entry is under 1 KiB (endpoints_max names of at most 64 bytes dominate).
+        # The largest member entry is under 1 KiB: endpoints_max names of at most 64 bytes.
         assert self.peers_max * KIB <= self.join_line_bytes_max
 
 

@@ -9,7 +9,6 @@ Every length is compared with what was asked for before a byte of it is taken.
 from __future__ import annotations
 
 import errno
-import errno
 import struct
 from dataclasses import dataclass, field
 from typing import Any
