@@ -23,6 +23,7 @@ from geomirror.errors import (
 )
 from geomirror.limits import Limits
 from geomirror.volume.engine import Engine
+from geomirror.volume.engine_base import NO_GENERATION
 from geomirror.volume.superblock import DataState
 from geomirror.wan_protocol.decisions import Emit, SendMessage
 from geomirror.wan_protocol.epoch_intake import MISSING_AFTER_NS, EpochIntake
@@ -45,8 +46,6 @@ from geomirror.wan_protocol.session import session_number, session_problem
 BLANK: DataState = "blank"
 INCONSISTENT: DataState = "inconsistent"
 CONSISTENT: DataState = "consistent"
-NO_GENERATION = bytes(16)
-"""Of a secondary that no primary has spoken to yet: it takes over the primary's chain."""
 UNKNOWN_EPOCH = -1
 """`consistent_from` while a resync has not told its end."""
 SPOOLED_REPORTED_MAX = 64
