@@ -360,8 +360,7 @@ class Secondary(EpochIntake):
                 begin.generation, begin.epoch, begin.chain_hash, data_state=INCONSISTENT
             )
             self.engine.superblock.consistent_from = UNKNOWN_EPOCH
-            self._applied_reported = begin.epoch
-            resync.is_begun = True
+            self._applied_reported, resync.is_begun = begin.epoch, True
         if resync.needs_checkpoint():
             self._checkpoint_wanted = True
         if not self.is_running("resync"):
