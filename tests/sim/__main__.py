@@ -13,6 +13,8 @@ from tests.sim.mutations import MUTATIONS, mutated
 from tests.sim.oracle import OracleError
 from tests.sim.simulation import SECONDS, Outcome, Simulation
 
+REPLAY = "replay: python -m tests.sim --seed {} --length {}"
+
 
 @dataclass
 class Totals:
@@ -75,9 +77,7 @@ def main() -> int:
         with mutated(arguments.mutation):
             if not _run(seed, arguments.length, totals, is_told=arguments.seed is not None):
                 extra = f" --mutation {arguments.mutation}" if arguments.mutation else ""
-                print(
-                    f"replay: python -m tests.sim --seed {seed} --length {arguments.length}{extra}"
-                )
+                print(f"{REPLAY.format(seed, arguments.length)}{extra}")
                 return 1
     print(totals)
     return 0
@@ -94,7 +94,7 @@ def _run(seed: int, length: int, totals: Totals, *, is_told: bool) -> bool:
         return False
     except BaseException:
         print("\n".join(simulation.world.trace[-40:]))
-        print(f"seed={seed}: replay: python -m tests.sim --seed {seed} --length {length}")
+        print(f"seed={seed}: {REPLAY.format(seed, length)}")
         raise
     if is_told:
         print("\n".join(simulation.world.trace))

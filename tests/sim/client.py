@@ -34,13 +34,15 @@ class Client:
         self.is_held = False
         self.is_storm = True
         self._primary = primary
+        self.on_storm: Callable[[], None] = lambda: None
+        """Called before each storm but the first."""
         self._held_since_ns = 0
         self._serial = 0
         self._hot = 0
 
     def begin(self) -> None:
         """Start with a storm."""
-        self._storm()
+        self._rage()
         self._work()
 
     def forget_hold(self) -> None:
@@ -63,6 +65,11 @@ class Client:
             self.oracle.flushed = max(self.oracle.flushed, position)
 
     def _storm(self) -> None:
+        if not self.is_ending:
+            self.on_storm()
+            self._rage()
+
+    def _rage(self) -> None:
         self.is_storm = True
         self._hot = self.world.random.randrange(4)
         self.world.after(self.world.between(*self.options.storm_ns), self._calm)

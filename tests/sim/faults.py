@@ -12,6 +12,7 @@ from geomirror.wan_protocol.secondary import CONSISTENT, Secondary
 from tests.sim.disk_file import Inode
 from tests.sim.node import SimNode
 from tests.sim.options import NEVER
+from tests.sim.oracle import OracleError
 from tests.sim.world import MS, SECOND
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 CALM_FACTOR = 8
 """Faults are so much rarer between storms."""
 WALL_STEP_NS = 3600 * SECOND
+PROMISE_CRASH_CHANCE = 0.01
 STOPPED_OPERATIONS_MAX = 40
 """A power cut inside a disk operation is at one of so many that come next."""
 
@@ -29,6 +31,8 @@ class Faults:
 
     def __init__(self, simulation: Simulation) -> None:
         self.is_ending = False
+        self.last_ns = 0
+        """Time of the last fault, or of its mending."""
         self._simulation = simulation
         self._world = simulation.world
         self._chance = simulation.world.random
@@ -70,13 +74,39 @@ class Faults:
             if self.is_ending:
                 return
             if self._simulation.client.is_storm or self._chance.random() * CALM_FACTOR < 1:
+                self._note_time()
                 action()
             self._world.after(int(mean_ns * self._chance.expovariate(1)) + MS, again)
 
         self._world.after(int(mean_ns * self._chance.expovariate(1)) + MS, again)
 
     def _later(self, low_ns: int, high_ns: int, action: Callable[[], None]) -> None:
-        self._world.after(self._world.between(low_ns, high_ns), action)
+        """Mend a fault after a while."""
+
+        def mend() -> None:
+            self._note_time()
+            action()
+
+        self._world.after(self._world.between(low_ns, high_ns), mend)
+
+    def _note_time(self) -> None:
+        self.last_ns = max(self.last_ns, self._world.now_ns)
+
+    def restarts(self, after_ns: int) -> None:
+        """A node stopped and comes back after a while."""
+        self.last_ns = max(self.last_ns, self._world.now_ns + after_ns)
+
+    def promised(self, node: SimNode) -> None:
+        """A node said that something is durable: sometimes the power goes away right then."""
+        is_due = self._chance.random() < PROMISE_CRASH_CHANCE
+        if is_due and self._simulation.options.crash_mean_ns != NEVER and not self.is_ending:
+            life = node.life
+
+            def crash() -> None:
+                if node.life == life and node.is_alive:
+                    self._simulation.crash(node, is_kill=False)
+
+            self._world.after(self._world.between(10_000, 5 * MS), crash)
 
     def _any_node(self) -> SimNode:
         return self._chance.choice(list(self._simulation.nodes.values()))
@@ -153,13 +183,15 @@ class Faults:
             return
         self._world.note(f"{node.name}: held by readers")
         node.call(lambda: core.set_hold(True, node.now_ns()))
-        self._later(200 * MS, 20 * SECOND, lambda: self._release(node, core, life))
+        held = core.engine.applied_epoch if _is_still(core) else NEVER
+        self._later(200 * MS, 20 * SECOND, lambda: self._release(node, core, life, held))
 
-    def _release(self, node: SimNode, core: Secondary, life: int) -> None:
+    def _release(self, node: SimNode, core: Secondary, life: int, held: int = NEVER) -> None:
         if not node.is_alive or node.life != life or not core.hold_apply:
             return
-        is_still = core.is_image_settled and not core.is_running("resync")
-        if is_still and core.fenced is None and core.data_state == CONSISTENT:
+        if any(each.from_epoch >= held for each in core.engine.undo.passes()):
+            raise OracleError(f"{node.name} applied an epoch after {held} under its readers")
+        if _is_still(core):
             node.watch.check_image()
         node.call(lambda: core.set_hold(False, node.now_ns()))
 
@@ -194,3 +226,9 @@ class Faults:
             if states == {CONSISTENT}:
                 self._world.note(f"{node.name}: snapshot of the disk")
                 self._snapshots[node.name] = node.store.snapshot()
+
+
+def _is_still(core: Secondary) -> bool:
+    """The image is at an epoch and nothing is changing it."""
+    is_settled = core.is_image_settled and not core.is_running("resync")
+    return is_settled and core.fenced is None and core.data_state == CONSISTENT

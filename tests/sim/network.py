@@ -148,6 +148,19 @@ class Network:
             # A connection never goes on behind a gap: it is replaced.
             self.down(a, b)
 
+    def lose(self, name: str) -> None:
+        """A machine died: what it has sent still arrives; the others notice later."""
+        for (a, b), link in self.links.items():
+            if name in (a, b) and link.is_up:
+                self.world.after(
+                    self._delay_ns[name] + self.world.between(MS, 2 * SECOND),
+                    partial(self._noticed, a, b, link, link.number),
+                )
+
+    def _noticed(self, a: str, b: str, link: Link, number: int) -> None:
+        if link.number == number:
+            self.down(a, b)
+
     def down(self, a: str, b: str) -> None:
         """The link is lost, with everything in flight."""
         link = self.link(a, b)

@@ -25,7 +25,12 @@ from geomirror.wan_protocol.decisions import (
     SendFrame,
     SendMessage,
 )
-from geomirror.wan_protocol.messages import Acknowledge, decode_message, encode_message
+from geomirror.wan_protocol.messages import (
+    Acknowledge,
+    EpochCommit,
+    decode_message,
+    encode_message,
+)
 from geomirror.wan_protocol.primary import Primary
 from geomirror.wan_protocol.secondary import CONSISTENT, Secondary
 from tests.sim.disk import SimStore
@@ -65,6 +70,8 @@ class Setup:
     on_stopped: Callable[[SimNode], None]
     on_recovered: Callable[[SimNode], None]
     on_fenced: Callable[[SimNode], None]
+    on_promise: Callable[[SimNode], None]
+    """Something was said to be durable: a good moment for the power to go away."""
 
 
 class SimNode:
@@ -272,6 +279,8 @@ class SimNode:
                 if isinstance(message, Acknowledge):
                     oracle = setup.oracle
                     oracle.reported_durable(self.name, message.durable_epoch, message.durable_hash)
+                if isinstance(message, (Acknowledge, EpochCommit)):
+                    setup.on_promise(self)
                 body = encode_message(message)
                 setup.network.send(self.name, peer, body, len(body) + 32, is_frame=False)
             case SendFrame(peer, _, epoch, sequence, body, is_resync):
@@ -279,6 +288,7 @@ class SimNode:
                 setup.network.send(self.name, peer, frame, len(body) + 32, is_frame=True)
             case FlushDone(token, error):
                 setup.on_flush(token, error)
+                setup.on_promise(self)
             case RunJob():
                 self._run_job(decision)
             case RoomAvailable():
@@ -290,9 +300,12 @@ class SimNode:
         world, life = self.world, self.life
         limit = 30 * MS if run.kind in SLOW_JOBS else 8 * MS
         factor = SLOW_FACTOR if self.is_slow else 1
-        start = world.now_ns + world.between(50_000, 2 * MS)
-        end = start + world.between(100_000, limit) * factor
-        world.at(start, partial(self._run, run, life, end))
+        first, second = world.between(50_000, 2 * MS), world.between(100_000, limit) * factor
+        if world.random.random() < 0.5:
+            first, second = second, first
+        # What it does happens at one instant, early or late; its end is noticed after that.
+        at = world.now_ns + first
+        world.at(at, partial(self._run, run, life, at + second))
 
     def _run(self, run: RunJob, life: int, end_ns: int) -> None:
         if self.life != life:

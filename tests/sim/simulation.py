@@ -23,6 +23,8 @@ NAMES = [PRIMARY, *SECONDARIES]
 VOLUMES = {0: 112 * 4096 + 1536, 1: 20 * 4096}
 HEAL_NS = 90 * SECOND
 """Bound of O7: lag is zero again so long after the last fault."""
+QUIET_NS = 45 * SECOND
+LAG_S_MAX = 20
 SECONDS = 300
 """Length of a run, if nothing else is asked for."""
 
@@ -65,6 +67,7 @@ class Simulation:
             flip_chance=options.flip_chance,
         )
         self.client = Client(self.world, options, self.oracle, lambda: self.primary)
+        self.client.on_storm = self._check_lag
         setup = Setup(
             self.world,
             self.network,
@@ -81,6 +84,7 @@ class Simulation:
             on_stopped=self._stopped,
             on_recovered=self._check_recovered,
             on_fenced=self._fenced,
+            on_promise=lambda node: self.faults.promised(node),
         )
         self.nodes = {name: SimNode(name, setup, seed) for name in NAMES}
         self.network.is_alive = lambda name: self.nodes[name].is_alive
@@ -142,10 +146,7 @@ class Simulation:
         """Stop a node now; it comes back soon."""
         self.crashes += 1
         node.crash(is_kill=is_kill)
-        for peer in NAMES:
-            pair = (node.name, peer)
-            if pair in self.network.links or pair[::-1] in self.network.links:
-                self.network.down(*pair)
+        self.network.lose(node.name)
         is_ending = self.faults.is_ending
         if self.options.bit_flips and self.chance.random() < 0.5 and not is_ending:
             self.faults.flip_some(node)
@@ -153,7 +154,9 @@ class Simulation:
             self.client.reconnect()
         is_long = self.chance.random() < 0.1 and not is_ending
         longest = 40 * SECOND if is_long else 3 * SECOND
-        self.world.after(self.world.between(50 * MS, longest), lambda: self._restart(node))
+        after_ns = self.world.between(50 * MS, longest)
+        self.faults.restarts(after_ns)
+        self.world.after(after_ns, lambda: self._restart(node))
 
     def _stopped(self, node: SimNode) -> None:
         self.crash(node, is_kill=self.chance.random() < 0.3)
@@ -162,6 +165,10 @@ class Simulation:
         if node.is_alive:
             return
         node.watch.fence_reason = ""
+        for peer in NAMES:
+            if peer != node.name and PRIMARY in (peer, node.name):
+                # Its packets tell the others at once, if they have not noticed before.
+                self.network.down(node.name, peer)
         if not self.faults.is_ending and self.chance.random() < 0.25:
             node.stop_at_operation(self.chance.randrange(1, STOPPED_OPERATIONS_MAX))
         try:
@@ -211,6 +218,20 @@ class Simulation:
                 self.crash(node, is_kill=False)
 
         self.world.after(self.world.between(100 * MS, SECOND), restart)
+
+    def _check_lag(self) -> None:
+        """A storm begins: before it, after a while without faults, nothing may lag."""
+        core = self.primary.core
+        assert isinstance(core, Primary)
+        if self.world.now_ns - self.faults.last_ns < QUIET_NS:
+            return
+        for name, sender in core.senders.items():
+            lag_s = core.lag_seconds(sender, self.primary.now_ns())
+            if lag_s > LAG_S_MAX:
+                raise OracleError(
+                    f"{name} lags {lag_s:.0f} s, {QUIET_NS // SECOND} s after the last fault"
+                )
+        self.oracle.checks += 1
 
     # The end.
 
