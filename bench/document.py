@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,21 @@ def render(document: dict[str, Any]) -> str:
         "| figure | median | worst … best | bound | |",
         "| --- | ---: | ---: | ---: | --- |",
     ]
+    rows = document["table"]["rows"]
+    if rows:
+        columns = document["table"]["columns"]
+        details = [_line(columns), _line(["---", "---", *["---:"] * (len(columns) - 2)])]
+        details += [_line(x if isinstance(x, str) else number(x) for x in row) for row in rows]
+        lines[2:2] = [*details, ""]
     marks = {True: "met", False: "**missed**", None: ""}
     for figure in document["figures"]:
         worst, best = figure["worst"], figure["best"]
         span = "" if worst is None else f"{number(worst)} … {number(best)}"
         value = f"{number(figure['value'])} {figure['unit']}".strip()
         cells = (figure["name"], value, span, figure["bound"], marks[figure["is_met"]])
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(_line(cells))
     return "\n".join(lines) + "\n"
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -29,7 +29,7 @@ class Load:
     has_flush_each: bool = False
     """A FLUSH after every write (`--fsync=1`; `--sync=1` does nothing with this engine)."""
     is_incompressible: bool = False
-    """New random bytes for every write; else fio's default, of which zstd saves a fifth."""
+    """New random bytes for every write; else fio's default, of which zstd saves a quarter."""
     bytes_per_second: int = 0
     seed: int = 1
     """Equal seeds give equal offsets."""
@@ -69,6 +69,7 @@ class Outcome:
     p999_us: float
     flush_p50_us: float = 0.0
     flush_p99_us: float = 0.0
+    flush_p999_us: float = 0.0
 
 
 async def run_fio(load: Load, uri: str, *, timeout_s: float = 900.0) -> Outcome:
@@ -95,8 +96,8 @@ def _outcome(job: dict[str, Any], direction: str, load: Load) -> Outcome:
     }
     flush: dict[str, float] = {}
     if load.has_flush_each:
-        for name in ("p50_us", "p99_us"):
-            flush[f"flush_{name}"] = flushes["percentile"][_PERCENTILES[name]] / 1000
+        for name, key in _PERCENTILES.items():
+            flush[f"flush_{name}"] = flushes["percentile"][key] / 1000
     return Outcome(
         iops=found["iops"],
         bytes_per_second=found["bw_bytes"],

@@ -23,7 +23,7 @@ RATE_BITS = 100_000_000
 RTT_S = 0.080
 LINK = f"rtt={RTT_S * 1000:g}ms,rate={RATE_BITS // 1_000_000}mbit"
 USE_MIN = 0.90
-WARM_UP_S = 3.0
+WARM_UP_S_MAX = 3.0
 """Until the window is open and the link's own queue is full."""
 
 
@@ -53,15 +53,16 @@ async def run(options: Options) -> Result:
 
 async def _use(lab: Rig, seconds: float, size: int, result: Result) -> tuple[float, float, float]:
     # Twice what the link takes: the stream never runs dry, and the journal stays far from full.
+    warm_up = min(WARM_UP_S_MAX, 2 * seconds)
     load = Load(
-        *("write", MIB, 4, seconds + WARM_UP_S + 1, size),
+        *("write", MIB, 4, seconds + warm_up + 1, size),
         is_incompressible=True,
         bytes_per_second=2 * RATE_BITS // 8,
     )
     loop = asyncio.get_running_loop()
     writing = asyncio.create_task(run_fio(load, lab.uri))
     try:
-        await asyncio.sleep(WARM_UP_S)
+        await asyncio.sleep(warm_up)
         async with lab.watch(1.0) as watch:
             began, crossed, cpu = loop.time(), await lab.link_bytes(), cpu_seconds(lab.pid)
             frames = await lab.received_bytes()

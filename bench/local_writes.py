@@ -4,14 +4,17 @@
  round:  [geomirror] drain  [nbdkit]  [qemu-nbd]      order rotates, the same load and offsets
 ```
 Replication runs during geomirror's slot. What is left of the backlog goes over an unlimited link
-before the next slot, so that the others are not measured beside our stream. From the two phases
-come the two CPU figures: a drain only ships, so its CPU is the cost of shipping (and of writing the
-rest to the image, which is counted there); the slot's CPU less what it shipped is the cost of the
-writes.
+before the next slot, so that the others are not measured beside our stream.
+
+CPU is that of the daemon's process, all threads. What shipping costs is measured alone: a backlog
+is written while the link is down, a restart empties the journal into the image, then the link comes
+up. A slot's CPU less what it shipped is the cost of its writes: taking them, sealing, destaging.
 """
 
 from __future__ import annotations
 
+import asyncio
+import statistics
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -26,6 +29,10 @@ from geomirror.limits import BLOCK_BYTES, GIB, MIB
 NAME = "local_writes"
 LIMITED = "rtt=40ms,rate=100mbit"
 UNLIMITED = "rtt=40ms,rate=unlimited"
+COLUMNS = ["load", "server", "req/s", "MiB/s", "p50 µs", "p99 µs", "p99.9 µs", "CPU µs/req"]
+"""Latencies of the flush cases are those of the flush."""
+SETTLE_S = 2.0
+"""A daemon that has just started prepares spare journal segments."""
 CPU_US_PER_WRITE_MAX = 12.0
 CPU_SECONDS_PER_GIB_MAX = 6.0
 
@@ -73,6 +80,8 @@ class Slot:
 
     outcome: Outcome
     cpu_seconds: float
+    shipped_bytes: int = 0
+    """Contents handed to the link meanwhile."""
 
     @property
     def cpu_us_per_request(self) -> float:
@@ -81,7 +90,11 @@ class Slot:
 
     def to_json(self) -> dict[str, Any]:
         """For the report."""
-        return {**asdict(self.outcome), "cpu_us_per_request": self.cpu_us_per_request}
+        return {
+            **asdict(self.outcome),
+            "cpu_us_per_request": self.cpu_us_per_request,
+            "shipped_bytes": self.shipped_bytes,
+        }
 
 
 async def run(options: Options) -> Result:
@@ -100,17 +113,43 @@ async def run(options: Options) -> Result:
     peers = [server(options.directory, size) for server in (nbdkit_file, qemu_nbd)]
     async with rig(options.directory / "lab", LIMITED) as lab:
         await lab.create(str(size), str(journal))
+        per_gib = await _shipping(lab, options, result)
         is_filled = False
         for case in cases(options):
             if case.is_read and not is_filled:
                 await _fill(lab, peers, size)
                 is_filled = True
             await lab.set_link(case.link)
-            bench = _Comparison(options, lab, peers, case, result)
+            bench = _Comparison(options, lab, peers, case, result, per_gib)
             for number in range(rounds):
                 await bench.round(number)
             bench.conclude()
     return result
+
+
+async def _shipping(lab: Rig, options: Options, result: Result) -> float:
+    """CPU seconds per GiB of contents shipped, median of some rounds."""
+    found: dict[str, list[float]] = {"primary": [], "secondary": []}
+    area = options.choose(4 * GIB, 64 * MIB)
+    load = Load("randwrite", BLOCK_BYTES, 32, 0, area, options.choose(GIB, 64 * MIB))
+    for number in range(options.choose_rounds(3, 1)):
+        await lab.link.down()
+        await lab.wait_for("Disconnected")
+        await run_fio(replace(load, seed=number + 1), lab.uri)
+        await lab.restart("Disconnected")
+        await asyncio.sleep(SETTLE_S)
+        pids = {"primary": lab.pid, "secondary": lab.secondary.pid or 0}
+        before = {name: cpu_seconds(pid) for name, pid in pids.items()}
+        async with lab.watch() as watch:
+            await lab.link.up()
+            await lab.drain()
+        result.judge_states(watch.states, ("Disconnected",))
+        shipped = (await lab.peer())["logical_bytes"] / GIB
+        for name, pid in pids.items():
+            found[name].append((cpu_seconds(pid) - before[name]) / shipped)
+    result.at_most("CPU s per GiB shipped", found["primary"], CPU_SECONDS_PER_GIB_MAX, "s")
+    result.median("CPU s per GiB received, the secondary", found["secondary"], "s")
+    return statistics.median(found["primary"])
 
 
 async def _fill(lab: Rig, peers: list[PeerServer], size: int) -> None:
@@ -129,16 +168,21 @@ class _Comparison:
     """One case over all its rounds."""
 
     def __init__(
-        self, options: Options, lab: Rig, peers: list[PeerServer], case: Case, result: Result
+        self,
+        options: Options,
+        lab: Rig,
+        peers: list[PeerServer],
+        case: Case,
+        result: Result,
+        per_gib: float,
     ) -> None:
         self._options = options
         self._lab = lab
         self._peers = peers
         self._case = case
         self._result = result
+        self._per_gib = per_gib
         self._rounds: list[dict[str, Slot]] = []
-        self._shipping: list[tuple[float, float, float]] = []
-        """Of each round: CPU seconds and GiB shipped of the drain, GiB shipped in the slot."""
 
     async def round(self, number: int) -> None:
         """All servers once, in an order that rotates."""
@@ -164,70 +208,51 @@ class _Comparison:
         async with lab.watch() as watch:
             slot = await _measured(load, lab.uri, lab.pid)
         self._result.judge_states(watch.states)
-        if self._case.is_read:
-            return slot
-        middle, cpu = (await lab.peer())["logical_bytes"], cpu_seconds(lab.pid)
-        await lab.drain()
-        after, cpu = (await lab.peer())["logical_bytes"], cpu_seconds(lab.pid) - cpu
-        self._shipping.append((cpu, (after - middle) / GIB, (middle - before) / GIB))
+        if not self._case.is_read:
+            slot.shipped_bytes = (await lab.peer())["logical_bytes"] - before
+            await lab.drain()
         return slot
 
     def conclude(self) -> None:
-        """Figures of all rounds."""
+        """Figures and table rows of all rounds."""
         case, result = self._case, self._result
-        unit = "MiB/s" if case.load.block_bytes >= MIB else "IOPS"
-        for name in ("geomirror", *(peer.name for peer in self._peers)):
-            rates = [self._rate(slots[name]) for slots in self._rounds]
-            result.median(f"{case.name}: {name}", rates, unit)
         for name, bound in (("nbdkit", case.nbdkit_min), ("qemu-nbd", case.qemu_min)):
-            ratios = [
-                self._rate(slots["geomirror"]) / max(self._rate(slots[name]), 1e-9)
-                for slots in self._rounds
-            ]
+            ratios = [_ratio(slots["geomirror"], slots[name]) for slots in self._rounds]
             label = f"{case.name}: ratio to {name}"
             if bound is None:
                 result.median(label, ratios, "x")
             else:
                 result.at_least(label, ratios, bound)
-        self._conclude_latency()
         if case.counts_cpu:
-            self._conclude_cpu()
+            writes = [
+                slot.cpu_us_per_request
+                - slot.shipped_bytes / GIB * self._per_gib * 1e6 / max(1, slot.outcome.requests)
+                for slot in (slots["geomirror"] for slots in self._rounds)
+            ]
+            result.at_most(f"{case.name}: CPU per write", writes, CPU_US_PER_WRITE_MAX, "µs")
+        result.columns = COLUMNS
+        for name in self._rounds[0]:
+            result.rows.append(self._row(name))
 
-    def _rate(self, slot: Slot) -> float:
-        is_large = self._case.load.block_bytes >= MIB
-        return slot.outcome.bytes_per_second / MIB if is_large else slot.outcome.iops
+    def _row(self, name: str) -> list[str | float]:
+        slots = [each[name] for each in self._rounds]
+        rate = statistics.median(slot.outcome.bytes_per_second for slot in slots)
+        has_flush = self._case.load.has_flush_each
+        row: list[str | float] = [
+            self._case.name,
+            name,
+            statistics.median(slot.outcome.iops for slot in slots),
+            rate / MIB,
+        ]
+        for latency in ("p50_us", "p99_us", "p999_us"):
+            key = f"flush_{latency}" if has_flush else latency
+            row.append(statistics.median(getattr(slot.outcome, key) for slot in slots))
+        row.append(statistics.median(slot.cpu_us_per_request for slot in slots))
+        return row
 
-    def _conclude_latency(self) -> None:
-        names = ["p50_us", "p99_us", "p999_us"]
-        if self._case.load.has_flush_each:
-            names = ["flush_p50_us", "flush_p99_us", "p50_us"]
-        for server in ("geomirror", *(peer.name for peer in self._peers)):
-            for name in names:
-                values = [getattr(slots[server].outcome, name) for slots in self._rounds]
-                label = name.removesuffix("_us").replace("_", " ")
-                self._result.median(f"{self._case.name}: {server} {label}", values, "µs")
 
-    def _conclude_cpu(self) -> None:
-        case, result = self._case, self._result
-        per_gib = [cpu / gib for cpu, gib, _ in self._shipping if gib > 0]
-        if per_gib:
-            label = f"{case.name}: CPU s per GiB shipped"
-            result.at_most(label, per_gib, CPU_SECONDS_PER_GIB_MAX, "s")
-        for name in (peer.name for peer in self._peers):
-            values = [slots[name].cpu_us_per_request for slots in self._rounds]
-            result.median(f"{case.name}: {name} CPU per write", values, "µs")
-        writes = []
-        for slots, (cpu, gib, gib_in_slot) in zip(self._rounds, self._shipping, strict=True):
-            slot = slots["geomirror"]
-            shipping = gib_in_slot * cpu / gib if gib > 0 else 0.0
-            writes.append((slot.cpu_seconds - shipping) * 1e6 / max(1, slot.outcome.requests))
-        label = f"{case.name}: CPU per accepted write"
-        if case.link == LIMITED:
-            result.at_most(label, writes, CPU_US_PER_WRITE_MAX, "µs")
-        else:
-            # Nearly all is shipped within the slot: the difference of two large numbers.
-            whole = [slots["geomirror"].cpu_us_per_request for slots in self._rounds]
-            result.median(f"{label}, shipping included", whole, "µs")
+def _ratio(ours: Slot, theirs: Slot) -> float:
+    return ours.outcome.iops / max(theirs.outcome.iops, 1e-9)
 
 
 async def _measured(load: Load, uri: str, pid: int) -> Slot:

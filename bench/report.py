@@ -42,6 +42,9 @@ class Result:
     invalid_because: list[str] = field(default_factory=list)
     skipped_because: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
+    columns: list[str] = field(default_factory=list)
+    """Of `rows`: the numbers behind the figures, where a comparison has many; else none."""
+    rows: list[list[str | float]] = field(default_factory=list)
 
     @property
     def is_valid(self) -> bool:
@@ -73,8 +76,9 @@ class Result:
 
     def judge_states(self, states: Iterable[str], allowed: Iterable[str] = ()) -> None:
         """Take note of a peer's states; others than streaming ones make the run invalid."""
-        self.peer_states |= set(states)
-        strange = self.peer_states - GOOD_STATES - set(allowed)
+        found = set(states)
+        self.peer_states |= found
+        strange = found - GOOD_STATES - set(allowed)
         if strange:
             self.invalid_because.append(f"the peer was in {', '.join(sorted(strange))}")
 
@@ -90,6 +94,7 @@ class Result:
             "peer_states": sorted(self.peer_states),
             "settings": self.settings,
             "figures": [asdict(figure) for figure in self.figures],
+            "table": {"columns": self.columns, "rows": self.rows},
             "rounds": self.rounds,
         }
 
@@ -103,6 +108,8 @@ def number(value: float) -> str:
 
 def show(console: Console, document: dict[str, Any]) -> None:
     """Print a document as a table."""
+    if document["table"]["rows"]:
+        console.print(_details(document))
     table = Table(title=document["title"], title_justify="left", title_style="bold")
     table.add_column("figure")
     for heading in ("median", "unit", "worst … best", "bound", ""):
@@ -121,6 +128,16 @@ def show(console: Console, document: dict[str, Any]) -> None:
         console.print(f"  [red]does not count:[/red] {reason}")
     states = ", ".join(document["peer_states"]) or "not watched"
     console.print(f"  peer: {states}; {document['seconds']:.0f} s\n", highlight=False)
+
+
+def _details(document: dict[str, Any]) -> Table:
+    columns = document["table"]["columns"]
+    table = Table(*columns, title=document["title"], title_justify="left", title_style="bold")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for row in document["table"]["rows"]:
+        table.add_row(*(cell if isinstance(cell, str) else number(cell) for cell in row))
+    return table
 
 
 def write(path: Path, document: dict[str, Any]) -> None:

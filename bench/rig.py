@@ -15,7 +15,7 @@ from geomirror.lab.lab_io import Lab, LabLink, LabNode
 RESOURCE = "disk"
 NODES = (("east", "east-1"), ("west", "west-1"))
 DRAIN_S_MAX = 900.0
-STATE_S_MAX = 60.0
+STATE_S_MAX = 30.0
 
 
 class Watch:
@@ -112,7 +112,8 @@ class Rig:
             if state in states:
                 return state
             await asyncio.sleep(0.05)
-        raise WaitTimeoutError(f"the peer is {state}, not {' or '.join(states)}")
+        reason = peers[0]["reason"] if peers else ""
+        raise WaitTimeoutError(f"the peer is {state}, not {' or '.join(states)}: {reason}")
 
     async def set_link(self, settings: str) -> None:
         """Change the link for good."""
@@ -126,11 +127,14 @@ class Rig:
         await self.primary.cli("wait", RESOURCE, "--applied", *limit, timeout_s=DRAIN_S_MAX + 30)
         await self.link.set(self.settings)
 
-    async def restart(self) -> None:
-        """Stop the primary in order, which empties its journal into the image, and start it."""
+    async def restart(self, *states: str) -> None:
+        """Stop the primary in order, which empties its journal into the image, and start it.
+
+        Returns when the peer is in one of `states`; if none is given, when it streams.
+        """
         await self.primary.stop()
         await self.primary.start()
-        await self.wait_for("Stream", "Fold")
+        await self.wait_for(*(states or ("Stream", "Fold")))
 
     async def received_bytes(self) -> int:
         """Bodies of frames that the secondary has received since its start."""
