@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from geomirror.errors import UnreachableError, from_wire
+from geomirror.errors import UnreachableError
+from geomirror.node.error_json import error_from_object
 
 ANSWER_BYTES_MAX = 16 << 20
 """Largest answer that is read."""
@@ -44,7 +45,7 @@ async def call(
     except (OSError, ValueError, TimeoutError) as error:
         raise UnreachableError(f"the daemon in {data_dir} does not answer: {error}") from error
     if "error" in answer:
-        raise from_wire(int(answer["error"]["code"]), str(answer["error"]["message"]))
+        raise error_from_object(answer["error"])
     result: dict[str, Any] = answer["result"]
     return result
 

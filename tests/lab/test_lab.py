@@ -31,6 +31,8 @@ async def test_two_nodes_see_each_other_and_survive_a_kill(tmp_path: Path) -> No
         east, west = lab.nodes
         listed = await east.cli("node", "list", "--json")
         assert {node["node"] for node in listed["nodes"]} == {"east-1", "west-1"}
+        with pytest.raises(NotFoundError, match="no resource"):
+            await east.call("status", {"name": "nothing"})
         await west.kill()
         assert west.pid is None
         with pytest.raises(GeomirrorError):
