@@ -35,6 +35,7 @@ class PeerModes(PeerRecords):
     def __init__(self, engine: Engine, limits: Limits) -> None:
         super().__init__(engine, limits)
         self._resync_number = 0
+        self._overflowed_ns: dict[str, int] = {}
 
     # Where a connecting peer stands.
 
@@ -137,8 +138,14 @@ class PeerModes(PeerRecords):
             sender.counters.resyncs += 1
         sender.forget_units(sender.durable_epoch + 1)
         self._set_mode(sender, BITMAP)
+        self._overflowed_ns[sender.name] = self.now_ns
         fields: dict[str, object] = {"peer": sender.name, "epoch": sender.durable_epoch}
         self._decide(Emit("journal_overflow", fields))
+
+    def _dwelt_at(self, name: str) -> int:
+        """When a peer may leave Bitmap: a link too slow for the load must not flip it for ever."""
+        overflowed_ns = self._overflowed_ns.get(name)
+        return 0 if overflowed_ns is None else overflowed_ns + self.limits.mode_dwell_ns_min
 
     def _abandon_resync(self, sender: Sender) -> None:
         """The link went away: what was copied and is durable stays copied."""
@@ -158,6 +165,7 @@ class PeerModes(PeerRecords):
                 continue
             sealed = self.engine.sealed_epoch
             wants_resync = sender.is_open and not sender.is_paused
+            wants_resync = wants_resync and self.now_ns >= self._dwelt_at(name)
             if kept.through_epoch < sealed:
                 self._pump_bitmap(name, kept, is_urgent=wants_resync or self._room_wanted)
             elif wants_resync:
@@ -263,6 +271,7 @@ class PeerModes(PeerRecords):
         stuck += [sender.hung_at() for sender in self.senders.values()]
         folding = [s.mode_since_ns for s in self.senders.values() if s.mode == FOLD]
         dwelt = [since_ns + self.limits.mode_dwell_ns_min for since_ns in folding]
+        dwelt += [self._dwelt_at(name) for name in self.bitmaps]
         stuck += [at_ns for at_ns in dwelt if at_ns > self.now_ns]
         times = [at_ns for at_ns in stuck if at_ns is not None]
         for name, kept in self.bitmaps.items():
