@@ -82,7 +82,7 @@ class Client:
     def _work(self) -> None:
         chance, world = self.world.random, self.world
         if not self.is_ending:
-            low, high = (MS, chance.choice(GAPS_NS)) if self.is_storm else (SECOND, 30 * SECOND)
+            low, high = (MS, chance.choice(GAPS_NS)) if self.is_storm else (SECOND, 60 * SECOND)
             world.after(world.between(low, high), self._work)
         primary = self._primary()
         if not primary.is_alive or primary.core.fenced is not None:

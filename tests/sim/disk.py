@@ -228,6 +228,10 @@ class SimStore:
     def check(self, operation: str, name: str) -> None:
         """Count the call, call the hook, raise an injected fault."""
         self.counts[operation] = self.counts.get(operation, 0) + 1
+        self.disturb(operation, name)
+
+    def disturb(self, operation: str, name: str) -> None:
+        """Call the hook, raise an injected fault."""
         if self.on_operation is not None:
             self.on_operation(operation, name)
         if self.faults:

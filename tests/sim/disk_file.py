@@ -166,11 +166,14 @@ class SimFile:
 
     def _check(self, operation: str) -> None:
         store = self._store
-        if self._is_closed or self._incarnation != store.incarnation:
-            raise StorageError(f"{operation} {self.name}: Bad file descriptor")
-        if self._is_poisoned:
-            raise StorageError(f"{operation} {self.name}: refused after a failed fdatasync")
-        store.check(operation, self.name)
+        if self._is_closed or self._is_poisoned or self._incarnation != store.incarnation:
+            is_bad = self._is_closed or self._incarnation != store.incarnation
+            why = "Bad file descriptor" if is_bad else "refused after a failed fdatasync"
+            raise StorageError(f"{operation} {self.name}: {why}")
+        counts = store.counts
+        counts[operation] = counts.get(operation, 0) + 1
+        if store.on_operation is not None or store.faults:
+            store.disturb(operation, self.name)
 
     def _pages(self, first: int, last: int) -> list[int]:
         inode = self._inode

@@ -18,10 +18,10 @@ from tests.sim.world import MS, SECOND
 if TYPE_CHECKING:
     from tests.sim.simulation import Simulation
 
-CALM_FACTOR = 8
+CALM_FACTOR = 30
 """Faults are so much rarer between storms."""
 WALL_STEP_NS = 3600 * SECOND
-PROMISE_CRASH_CHANCE = 0.01
+PROMISE_CRASH_CHANCE = 0.015
 STOPPED_OPERATIONS_MAX = 40
 """A power cut inside a disk operation is at one of so many that come next."""
 

@@ -41,6 +41,8 @@ from tests.sim.world import MS, SECOND, WALL_OFFSET_NS, World
 
 SLOW_JOBS = frozenset(("sync", "checkpoint"))
 SLOW_FACTOR = 40
+STALL_CHANCE = 0.02
+"""Of a job on a disk that is well."""
 AILING_NS = 30 * SECOND
 """A disk that was slow or full may take so long to catch up."""
 WRITABLE_FRACTION = 2
@@ -299,7 +301,7 @@ class SimNode:
     def _run_job(self, run: RunJob) -> None:
         world, life = self.world, self.life
         limit = 30 * MS if run.kind in SLOW_JOBS else 8 * MS
-        factor = SLOW_FACTOR if self.is_slow else 1
+        factor = SLOW_FACTOR if self.is_slow or world.random.random() < STALL_CHANCE else 1
         first, second = world.between(50_000, 2 * MS), world.between(100_000, limit) * factor
         if world.random.random() < 0.5:
             first, second = second, first

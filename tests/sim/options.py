@@ -54,7 +54,7 @@ class Options:
         return cls(
             seconds=seconds,
             storm_ns=(2 * SECOND, 9 * SECOND),
-            calm_ns=(10 * SECOND, 90 * SECOND),
+            calm_ns=(15 * SECOND, 240 * SECOND),
             delay_ns={name: int(delay_ms * chance.uniform(0.3, 1.7) * MS) for name in names},
             jitter_ns=int(chance.choice([0, 2, 40]) * MS),
             bytes_per_second=chance.choice([60_000, 300_000, 2_000_000]),

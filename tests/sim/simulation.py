@@ -25,7 +25,7 @@ HEAL_NS = 90 * SECOND
 """Bound of O7: lag is zero again so long after the last fault."""
 QUIET_NS = 45 * SECOND
 LAG_S_MAX = 20
-SECONDS = 300
+SECONDS = 600
 """Length of a run, if nothing else is asked for."""
 
 
