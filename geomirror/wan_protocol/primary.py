@@ -37,7 +37,12 @@ from geomirror.wan_protocol.messages import (
 )
 from geomirror.wan_protocol.peer_modes import PeerModes
 from geomirror.wan_protocol.sender import FOLD, STREAM, Sender
-from geomirror.wan_protocol.session import chain_entries, session_number, volume_infos
+from geomirror.wan_protocol.session import (
+    chain_entries,
+    check_accept,
+    session_number,
+    volume_infos,
+)
 
 LAG_SAMPLES_MAX = 65536
 """Epochs whose first write's time is remembered; older ones use the time of the cut."""
@@ -305,6 +310,7 @@ class Primary(PeerModes):
     def _accepted(self, sender: Sender, message: SessionAccept) -> None:
         if not sender.is_link_up:
             return
+        check_accept(message)
         problem = self._place_peer(sender, message)
         if problem:
             sender.refusal = problem

@@ -19,6 +19,8 @@ from geomirror.volume.image import Image
 from geomirror.wan_protocol.epoch_decode import DecodedFrame, FrameDecoder
 from geomirror.wan_protocol.messages import ResyncAcknowledge, ResyncBegin, ResyncEnd
 
+FRAMES_AHEAD_MAX = 1 << 20
+"""Frames that may be here before an earlier one; a hole of a GiB is one frame of 40 bytes."""
 JOB_FRAMES_MAX = 128
 """Frames written between two fdatasyncs: at most 8 MiB."""
 
@@ -93,10 +95,12 @@ class ResyncReceiver:
     def add(self, sequence: int, body: bytes) -> bool:
         """Queue a frame; False for one that is here already.
 
-        :raises LimitExceededError: more is queued than was ever granted.
+        :raises LimitExceededError: more is queued than was ever granted, or too far ahead.
         """
         if sequence < self.frames_durable or sequence in self._ahead or sequence in self._queue:
             return False
+        if sequence >= self.frames_durable + FRAMES_AHEAD_MAX:
+            raise LimitExceededError(f"resync frame {sequence} after {self.frames_durable}")
         if self.queued_bytes + len(body) > 2 * self.limits.credit_bytes:
             raise LimitExceededError("resync frames beyond the granted credit")
         self._queue[sequence] = body

@@ -106,7 +106,7 @@ class Secondary(EpochIntake):
             case SessionOpen():
                 self._opened(message)
             case SessionRefuse():
-                self.is_open = False
+                self.is_open = self._is_accepting = False
                 self.refusal = message.error_text
                 self._decide(Emit("primary_refused", {"reason": message.error_text}))
             case EpochCommit() if self.is_open and self.resync is None:

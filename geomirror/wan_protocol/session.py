@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from geomirror.errors import RemoteProtocolError
 from geomirror.volume.superblock import Superblock
-from geomirror.wan_protocol.messages import GenerationEntry, SessionOpen, VolumeInfo
+from geomirror.wan_protocol.messages import (
+    GenerationEntry,
+    SessionAccept,
+    SessionOpen,
+    VolumeInfo,
+)
 
 
 def session_number(resource_id: str) -> int:
@@ -48,3 +54,14 @@ def session_problem(superblock: Superblock, message: SessionOpen) -> str:
     if superblock.chain and superblock.chain[-1].identity not in known:
         return f'"{superblock.name}" has another history here: diverged'
     return ""
+
+
+def check_accept(message: SessionAccept) -> None:
+    """Believe no position that cannot be. :raises RemoteProtocolError: it cannot."""
+    is_position = 0 <= message.applied_epoch <= message.durable_epoch
+    is_state = message.data_state in ("blank", "inconsistent", "consistent")
+    if not is_position or not is_state or len(message.durable_hash) != 32:
+        raise RemoteProtocolError(
+            f"session accepted at epoch {message.durable_epoch} durable, "
+            f"{message.applied_epoch} applied, {message.data_state[:20]}"
+        )

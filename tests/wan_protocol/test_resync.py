@@ -10,6 +10,7 @@ from geomirror.errors import BadFrameError, JournalFullError, RemoteProtocolErro
 from geomirror.limits import KIB, REGION_BYTES, SIMULATION
 from geomirror.wan_protocol.decisions import SendFrame, SendMessage
 from geomirror.wan_protocol.messages import ResyncAcknowledge, ResyncBegin, ResyncEnd
+from geomirror.wan_protocol.resync_receiver import FRAMES_AHEAD_MAX
 from tests.wan_protocol.core_support import BLOCK, PEER, PRIMARY, SIZES, Stage, noise
 
 REGION = REGION_BYTES // BLOCK
@@ -270,6 +271,17 @@ def test_frames_beyond_the_credit_are_refused() -> None:
             )
     assert stage.secondary.resync is not None
     assert stage.secondary.resync.queued_bytes <= 2 * SIMULATION.credit_bytes
+
+
+def test_a_frame_far_ahead_of_all_others_is_refused() -> None:
+    stage = Stage(first_sync=True, is_connected=False)
+    stage.write_epochs(2, blocks=16)
+    stage.park_frames()
+    stage.link_up()
+    with pytest.raises(RemoteProtocolError, match="after 0"):
+        stage.secondary.receive_frame(
+            PRIMARY, 1, FRAMES_AHEAD_MAX, b"", is_resync=True, now_ns=stage.now_ns
+        )
 
 
 def test_an_acknowledgement_of_frames_never_sent_is_a_lie() -> None:

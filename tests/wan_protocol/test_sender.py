@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace as replaced
 
+import msgspec
 import pytest
 
 from geomirror.errors import RemoteProtocolError
 from geomirror.limits import KIB, SIMULATION
 from geomirror.wan_protocol.decisions import SendFrame, SendMessage
-from geomirror.wan_protocol.messages import Acknowledge, EpochCommit
+from geomirror.wan_protocol.messages import Acknowledge, EpochCommit, SessionAccept
 from tests.wan_protocol.core_support import PEER, PRIMARY, Stage, noise
 
 FRAME = 64 * KIB
@@ -181,6 +182,31 @@ def test_a_peer_that_lies_about_its_position_is_cut_off(
         stage.primary.receive(PEER, acknowledge(stage, **changes), stage.now_ns)
     assert stage.sender().durable_epoch == 2
     assert stage.primary.engine.epoch_numbers()[-1:] == [3]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"applied_epoch": 3},
+        {"applied_epoch": -1},
+        {"durable_epoch": -1, "applied_epoch": -1},
+        {"durable_hash": b""},
+        {"data_state": "perfect"},
+    ],
+    ids=str,
+)
+def test_a_peer_that_accepts_with_an_impossible_position_is_cut_off(
+    changes: dict[str, object],
+) -> None:
+    stage = Stage()
+    stage.write_epochs(2)
+    accept = stage.west.sent(SessionAccept)[-1]
+    stage.link_down()
+    stage.primary.link_up(PEER, stage.now_ns)
+    with pytest.raises(RemoteProtocolError):
+        stage.primary.receive(PEER, msgspec.structs.replace(accept, **changes), stage.now_ns)
+    assert not stage.sender().is_open
+    assert stage.sender().durable_epoch == 2
 
 
 def test_a_peer_cannot_claim_part_of_a_fold() -> None:
