@@ -44,6 +44,8 @@ class NbdConfig(_Section, frozen=True):
     """`[nbd]`"""
 
     tcp_listen: Endpoint | None = None
+    single_writer: bool = False
+    read_only: bool = False
 
 
 class LinksConfig(_Section, frozen=True):

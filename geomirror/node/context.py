@@ -31,6 +31,10 @@ class NodeContext:
     """Publish an event: its kind and its plain JSON fields. Callable on the event loop only."""
     executor: Executor
     """Worker threads for blocking jobs."""
+    is_single_writer: bool = False
+    """One connection at a time to each volume of a primary."""
+    is_read_only: bool = False
+    """Volumes of primaries refuse writes."""
 
     def resource_dir(self, name: str) -> Path:
         """Directory of a resource on this node."""

@@ -89,6 +89,8 @@ class Node:
             self._links,
             self._emit,
             self._executor,
+            is_single_writer=config.nbd.single_writer,
+            is_read_only=config.nbd.read_only,
         )
         self._store = DefinitionStore(data_dir.resources_file)
         self._host = ResourceHost(context, factory)

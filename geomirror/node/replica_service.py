@@ -292,7 +292,14 @@ class ReplicaService:
             if self._pins is None:
                 text = f"primary of {full}"
                 export = PrimaryExport(
-                    full, volume.index, self._runner, self._held, description=text
+                    full,
+                    volume.index,
+                    self._runner,
+                    self._held,
+                    is_single_writer=self._node.is_single_writer,
+                    description=text,
+                    is_read_only=self._node.is_read_only,
+                    is_multi_conn=not self._node.is_single_writer,
                 )
             else:
                 text = f"read-only secondary of {full}"

@@ -1,4 +1,4 @@
-"""What a resource says of itself: the resource object of `status --json` (DESIGN §11).
+"""What a resource says of itself: the resource object of `status --json`.
 
 Enumerations (documented in `docs/cli.md`): `role` primary, secondary · `state` ok, degraded,
 inconsistent, storage_full, fenced · a peer's `state` Disconnected, Refused, Paused, Stream, Fold,

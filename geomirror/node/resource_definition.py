@@ -41,7 +41,7 @@ class ResourceDefinition(msgspec.Struct, forbid_unknown_fields=True):
     adopt: str | None = None
     """Node whose backing holds data to be kept and sent; None when the resource starts as zeros."""
     journal_bytes: int | None = None
-    """None: each node takes its own default (DESIGN: 1–64 GiB, half of the free space at most)."""
+    """None: each node takes its own default: 1–64 GiB, half of the free space at most."""
     settings: dict[str, str] = {}
 
     @property

@@ -91,7 +91,7 @@ def empty_table(count: int = 0) -> Table:
 def chain_hash(
     previous: bytes, generation: bytes, number: int, first_lsn: int, end_lsn: int, table: Table
 ) -> bytes:
-    """H(e) of DESIGN invariant I9, as `docs/disk_format.md` spells it out. 32 bytes."""
+    """H(e) of invariant I9, as `docs/disk_format.md` spells it out. 32 bytes."""
     assert len(previous) == 32
     assert len(generation) == 16
     canonical = np.zeros(len(table), dtype=_CANONICAL)

@@ -239,7 +239,7 @@ def count_links(site: Site) -> int:
 
 
 def quick_start(a: Site, b: Site, size: str = "64M") -> None:
-    """DESIGN: "to the letter, on one machine, without root"; nothing waits in between."""
+    """The quick start of the README, to the letter; nothing waits in between."""
     a.run(
         *("network", "create", "acme", "--site", "east", "--node", "east-1"),
         *("--listen", f"127.0.0.1:{a.port}"),
