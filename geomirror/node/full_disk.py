@@ -21,19 +21,18 @@ class FullDisk:
         self._wait_ns = wait_ns
         self._since_ns: int | None = None
         self._seen_ns = 0
-        self._cause: GeomirrorError | None = None
 
     def look(self, cause: GeomirrorError | None, now_ns: int) -> GeomirrorError | None:
         """What writers are to be told now, None for let them wait.
 
         :param cause: why something waits for space at this moment.
         """
-        if cause is not None:
-            self._cause, self._seen_ns = cause, now_ns
-            if self._since_ns is None:
-                self._since_ns = now_ns
-        elif now_ns - self._seen_ns >= QUIET_NS:
-            self._cause = self._since_ns = None
-        if self._since_ns is None or now_ns - self._since_ns < self._wait_ns:
+        if cause is None:
+            if now_ns - self._seen_ns >= QUIET_NS:
+                self._since_ns = None
+            # There may be space again: nobody is told so without a cause.
             return None
-        return self._cause
+        self._seen_ns = now_ns
+        if self._since_ns is None:
+            self._since_ns = now_ns
+        return cause if now_ns - self._since_ns >= self._wait_ns else None

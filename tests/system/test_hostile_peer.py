@@ -73,7 +73,6 @@ def victim(three: tuple[Site, Site, Site]) -> Iterator[Site]:
     _, b, c = three
     before = b.status()
     memory_bytes = b.rss_bytes()
-    downs = len(downs_of(b, "north-1"))
     yield b
     after = b.status()
     for key in ("position", "generation", "volumes"):
@@ -82,13 +81,12 @@ def victim(three: tuple[Site, Site, Site]) -> Iterator[Site]:
     assert asyncio.run(b.read(0, MIB)) == DATA
     asyncio.run(c.write(0, DATA, "other"))
     wait_applied(c, "other", timeout_s=20)
-    assert len(downs_of(b, "north-1")) == downs
+    assert c.peer("other")["resyncs"] == 0
+    # A busy machine may lose a link by silence, but nobody else is blamed.
+    blamed = [e["reason"] for e in b.events("link_down") if e["peer"] == "north-1"]
+    assert not any("protocol" in reason for reason in blamed)
     assert b.rss_bytes() - memory_bytes < 64 * MIB
     assert b.crashes() == []
-
-
-def downs_of(site: Site, peer: str) -> list[dict[str, object]]:
-    return [event for event in site.events("link_down") if event["peer"] == peer]
 
 
 def impersonate(three: tuple[Site, Site, Site]) -> HostilePeer:
