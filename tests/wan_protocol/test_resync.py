@@ -113,6 +113,37 @@ def test_writes_during_a_resync_are_there_at_its_end() -> None:
     stage.check_in_sync()
 
 
+def test_a_block_with_an_unsealed_write_is_waited_for() -> None:
+    stage = Stage(first_sync=True, is_connected=False)
+    stage.write_epochs(2, blocks=16)
+    stage.hold(PRIMARY, "seal")
+    # Its sealed content is not what a reader of the primary sees, so it cannot be copied now.
+    stage.write_blocks(3, 2, seed=99)
+    stage.link_up()
+    stage.pass_time(5000)
+    assert stage.primary.resyncs[PEER].copied_bytes >= stage.sizes[0]
+    assert not stage.east.sent(ResyncEnd)
+    assert stage.secondary.data_state == "inconsistent"
+    stage.release(PRIMARY)
+    stage.pass_time(1000)
+    stage.check_in_sync()
+
+
+def test_the_word_that_all_is_copied_does_not_count_before_it_is() -> None:
+    stage = Stage(first_sync=True, is_connected=False)
+    stage.write_epochs(4, blocks=16)
+    stage.park_frames()
+    stage.link_up()
+    # The control connection is not in order with the data connections.
+    stage.secondary.receive(PRIMARY, ResyncEnd(stage.primary.session, 1, 4, 1000), stage.now_ns)
+    stage.pass_time(100)
+    assert stage.secondary.data_state == "inconsistent"
+    assert stage.sender().mode == "Resync"
+    stage.unpark()
+    stage.pass_time(5000)
+    stage.check_in_sync()
+
+
 def test_a_resync_interrupted_by_the_link_goes_on_where_it_was() -> None:
     stage = Stage(first_sync=True, is_connected=False)
     stage.write_epochs(16, blocks=16)
@@ -175,6 +206,25 @@ def test_bits_are_cleared_on_disk_only_when_the_base_is_known_there() -> None:
     stage.start(PEER, is_connected=False)
     stage.start(PRIMARY)
     stage.pass_time(5000)
+    stage.check_in_sync()
+
+
+def test_a_slow_write_of_an_earlier_resync_does_not_count_for_the_present_one() -> None:
+    stage = Stage(first_sync=True, is_connected=False)
+    stage.write_epochs(2, blocks=16)
+    stage.hold(PEER, "resync")
+    stage.link_up()
+    assert [run.kind for run in stage.west.waiting] == ["resync"]
+    # Another life of the primary counts its resyncs from one again, and copies newer content.
+    stage.restart(PRIMARY, is_kill=True)
+    stage.link_down()
+    stage.write_blocks(0, 16, seed=77)
+    stage.seal()
+    stage.restart(PRIMARY, is_kill=True)
+    (begin,) = {message.number for message in stage.east.sent(ResyncBegin)}
+    assert begin == 1
+    stage.release(PEER)
+    stage.pass_time(10_000)
     stage.check_in_sync()
 
 

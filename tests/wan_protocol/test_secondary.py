@@ -379,6 +379,25 @@ def test_an_old_disk_is_resynced_fully_when_the_epochs_are_gone() -> None:
     stage.check_in_sync()
 
 
+def test_an_old_disk_is_copied_whole_although_there_is_a_bitmap_from_a_later_epoch_on() -> None:
+    stage = Stage(journal_bytes=1024 * KIB)
+    stage.write_epochs(2)
+    old = stage.snapshot(PEER)
+    stage.write_blocks(480, 8, seed=5)
+    stage.seal()
+    stage.check_in_sync()
+    stage.link_down()
+    for at in range(100):
+        stage.write_epochs(1, blocks=8, seed=at)
+    stage.pass_time(5000)
+    assert stage.sender().mode == "Bitmap"
+    assert not stage.primary.bitmaps[PEER].bitmap.is_full
+    stage.restore(PEER, old)
+    stage.pass_time(8000)
+    stage.check_in_sync()
+    assert stage.sender().counters.resyncs == 2, "one for the overflow, one for the old disk"
+
+
 def test_an_old_disk_from_the_middle_of_a_resync_is_never_called_consistent() -> None:
     stage = Stage(first_sync=True, is_connected=False)
     stage.write_epochs(8, blocks=16)
