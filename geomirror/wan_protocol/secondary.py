@@ -142,7 +142,8 @@ class Secondary(EpochIntake):
         elif self.resync is None and epoch > self.engine.committed_epoch:
             self.take_frame(epoch, sequence, body)
         self._acknowledge_soon()
-        self._pump()
+        if is_resync or self._sync_wanted:  # Else nothing is due, and looking is not free.
+            self._pump()
 
     def handle_timer(self, now_ns: int) -> None:
         """Do what is due; harmless when early."""
