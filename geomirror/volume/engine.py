@@ -214,6 +214,7 @@ class Engine(WritePath):
                 boundary_lsn=boundary_lsn,
                 data_lsn_min=min(data_lsn_min, record_lsn),
                 previous_lsn=previous_lsn,
+                cut_number=cut_number,
             ),
         )
 

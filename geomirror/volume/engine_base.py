@@ -263,6 +263,7 @@ class EngineBase:
         superblock.applied_first_epoch = info.first_number
         superblock.applied_end_lsn = info.end_lsn
         superblock.applied_wall_ns = info.wall_ns
+        superblock.applied_cut = info.cut
         superblock.last_epoch_lsn = info.record_lsn
 
     # Checkpoint.

@@ -56,6 +56,7 @@ def info_of(
     boundary_lsn: int,
     data_lsn_min: int,
     previous_lsn: int,
+    cut_number: int,
 ) -> EpochInfo:
     """The directory's row of an epoch."""
     return EpochInfo(
@@ -70,6 +71,7 @@ def info_of(
         len(epoch.table),
         epoch.wall_ns,
         previous_lsn,
+        cut_number & 0xFF,
         epoch.chain_hash,
     )
 
@@ -115,7 +117,7 @@ def replay(
     boundaries = _boundaries(records, owners, len(epochs), journal.end_lsn)
     spooled = [each.lsn for each in records if each.kind == RecordType.BLOCKS]
     directory = EpochDirectory()
-    for info in [*history, *_rows(superblock, epochs, boundaries, spooled)]:
+    for info in [*history, *_rows(superblock, epochs, cuts, boundaries, spooled)]:
         directory.append(info)
     open_epoch = _fill_indexes(superblock, records, owners, len(epochs), indexes)
     sealed_hash = bytes.fromhex(superblock.applied_hash)
@@ -130,6 +132,7 @@ def replay(
 def _rows(
     superblock: Superblock,
     epochs: Sequence[tuple[int, Epoch, int]],
+    cuts: Sequence[int],
     boundaries: Sequence[int],
     spooled: Sequence[int],
 ) -> list[EpochInfo]:
@@ -148,6 +151,7 @@ def _rows(
                 boundary_lsn=boundaries[at],
                 data_lsn_min=lowest,
                 previous_lsn=previous_lsn,
+                cut_number=cuts[at],
             )
         )
     return rows
@@ -162,11 +166,15 @@ def record_start(lsns: Sequence[int], address: int) -> int:
 def _walk_back(
     superblock: Superblock, journal: Journal, limits: Limits
 ) -> tuple[list[EpochInfo], int]:
-    """Rows of applied epochs that peers may still need, and the applied epoch's cut number."""
+    """Rows of applied epochs that peers may still need, and the applied epoch's cut number.
+
+    That is in the superblock, because the epoch's record may be gone: everything before the scan
+    position is recycled as soon as no peer needs it.
+    """
     needed = [needed_after(record) for record in superblock.peers.values()]
     lowest_needed = min(needed, default=superblock.applied_epoch)
     found: list[EpochInfo] = []
-    cut_number = 0
+    cut_number = max(superblock.applied_cut, 0)
     record_lsn = superblock.last_epoch_lsn
     number = superblock.applied_epoch
     while record_lsn and journal.holds(record_lsn):
@@ -178,7 +186,7 @@ def _walk_back(
             break
         if epoch.number != number:
             break
-        if number == superblock.applied_epoch:
+        if number == superblock.applied_epoch and superblock.applied_cut < 0:
             cut_number = flags
         lowest = lowest_address(epoch, record_lsn)
         if number <= lowest_needed or not _holds_all(journal, epoch, limits.segment_bytes):
@@ -190,6 +198,7 @@ def _walk_back(
                 boundary_lsn=epoch.end_lsn,
                 data_lsn_min=lowest,
                 previous_lsn=previous_lsn,
+                cut_number=flags,
             )
         )
         number = epoch.first_number - 1

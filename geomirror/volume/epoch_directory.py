@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from geomirror.errors import NotFoundError
 
-_ROW = struct.Struct("<11Q32s")
+_ROW = struct.Struct("<11QB32s")
 
 
 class EpochInfo(NamedTuple):
@@ -43,6 +43,8 @@ class EpochInfo(NamedTuple):
     wall_ns: int
     previous_lsn: int
     """LSN of the EPOCH record before, 0 for none."""
+    cut: int
+    """Low byte of its cut number."""
     chain_hash: bytes
 
 

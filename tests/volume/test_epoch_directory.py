@@ -12,7 +12,7 @@ from geomirror.volume.epoch_directory import EpochDirectory, EpochInfo
 
 def info(number: int, floor: int, first: int | None = None) -> EpochInfo:
     first = number if first is None else first
-    return EpochInfo(number, first, 10 * number, 1, 2, 3, floor, 4, 5, 6, 7, bytes(32))
+    return EpochInfo(number, first, 10 * number, 1, 2, 3, floor, 4, 5, 6, 7, 8, bytes(32))
 
 
 def test_a_fold_covers_all_its_numbers() -> None:
