@@ -71,7 +71,7 @@ class Harness:
 async def until(condition: Callable[[], object]) -> None:
     """Let the loop turn until something is so; the test's timeout bounds it."""
     async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110 - what is waited for knows no event
+        while not condition():
             await asyncio.sleep(0.001)
 
 

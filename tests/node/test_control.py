@@ -118,7 +118,7 @@ async def test_events_are_streamed_and_end_with_the_daemon(served):
 
     reading = asyncio.ensure_future(asyncio.to_thread(follow))
     async with asyncio.timeout(5):
-        while not events._subscribers:  # noqa: ASYNC110 - no event to wait for
+        while not events._subscribers:
             await asyncio.sleep(0.005)
     events.publish("second", "t", {})
     await asyncio.sleep(0.05)

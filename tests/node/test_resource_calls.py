@@ -36,7 +36,7 @@ async def network(tmp_path: Path) -> AsyncIterator[FakeNetwork]:
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110 - no event to wait for
+        while not condition():
             await asyncio.sleep(0.002)
 
 

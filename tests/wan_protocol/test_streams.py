@@ -157,7 +157,7 @@ class Node:
 
 async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
     async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110 - what is waited for has no event
+        while not condition():
             await asyncio.sleep(0.005)
 
 
@@ -509,7 +509,7 @@ class Relay:
     async def _copy(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
             while data := await source.read(65_536):
-                while self.is_dead:  # noqa: ASYNC110 - only a test
+                while self.is_dead:
                     await asyncio.sleep(0.01)
                 target.write(data)
                 await target.drain()
