@@ -7,7 +7,7 @@ import errno
 import pytest
 
 from geomirror.errors import JournalFullError
-from geomirror.limits import KIB
+from geomirror.limits import KIB, REGION_BYTES
 from geomirror.volume.superblock import PeerRecord
 from geomirror.wan_protocol.messages import EpochCommit
 from tests.wan_protocol.core_support import PEER, PRIMARY, Stage
@@ -182,7 +182,8 @@ def test_epochs_stay_until_the_superblock_says_that_the_bitmap_has_them() -> Non
 @pytest.mark.parametrize("is_kill", [True, False])
 def test_a_crash_of_the_primary_on_the_way_into_the_bitmap(held: str, is_kill: bool) -> None:
     stage = Stage(journal_bytes=1024 * KIB)
-    stage.write_epochs(1)
+    stage.write_epochs(12, blocks=16, seed=300)
+    stage.pass_time(4000)
     stage.link_down()
     stage.hold(PRIMARY, held)
     for at in range(400):
@@ -200,7 +201,7 @@ def test_a_crash_of_the_primary_on_the_way_into_the_bitmap(held: str, is_kill: b
     stage.pass_time(5000)
     stage.check_in_sync()
     copied = [frame for frame in stage.east.frames if frame.is_resync]
-    assert sum(len(frame.body) for frame in copied) < 300 * 4096, "not the whole volume"
+    assert sum(len(frame.body) for frame in copied) < 14 * REGION_BYTES, "not the whole volume"
 
 
 @pytest.mark.parametrize("is_kill", [True, False])
@@ -288,6 +289,31 @@ def test_a_peer_that_was_removed_and_added_again_is_copied_whole() -> None:
     assert stage.primary.engine.superblock.peers[PEER] != PeerRecord()
     stage.pass_time(5000)
     assert stage.check() == stage.primary.engine.sealed_epoch
+
+
+def test_the_file_of_an_earlier_member_says_nothing_of_a_new_one() -> None:
+    stage = Stage(first_sync=True)
+    stage.write_epochs(12, blocks=16)
+    blank = Stage(first_sync=True).snapshot(PEER)
+    stage.link_down()
+    write_until(stage, "Bitmap")
+    stage.pass_time(2000)
+    stage.hold(PRIMARY, "bitmap:*")
+    stage.write_epochs(2, seed=77)
+    stage.pass_time(1500)
+    assert [run.kind for run in stage.east.waiting] == ["bitmap:west"]
+    stage.primary.remove_peer(PEER)
+    stage.primary.add_peer(PEER)
+    stage.settle()
+    assert stage.east.store.exists("bitmap/west.bits"), "its last job still runs"
+    assert stage.primary.bitmaps[PEER].bitmap.is_full
+    stage.crash(PRIMARY, is_kill=True)
+    stage.start(PRIMARY, is_connected=False)
+    assert stage.primary.bitmaps[PEER].bitmap.is_full
+    stage.restore(PEER, blank)
+    stage.pass_time(5000)
+    stage.check_in_sync()
+    assert stage.sender().counters.resyncs == 0
 
 
 def test_one_peer_in_bitmap_mode_and_one_that_streams() -> None:

@@ -222,6 +222,23 @@ def test_a_secondary_with_another_history_is_refused_as_diverged() -> None:
     assert not any(stage.image()[0])
 
 
+def test_an_offer_that_does_not_know_our_history_is_refused_and_nothing_changes() -> None:
+    stage = Stage()
+    stage.write_epochs(1)
+    offer = stage.east.sent(SessionOpen)[-1]
+    stranger = msgspec.structs.replace(offer.chain[-1], identity=noise(3, 16))
+    accepts = len(stage.west.sent(SessionAccept))
+    other = msgspec.structs.replace(offer, chain=[stranger])
+    stage.secondary.receive(PRIMARY, other, stage.now_ns)
+    stage.settle()
+    assert len(stage.west.sent(SessionAccept)) == accepts
+    assert "diverged" in stage.west.sent(SessionRefuse)[-1].error_text
+    assert stage.secondary.engine.generation == offer.chain[-1].identity
+    longer = msgspec.structs.replace(offer, chain=[*offer.chain, stranger])
+    stage.secondary.receive(PRIMARY, longer, stage.now_ns)
+    assert stage.secondary.is_open, "a history that goes on from ours is welcome"
+
+
 def test_the_primary_too_refuses_another_history() -> None:
     stage = Stage()
     stage.write_epochs(2)
