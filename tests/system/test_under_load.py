@@ -124,6 +124,7 @@ async def test_kills_on_both_sides_under_load_lose_no_answered_write(pair):
 async def test_two_volumes_keep_one_order_at_the_other_site(pair):
     a, b = pair
     await asyncio.to_thread(create, a, "two", "--size", "8M", size="8M")
+    await asyncio.to_thread(wait_applied, a, "two")
     written = 0
     is_stopping = False
 
@@ -140,25 +141,37 @@ async def test_two_volumes_keep_one_order_at_the_other_site(pair):
                 written += 1
 
     writing = asyncio.ensure_future(write())
-    seen = set()
+    seen, epoch = set(), applied(b)
     try:
         for _ in range(6):
-            before = written
-            while written < before + 200:
-                await asyncio.sleep(0.01)
+            await asyncio.to_thread(until, lambda last=epoch: applied(b) > last)
             await asyncio.to_thread(a.call, "resource.pause", name="two")
-            first = TAG.unpack_from(await b.read(0, 8, "two", 0))[0]
-            second = TAG.unpack_from(await b.read(BLOCK_BYTES, 8, "two", 1))[0]
+            first, second = await read_both(b)
             assert first in (second, second + 1), "the volumes are of different moments"
             seen.add(first)
+            epoch = applied(b)
             await asyncio.to_thread(a.call, "resource.resume", name="two")
     finally:
         is_stopping = True
         await writing
-    assert len(seen) >= 3
+    assert len(seen) >= 5
     await asyncio.to_thread(wait_applied, a, "two")
     assert await b.read(BLOCK_BYTES, BLOCK_BYTES, "two", 1) == block_of(written)
     await asyncio.to_thread(a.run, "resource", "delete", "two", "--yes")
+
+
+def applied(site: Site) -> int:
+    return int(site.status("two")["position"]["epoch"])
+
+
+async def read_both(b: Site) -> tuple[int, int]:
+    """The numbers in both volumes, at one epoch: what was under way is still applied."""
+    while True:
+        epoch = applied(b)
+        first = TAG.unpack_from(await b.read(0, 8, "two", 0))[0]
+        second = TAG.unpack_from(await b.read(BLOCK_BYTES, 8, "two", 1))[0]
+        if applied(b) == epoch:
+            return first, second
 
 
 async def test_a_sparse_volume_of_4_tib_costs_neither_time_nor_memory(pair):
