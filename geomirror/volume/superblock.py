@@ -95,7 +95,7 @@ class Superblock(msgspec.Struct):
     applied_end_lsn: int = 0
     applied_wall_ns: int = 0
     applied_cut: int = -1
-    """Low byte of the cut number of the applied epoch: records up to it are applied; -1: unknown."""
+    """Low byte of the applied epoch's cut number: records up to it are applied; -1: unknown."""
     last_epoch_lsn: int = 0
     undo_next: int = 1
     consistent_from: int = -1

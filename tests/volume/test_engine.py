@@ -37,6 +37,26 @@ def test_any_order_of_calls_agrees_with_the_model(seed: int) -> None:
     assert rig.engine.applied_epoch == rig.engine.sealed_epoch > 3
 
 
+@pytest.mark.parametrize("cuts", [100, 135, 260])
+def test_writes_after_a_recycled_epoch_record_are_not_taken_for_applied(cuts: int) -> None:
+    rig = Rig(0)
+    for _ in range(cuts):
+        rig.write()
+        rig.make_room()
+    rig.write()
+    rig.seal(is_disturbed=False)
+    rig.sync()
+    rig.peer_epoch = rig.engine.superblock.peers["peer"].durable_epoch = rig.engine.sealed_epoch
+    rig.persist()
+    # The restart goes on in a new segment; when the epoch is applied, the old one is recycled.
+    rig.recover()
+    rig.make_room()
+    assert not rig.engine.journal.holds(rig.engine.superblock.last_epoch_lsn)
+    rig.write()
+    rig.sync()
+    rig.recover()
+
+
 @pytest.mark.parametrize("seed", range(25))
 def test_a_crash_anywhere_leaves_a_prefix_and_every_sealed_epoch(seed: int) -> None:
     rig = Rig(100 + seed)
