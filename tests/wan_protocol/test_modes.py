@@ -307,6 +307,9 @@ def test_the_file_of_an_earlier_member_says_nothing_of_a_new_one() -> None:
     stage.settle()
     assert stage.east.store.exists("bitmap/west.bits"), "its last job still runs"
     assert stage.primary.bitmaps[PEER].bitmap.is_full
+    stage.write_epochs(2, seed=200)
+    stage.pass_time(4000)
+    assert stage.primary.engine.superblock.peers[PEER].bitmap_is_full, "and a checkpoint says so"
     stage.crash(PRIMARY, is_kill=True)
     stage.start(PRIMARY, is_connected=False)
     assert stage.primary.bitmaps[PEER].bitmap.is_full
