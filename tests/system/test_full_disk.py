@@ -14,7 +14,16 @@ import pytest
 
 from geomirror.errors import NoSpaceError
 from geomirror.nbd.client_io import NbdClient
-from tests.system.support import MIB, Site, create, is_root, some_sites, until
+from tests.system.support import (
+    MIB,
+    Site,
+    create,
+    is_root,
+    make_network,
+    some_sites,
+    until,
+    wait_applied,
+)
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(120)]
 CHUNKS = 48
@@ -178,3 +187,26 @@ def test_a_data_directory_without_room_for_a_journal(site: Site, mounted: Path):
     filler.unlink()
     asyncio.run(site.write(0, b"x" * MIB))
     assert asyncio.run(site.read(0, MIB)) == b"x" * MIB
+
+
+async def test_a_secondary_on_a_full_disk_says_so_and_catches_up(mounted: Path, tmp_path: Path):
+    with some_sites(tmp_path, "a", "b") as (a, b):
+        b.data_dir = mounted / "b"
+        await asyncio.to_thread(make_network, a, b)
+        await asyncio.to_thread(create, a, "pg")
+        await asyncio.to_thread(wait_applied, a)
+        filler = await asyncio.to_thread(fill, mounted)
+        async with await NbdClient.connect(a.uri()) as client:
+            # More than what lies ready there, less than what the journal here keeps for it.
+            writer = Writer(client)
+            for number in range(3 * CHUNKS):
+                await writer.write(number % CHUNKS)
+            await asyncio.to_thread(until, lambda: b.status()["state"] == "storage_full")
+            assert b.events("storage_full")
+            assert a.status()["state"] in ("ok", "degraded")
+            filler.unlink()
+            await asyncio.to_thread(wait_applied, a)
+            image = await b.read(0, CHUNKS * MIB)
+            assert image == bytes(await client.read(0, CHUNKS * MIB))
+        assert a.peer()["resyncs"] == 0
+        assert a.crashes() == b.crashes() == []
