@@ -16,6 +16,7 @@ BATCHES = (1, 1, 1, 3, 8)
 LENGTHS = (512, 4096, 4096, 4096, 4096, 8192, 1000, 20_000, 60_000)
 ZERO_LENGTHS = (4096, 32_768, 100_000)
 GAPS_NS = (5 * MS, 30 * MS, 200 * MS, SECOND)
+QUIET_CHANCE = 0.6
 HELD_NS_MAX = 40 * SECOND
 """A writer waits for the local disk only, so never for long while that disk is well."""
 
@@ -33,6 +34,8 @@ class Client:
         self.is_ending = False
         self.is_held = False
         self.is_storm = True
+        self.is_quiet = False
+        """A calm without faults: at its end nothing may lag."""
         self._primary = primary
         self.on_storm: Callable[[], None] = lambda: None
         """Called before each storm but the first."""
@@ -77,6 +80,7 @@ class Client:
     def _calm(self) -> None:
         if not self.is_ending:
             self.is_storm = False
+            self.is_quiet = self.world.random.random() < QUIET_CHANCE
             self.world.after(self.world.between(*self.options.calm_ns), self._storm)
 
     def _work(self) -> None:

@@ -18,7 +18,7 @@ from tests.sim.world import MS, SECOND
 if TYPE_CHECKING:
     from tests.sim.simulation import Simulation
 
-CALM_FACTOR = 30
+CALM_FACTOR = 12
 """Faults are so much rarer between storms."""
 WALL_STEP_NS = 3600 * SECOND
 PROMISE_CRASH_CHANCE = 0.015
@@ -73,12 +73,17 @@ class Faults:
         def again() -> None:
             if self.is_ending:
                 return
-            if self._simulation.client.is_storm or self._chance.random() * CALM_FACTOR < 1:
+            if self._is_time():
                 self._note_time()
                 action()
             self._world.after(int(mean_ns * self._chance.expovariate(1)) + MS, again)
 
         self._world.after(int(mean_ns * self._chance.expovariate(1)) + MS, again)
+
+    def _is_time(self) -> bool:
+        client = self._simulation.client
+        is_chosen = not client.is_quiet and self._chance.random() * CALM_FACTOR < 1
+        return client.is_storm or is_chosen
 
     def _later(self, low_ns: int, high_ns: int, action: Callable[[], None]) -> None:
         """Mend a fault after a while."""
@@ -148,8 +153,11 @@ class Faults:
         self._later(100 * MS, long, lambda: simulation.network.heal(simulation.primary.name, name))
 
     def _break(self) -> None:
-        simulation = self._simulation
-        simulation.network.break_connection(simulation.primary.name, self._any_secondary().name)
+        network, primary = self._simulation.network, self._simulation.primary
+        name = self._any_secondary().name
+        # Soon, as soon as something is on its way.
+        for delay_ns in (0, 300 * MS, 700 * MS):
+            self._world.after(delay_ns, lambda: network.break_connection(primary.name, name))
 
     def _fail_disk(self) -> None:
         node = self._any_node()

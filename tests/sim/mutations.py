@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
-from geomirror.limits import BLOCK_BYTES
+from geomirror.limits import BLOCK_BYTES, REGION_BYTES
 from geomirror.volume import recovery
 from geomirror.volume.apply import ApplyJob
 from geomirror.volume.dirty_bitmap import DirtyBitmap
@@ -25,7 +25,6 @@ from geomirror.volume.superblock import SuperblockFile
 from geomirror.volume.undo_file import UndoWriter
 from geomirror.wan_protocol.decisions import FlushDone
 from geomirror.wan_protocol.epoch_intake import EpochIntake
-from geomirror.wan_protocol.peer_modes import PeerModes
 from geomirror.wan_protocol.replica import Replica
 from geomirror.wan_protocol.resync_receiver import ResyncReceiver
 from geomirror.wan_protocol.resync_sender import ResyncSender
@@ -134,11 +133,19 @@ def destage_unsealed() -> list[Patch]:
 
 
 def lose_bitmap_bit() -> list[Patch]:
-    """The last entry of an epoch does not get into the bitmap of a peer that is away."""
+    """The bit of an epoch's last entry is not set for a peer that is away."""
     real = DirtyBitmap.set_table
 
     def set_table(self: DirtyBitmap, table: Any, through_epoch: int | None = None) -> None:
-        real(self, table[:-1], through_epoch)
+        if not len(table):
+            real(self, table, through_epoch)
+            return
+        volume = int(table["volume"][-1])
+        region = int(table["block"][-1]) * BLOCK_BYTES // REGION_BYTES
+        was_dirty = self.is_dirty(volume, region)
+        real(self, table, through_epoch)
+        if not was_dirty:
+            self.clear_range(volume, region, 1)
 
     return [(DirtyBitmap, "set_table", set_table)]
 
@@ -171,11 +178,6 @@ def image_not_synced() -> list[Patch]:
     return [(Image, "fdatasync", lambda self: None)]
 
 
-def resync_copies_unsealed() -> list[Patch]:
-    """A resync copies blocks of the open epoch."""
-    return [(Engine, "unsealed_blocks", lambda self, volume, first_block, count: [])]
-
-
 def flush_before_sync() -> list[Patch]:
     """A flush is answered at once."""
 
@@ -205,18 +207,14 @@ def bits_cleared_early() -> list[Patch]:
     return [(ResyncSender, "read_done", read_done)]
 
 
-def resync_before_recorded() -> list[Patch]:
-    """A resync writes the image before the superblock says Inconsistent."""
-    real = ResyncReceiver.next_job
+def inconsistent_not_said() -> list[Patch]:
+    """A copy that is being made anew says that it is consistent."""
+    real = Engine.reset_position
 
-    def next_job(self: ResyncReceiver) -> Any:
-        is_recorded, self.is_recorded = self.is_recorded, self.is_begun
-        try:
-            return real(self)
-        finally:
-            self.is_recorded = is_recorded
+    def reset_position(self: Engine, *position: Any, data_state: Any) -> None:
+        real(self, *position, data_state="consistent")
 
-    return [(ResyncReceiver, "next_job", next_job)]
+    return [(Engine, "reset_position", reset_position)]
 
 
 def consistent_early() -> list[Patch]:
@@ -230,18 +228,6 @@ def consistent_early() -> list[Patch]:
         return is_needed
 
     return [(ResyncReceiver, "needs_checkpoint", needs_checkpoint)]
-
-
-def retention_before_checkpoint() -> list[Patch]:
-    """Epochs are released when bits are set, before the superblock counts on the bitmap."""
-    real = PeerModes._bitmap_done
-
-    def bitmap_done(self: PeerModes, name: str, job: Any) -> None:
-        real(self, name, job)
-        if name in self.bitmaps:
-            self.engine.retain(name, self.bitmaps[name].through_epoch)
-
-    return [(PeerModes, "_bitmap_done", bitmap_done)]
 
 
 def superblock_not_synced() -> list[Patch]:
@@ -298,13 +284,11 @@ MUTATIONS: dict[str, Callable[[], list[Patch]]] = {
         lose_bitmap_bit,
         undo_not_synced,
         image_not_synced,
-        resync_copies_unsealed,
         flush_before_sync,
         frames_not_asked_for,
         bits_cleared_early,
-        resync_before_recorded,
+        inconsistent_not_said,
         consistent_early,
-        retention_before_checkpoint,
         superblock_not_synced,
         apply_while_held,
         index_forgets_newer,

@@ -119,9 +119,12 @@ class Network:
         self._deliver(target, source, payload)
 
     def break_connection(self, a: str, b: str) -> None:
-        """One data connection dies with everything in flight on it."""
+        """One data connection dies with everything in flight on it; a busy one, if there is one."""
         link = self.link(a, b)
-        connection = 1 + self.world.random.randrange(DATA_CONNECTIONS)
+        busy = sorted(
+            {n for (_, n), until in link.busy_until.items() if n > 0 and until > self.world.now_ns}
+        )
+        connection = self.world.random.choice(busy or range(1, 1 + DATA_CONNECTIONS))
         for source in (a, b):
             key = (source, connection)
             link.broken[key] = link.broken.get(key, 0) + 1

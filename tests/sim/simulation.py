@@ -23,7 +23,7 @@ NAMES = [PRIMARY, *SECONDARIES]
 VOLUMES = {0: 112 * 4096 + 1536, 1: 20 * 4096}
 HEAL_NS = 90 * SECOND
 """Bound of O7: lag is zero again so long after the last fault."""
-QUIET_NS = 45 * SECOND
+QUIET_NS = 40 * SECOND
 LAG_S_MAX = 20
 SECONDS = 600
 """Length of a run, if nothing else is asked for."""
