@@ -4,36 +4,24 @@ from __future__ import annotations
 
 import errno
 
-import msgspec
 import pytest
 
-from geomirror.errors import RemoteProtocolError
-from geomirror.limits import KIB
 from geomirror.wan_protocol.decisions import SendMessage
 from geomirror.wan_protocol.messages import (
     Acknowledge,
-    ResyncBegin,
     SessionAccept,
-    SessionOpen,
-    SessionRefuse,
 )
-from tests.sim.disk import SimStore
 from tests.wan_protocol.core_support import (
     BLOCK,
     PEER,
     PRIMARY,
-    SIZES,
     Stage,
-    different_blocks,
     noise,
 )
 
 
 def last_accept(stage: Stage) -> SessionAccept:
     return stage.west.sent(SessionAccept)[-1]
-
-
-# A crash at every point of an epoch's way. The power cut loses everything that is not synced.
 
 
 def test_spooled_frames_are_lost_by_a_power_cut_and_sent_again() -> None:
@@ -167,9 +155,6 @@ def test_a_power_cut_at_any_disk_operation(count: int) -> None:
     assert stage.sender().counters.resyncs == 0
 
 
-# Readers.
-
-
 def test_hold_keeps_the_image_still_while_epochs_become_durable() -> None:
     stage = Stage()
     stage.write_epochs(2)
@@ -201,99 +186,6 @@ def test_a_pass_that_a_full_disk_stopped_leaves_no_settled_image() -> None:
     stage.secondary.set_hold(False, stage.now_ns)
     stage.settle()
     stage.check_in_sync()
-
-
-# Refusals.
-
-
-def test_a_secondary_with_another_history_is_refused_as_diverged() -> None:
-    stage = Stage()
-    stage.write_epochs(1)
-    stage.link_down()
-    store = SimStore("other")
-    engine = stage.create_engine(store, PEER, generation=noise(3, 16))
-    engine.superblock.data_state = "consistent"
-    stage.replace(PEER, engine, store)
-    stage.link_up()
-    stage.pass_time(3000)
-    assert "diverged" in stage.secondary.refusal
-    assert "diverged" in stage.sender().refusal
-    assert not stage.sender().is_open
-    assert not any(stage.image()[0])
-
-
-def test_an_offer_that_does_not_know_our_history_is_refused_and_nothing_changes() -> None:
-    stage = Stage()
-    stage.write_epochs(1)
-    offer = stage.east.sent(SessionOpen)[-1]
-    stranger = msgspec.structs.replace(offer.chain[-1], identity=noise(3, 16))
-    accepts = len(stage.west.sent(SessionAccept))
-    other = msgspec.structs.replace(offer, chain=[stranger])
-    stage.secondary.receive(PRIMARY, other, stage.now_ns)
-    stage.settle()
-    assert len(stage.west.sent(SessionAccept)) == accepts
-    assert "diverged" in stage.west.sent(SessionRefuse)[-1].error_text
-    assert stage.secondary.engine.generation == offer.chain[-1].identity
-    longer = msgspec.structs.replace(offer, chain=[*offer.chain, stranger])
-    stage.secondary.receive(PRIMARY, longer, stage.now_ns)
-    assert stage.secondary.is_open, "a history that goes on from ours is welcome"
-
-
-def test_the_primary_too_refuses_another_history() -> None:
-    stage = Stage()
-    stage.write_epochs(2)
-    accept = last_accept(stage)
-    ours = stage.primary.engine.generation
-    other = noise(1, 32)
-    for changes in (
-        {"generation": noise(3, 16), "durable_epoch": 1},
-        {"generation": ours, "durable_epoch": 2, "durable_hash": other},
-        {"generation": ours, "durable_epoch": 3, "durable_hash": other},
-        {"generation": ours, "durable_epoch": 0, "durable_hash": other},
-    ):
-        stage.reconnect()
-        stage.primary.link_down(PEER, stage.now_ns)
-        stage.primary.link_up(PEER, stage.now_ns)
-        lie = msgspec.structs.replace(accept, **changes)
-        stage.primary.receive(PEER, lie, stage.now_ns)
-        assert not stage.sender().is_open, changes
-        assert "diverged" in stage.sender().refusal
-        stage.settle()
-    stage.reconnect()
-    stage.check_in_sync()
-
-
-def test_wrong_volume_sizes_are_refused_with_both_named() -> None:
-    stage = Stage(is_connected=False)
-    store = SimStore("smaller")
-    sizes = {0: SIZES[0] - 512, 1: SIZES[1]}
-    engine = stage.create_engine(store, PEER, sizes=sizes)
-    stage.replace(PEER, engine, store)
-    stage.link_up()
-    assert str(SIZES[0]) in stage.sender().refusal
-    assert str(SIZES[0] - 512) in stage.sender().refusal
-    assert not stage.secondary.is_open
-    assert stage.west.sent(SessionRefuse)
-
-
-def test_another_resource_is_refused() -> None:
-    stage = Stage()
-    (offer,) = stage.east.sent(SessionOpen)
-    other = msgspec.structs.replace(offer, resource=bytes(16))
-    stage.secondary.receive(PRIMARY, other, stage.now_ns)
-    assert "another identity" in stage.secondary.refusal
-
-
-def test_a_resync_to_another_history_is_a_protocol_error() -> None:
-    stage = Stage()
-    good = ResyncBegin(stage.primary.session, stage.primary.engine.generation, 0, bytes(32), 0, 1)
-    for changes in ({"generation": noise(1, 16)}, {"chain_hash": b""}, {"epoch": -1}):
-        with pytest.raises(RemoteProtocolError):
-            stage.secondary.receive(PRIMARY, msgspec.structs.replace(good, **changes), stage.now_ns)
-    assert stage.secondary.data_state == "consistent"
-
-
-# Disks.
 
 
 @pytest.mark.parametrize(
@@ -364,84 +256,6 @@ def test_an_orderly_stop_applies_what_is_durable() -> None:
     stage.settle()
     assert stage.secondary.is_settled
     assert stage.check() == 3
-
-
-# A disk from the past.
-
-
-def test_an_old_disk_goes_on_from_where_it_was_when_the_epochs_are_there() -> None:
-    stage = Stage()
-    stage.write_epochs(2)
-    old = stage.snapshot(PEER)
-    stage.link_down()
-    stage.write_epochs(2, seed=5)
-    stage.primary.pause(PEER, is_paused=True)
-    stage.restore(PEER, old)
-    stage.primary.pause(PEER, is_paused=False)
-    stage.settle()
-    stage.check_in_sync()
-    assert stage.sender().counters.resyncs == 0
-
-
-def test_an_old_disk_is_resynced_fully_when_the_epochs_are_gone() -> None:
-    stage = Stage(journal_bytes=1024 * KIB)
-    stage.write_epochs(2)
-    old = stage.snapshot(PEER)
-    stage.write_epochs(20, seed=5, blocks=8)
-    stage.pass_time(4000)
-    stage.restore(PEER, old)
-    stage.pass_time(5000)
-    assert stage.sender().counters.resyncs == 1
-    assert different_blocks(stage.image()[0], bytes(stage.content[0])) == []
-    stage.check_in_sync()
-
-
-def test_an_old_disk_is_copied_whole_although_there_is_a_bitmap_from_a_later_epoch_on() -> None:
-    stage = Stage(journal_bytes=1024 * KIB)
-    stage.write_epochs(2)
-    old = stage.snapshot(PEER)
-    stage.write_blocks(480, 8, seed=5)
-    stage.seal()
-    stage.check_in_sync()
-    stage.link_down()
-    for at in range(100):
-        stage.write_epochs(1, blocks=8, seed=at)
-    stage.pass_time(5000)
-    assert stage.sender().mode == "Bitmap"
-    assert not stage.primary.bitmaps[PEER].bitmap.is_full
-    stage.restore(PEER, old)
-    stage.pass_time(8000)
-    stage.check_in_sync()
-    assert stage.sender().counters.resyncs == 2, "one for the overflow, one for the old disk"
-
-
-def test_an_old_disk_from_the_middle_of_a_resync_is_never_called_consistent() -> None:
-    stage = Stage(first_sync=True, is_connected=False)
-    stage.write_epochs(8, blocks=16)
-    stage.hold(PEER, "resync")
-    stage.link_up()
-    stage.run_held(PEER, "resync")
-    old = stage.snapshot(PEER)
-    assert stage.secondary.data_state == "inconsistent"
-    stage.release(PEER)
-    stage.pass_time(3000)
-    stage.check_in_sync()
-    stage.restore(PEER, old)
-    stage.pass_time(5000)
-    stage.check_in_sync()
-
-
-def test_a_blank_disk_in_the_middle_of_the_first_sync_is_copied_from_the_start() -> None:
-    stage = Stage(first_sync=True, is_connected=False)
-    blank = stage.snapshot(PEER)
-    stage.write_epochs(8, blocks=16)
-    stage.hold(PEER, "resync")
-    stage.link_up()
-    stage.run_held(PEER, "resync")
-    stage.restore(PEER, blank)
-    stage.pass_time(5000)
-    stage.check_in_sync()
-    assert stage.sender().counters.resyncs == 0
 
 
 def test_acknowledgements_never_go_back_within_a_session() -> None:
