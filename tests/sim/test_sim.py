@@ -1,0 +1,64 @@
+"""The simulator in the test suite: fixed seeds, fresh ones, and that a seed repeats exactly."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+import sys
+
+import pytest
+
+from tests.sim.mutations import mutated
+from tests.sim.oracle import OracleError
+from tests.sim.simulation import Simulation
+
+FIXED, FIXED_SECONDS = range(1, 21), 300
+FRESH = 5
+FRESH_FIRST = int(os.environ.get("GEOMIRROR_SIM_SEED", "0")) or secrets.randbelow(1 << 31)
+REPEATED, REPEATED_SECONDS = 8, 200
+TELL = """
+from tests.sim.simulation import Simulation
+print(Simulation({seed}, {seconds}).run().fingerprint)
+"""
+
+
+@pytest.mark.parametrize("seed", FIXED)
+def test_a_fixed_seed_keeps_all_promises(seed: int) -> None:
+    Simulation(seed, FIXED_SECONDS).run()
+
+
+@pytest.mark.parametrize("number", range(FRESH))
+def test_a_fresh_seed_keeps_all_promises(number: int) -> None:
+    seed = FRESH_FIRST + number
+    print(f"seed={seed}: replay with python -m tests.sim --seed {seed}")
+    Simulation(seed).run()
+
+
+def test_a_seed_repeats_exactly() -> None:
+    first, second = (Simulation(REPEATED, REPEATED_SECONDS).run() for _ in range(2))
+    assert first.epochs > 20
+    assert first.crashes > 0
+    assert first.fingerprint == second.fingerprint
+    assert first.fingerprint != Simulation(REPEATED + 1, REPEATED_SECONDS).run().fingerprint
+
+
+def test_a_seed_does_not_depend_on_the_order_of_sets() -> None:
+    code = TELL.format(seed=REPEATED, seconds=REPEATED_SECONDS)
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": hash_seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for hash_seed in ("1", "2")
+    }
+    assert found == {Simulation(REPEATED, REPEATED_SECONDS).run().fingerprint + "\n"}
+
+
+def test_a_failure_tells_its_seed_and_its_story() -> None:
+    told = rf"seed={REPEATED}: AssertionError: .*\n +1\.\d+ "
+    with mutated("trim_early"), pytest.raises(OracleError, match=told):
+        Simulation(REPEATED).run()
