@@ -300,7 +300,7 @@ async def test_a_node_does_not_link_with_itself_or_a_copy_of_itself(tmp_path: Pa
 async def test_an_expired_certificate_is_told_apart_from_a_wrong_clock(tmp_path: Path) -> None:
     async with pair(tmp_path) as (east, west):
         west.clock.shift_ns = 25 * HOUR  # both sites share this clock
-        with pytest.raises(AuthError, match=r"expired 3600 s ago.*clock skew"):
+        with pytest.raises(AuthError, match=r"expired 36\d\d s ago.*clock skew"):
             await west.driver.dial("east-1", east.endpoint, Collect)
         west.clock.shift_ns = 80 * HOUR
         with pytest.raises(AuthError, match="expired") as caught:
