@@ -10,6 +10,7 @@ from geomirror.wan_protocol.primary import Primary
 from tests.sim.node import SimNode
 from tests.sim.options import Options
 from tests.sim.oracle import Entry, Oracle, OracleError
+from tests.sim.reading import Reading
 from tests.sim.world import MS, SECOND, World
 
 BATCHES = (1, 1, 1, 3, 8)
@@ -99,6 +100,8 @@ class Client:
         for _ in range(1 + int(chance.random() * burst)):
             if not self._write_batch(primary):
                 return
+        if chance.random() < 0.5:
+            Reading(primary, self.oracle).start()
         if chance.random() < 0.3:
             token = (primary.life, len(self.oracle.log))
             primary.call(lambda: primary.core.flush(token, primary.now_ns()))

@@ -22,6 +22,8 @@ CALM_FACTOR = 12
 """Faults are so much rarer between storms."""
 WALL_STEP_NS = 3600 * SECOND
 PROMISE_CRASH_CHANCE = 0.015
+STOP_LOOKS = 30
+"""Tenths of a second that an orderly stop may take."""
 STOPPED_OPERATIONS_MAX = 40
 """A power cut inside a disk operation is at one of so many that come next."""
 
@@ -42,6 +44,7 @@ class Faults:
         """Schedule what the options ask for."""
         options = self._simulation.options
         self._repeat(options.crash_mean_ns, self._crash)
+        self._repeat(options.stop_mean_ns, self._stop)
         self._repeat(options.cut_mean_ns, self._cut)
         self._repeat(options.break_mean_ns, self._break)
         self._repeat(options.disk_fault_mean_ns, self._fail_disk)
@@ -127,6 +130,26 @@ class Faults:
             node.stop_at_operation(self._chance.randrange(1, STOPPED_OPERATIONS_MAX))
         else:
             self._simulation.crash(node, is_kill=self._chance.random() < 0.4)
+
+    def _stop(self) -> None:
+        """Somebody stops a node in order, and starts it again."""
+        node = self._any_node()
+        if not node.is_alive:
+            return
+        core, life = node.core, node.life
+        self._world.note(f"{node.name}: stop")
+        node.call(lambda: core.stop(node.now_ns()))
+
+        def look(left: int) -> None:
+            if node.life != life:
+                return
+            if left and not (core.is_settled and core.is_idle):
+                self._world.after(100 * MS, lambda: look(left - 1))
+            else:
+                self._world.note(f"{node.name}: settled: {core.is_settled}")
+                self._simulation.crash(node, is_kill=True)
+
+        look(STOP_LOOKS)
 
     def flip_some(self, node: SimNode) -> None:
         """Silent corruption of something that is provably durable, or of a superblock copy.

@@ -32,6 +32,7 @@ class Options:
     bit_flips: bool
     clock_rates: dict[str, float]
     crash_mean_ns: int
+    stop_mean_ns: int
     cut_mean_ns: int
     break_mean_ns: int
     disk_fault_mean_ns: int
@@ -65,6 +66,7 @@ class Options:
             bit_flips=chance.random() < 0.15,
             clock_rates={name: chance.choice([1.0, 1.0, 0.9, 1.05]) for name in names},
             crash_mean_ns=mean(2, 10),
+            stop_mean_ns=mean(5, 20),
             cut_mean_ns=mean(2, 10),
             break_mean_ns=mean(1, 10),
             disk_fault_mean_ns=mean(4, 15),
