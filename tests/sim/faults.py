@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 CALM_FACTOR = 12
 """Faults are so much rarer between storms."""
 WALL_STEP_NS = 3600 * SECOND
-PROMISE_CRASH_CHANCE = 0.015
 STOP_LOOKS = 30
 """Tenths of a second that an orderly stop may take."""
 STOPPED_OPERATIONS_MAX = 40
@@ -106,8 +105,8 @@ class Faults:
 
     def promised(self, node: SimNode) -> None:
         """A node said that something is durable: sometimes the power goes away right then."""
-        is_due = self._chance.random() < PROMISE_CRASH_CHANCE
-        if is_due and self._simulation.options.crash_mean_ns != NEVER and not self.is_ending:
+        is_due = self._chance.random() < self._simulation.options.promise_crash_chance
+        if is_due and not self.is_ending:
             life = node.life
 
             def crash() -> None:

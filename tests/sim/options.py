@@ -41,6 +41,8 @@ class Options:
     hold_mean_ns: int
     pause_mean_ns: int
     snapshot_mean_ns: int
+    promise_crash_chance: float
+    """That the power goes away right after something was said to be durable."""
 
     @classmethod
     def draw(cls, chance: random.Random, seconds: int, names: list[str]) -> Options:
@@ -75,4 +77,5 @@ class Options:
             hold_mean_ns=mean(3, 10, 0.5),
             pause_mean_ns=mean(5, 20, 0.6),
             snapshot_mean_ns=mean(5, 20, 0.7),
+            promise_crash_chance=chance.choice([0.0, 0.01, 0.03]),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from geomirror.errors import FencedError, GeomirrorError, IntegrityError, StorageError
@@ -49,11 +49,13 @@ class Outcome:
 class Simulation:
     """Runs one seed. `run` raises OracleError with the story's last lines."""
 
-    def __init__(self, seed: int, seconds: int = SECONDS) -> None:
+    def __init__(self, seed: int, seconds: int = SECONDS, **focus: object) -> None:
+        """:param focus: options to use instead of what the seed draws."""
         self.seed = seed
         self.world = World(seed)
         self.chance = self.world.random
-        self.options = options = Options.draw(self.chance, seconds, NAMES)
+        options = replace(Options.draw(self.chance, seconds, NAMES), **focus)  # type: ignore[arg-type]
+        self.options = options
         self.oracle = Oracle(VOLUMES)
         self.network = Network(
             self.world,

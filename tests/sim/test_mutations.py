@@ -1,0 +1,74 @@
+"""The simulator bites: the product broken in any of these ways is found within 100 seeds.
+
+To be quick, some are looked for in runs that lean towards what they need; none is told what to look
+for. `python -m tests.sim --mutation NAME` looks for one in ordinary runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from geomirror.limits import KIB
+from tests.sim.mutations import MUTATIONS, mutated
+from tests.sim.options import NEVER
+from tests.sim.oracle import OracleError
+from tests.sim.simulation import Simulation
+from tests.sim.world import SECOND
+
+SEEDS_MAX = 100
+CRASHES: dict[str, Any] = {"promise_crash_chance": 0.1}
+OVERFLOWS: dict[str, Any] = {
+    "bytes_per_second": 60_000,
+    "journal_bytes": 1024 * KIB,
+    "burst": 20,
+    "cut_mean_ns": 2 * SECOND,
+}
+FOCUS: dict[str, dict[str, Any]] = {
+    "ship_before_fsync": CRASHES,
+    "durable_before_fsync": CRASHES,
+    "flush_before_sync": CRASHES,
+    "lose_bitmap_bit": OVERFLOWS,
+    "bits_cleared_early": OVERFLOWS,
+    "frames_not_asked_for": {
+        "break_mean_ns": SECOND,
+        "crash_mean_ns": NEVER,
+        "stop_mean_ns": NEVER,
+        "cut_mean_ns": NEVER,
+        "disk_fault_mean_ns": NEVER,
+        "snapshot_mean_ns": NEVER,
+        "promise_crash_chance": 0.0,
+    },
+    "apply_while_held": {"hold_mean_ns": 2 * SECOND},
+}
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", sorted(MUTATIONS))
+def test_a_mutation_is_found(name: str) -> None:
+    for seed in range(1, SEEDS_MAX + 1):
+        with mutated(name):
+            try:
+                Simulation(seed, **FOCUS.get(name, {})).run()
+            except OracleError as error:
+                print(f"found with seed {seed}: {str(error).splitlines()[0]}")
+                return
+    raise AssertionError(f"{name} is not found within {SEEDS_MAX} seeds")
+
+
+@pytest.mark.parametrize("name", sorted(FOCUS))
+def test_the_product_as_it_is_passes_the_same_run(name: str) -> None:
+    Simulation(1, **FOCUS[name]).run()
+
+
+def test_a_mutation_is_undone_at_its_end() -> None:
+    before = [(target, name, getattr(target, name)) for target, name, _ in _patches()]
+    for mutation in MUTATIONS:
+        with mutated(mutation):
+            pass
+    assert [(target, name, getattr(target, name)) for target, name, _ in before] == before
+
+
+def _patches() -> list[tuple[Any, str, Any]]:
+    return [patch for make in MUTATIONS.values() for patch in make()]
