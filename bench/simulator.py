@@ -18,8 +18,8 @@ _SPEED = re.compile(r"([0-9]+(?:\.[0-9]+)?) times real time")
 async def run(options: Options) -> Result:
     """Run the simulator for some seeds, the same ones in every run."""
     result = Result(NAME, "The simulator: a primary and two secondaries with disks")
-    rounds, seeds = options.choose_rounds(5, 1), options.choose(20, 1)
-    length = options.choose(60, 10)
+    rounds, seeds = options.choose_rounds(5, 1), options.choose(20, 4)
+    length = 600  # Storms and the calms between them; a short run would be little but one storm.
     result.settings = {"rounds": rounds, "seeds": seeds, "length_seconds": length}
     speeds = []
     for number in range(rounds):
