@@ -109,6 +109,8 @@ def _create_images(store: Store, new: NewResource, stack: ExitStack) -> dict[int
     for spec in new.volumes:
         file = spec.backing or store.create(volume_file_name(spec.index), spec.size_bytes)
         stack.callback(file.close)
+        if spec.backing is None:
+            file.fdatasync()  # Its size: it holds nothing yet.
         if file.size() < spec.size_bytes:
             raise RefusedError(
                 f'volume "{spec.name}" of "{new.name}" needs {spec.size_bytes} bytes, '
@@ -199,6 +201,12 @@ def _open_images(
         own = volume_file_name(volume.index)
         file = open_backing(volume) if volume.backing else store.open(own)
         stack.callback(file.close)
+        if file.size() < volume.size_bytes:
+            raise IntegrityError(
+                f'volume "{volume.name}" of "{superblock.name}" has {volume.size_bytes} bytes, '
+                f"{file.name} only {file.size()}",
+                hint="the file was cut; keep the data directory and make this copy anew",
+            )
         images[volume.index] = Image(volume.index, volume.name, volume.size_bytes, file)
     return images
 
