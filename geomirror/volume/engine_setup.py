@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from geomirror.environment import Entropy
-from geomirror.errors import RefusedError, UsageError
+from geomirror.errors import IntegrityError, RefusedError, UsageError
 from geomirror.limits import SECTOR_BYTES, Limits
 from geomirror.volume.dirty_index import DirtyIndex
 from geomirror.volume.engine_base import EngineParts

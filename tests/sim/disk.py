@@ -316,6 +316,13 @@ class SimStore:
         if inode.size != inode.durable_size and chance() < style.survive:
             inode.durable_size = inode.size
         inode.size = inode.durable_size
+        for page in [page for page in inode.durable if page * PAGE >= inode.size]:
+            # Written back, but behind the end of what the file is now.
+            del inode.durable[page]
+            inode.synced.pop(page, None)
+        last, rest = divmod(inode.size, PAGE)
+        if rest and last in inode.durable:
+            inode.durable[last] = inode.durable[last][:rest].ljust(PAGE, b"\0")
         inode.dirty.clear()
         inode.cache = dict(inode.durable)
 

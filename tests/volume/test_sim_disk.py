@@ -265,3 +265,17 @@ def test_a_flipped_bit_is_in_the_cache_and_on_the_disk() -> None:
     assert store.content("f")[5000] == 4
     store.crash()
     assert store.content("f")[5000] == 4
+
+
+def test_what_lies_behind_a_lost_size_does_not_come_back() -> None:
+    for seed in range(20):
+        store = SimStore(seed, writeback=1.0)
+        durable(store, "f", 0)
+        file = store.open("f")
+        file.pwritev([b"x" * 20_000], 0)
+        store.crash(style=MIXED)
+        file = store.open("f")
+        size = file.size()
+        assert size in (0, 20_000)
+        file.pwritev([b"y"], 40_000)
+        assert file.pread(40_000 - size, size) == bytes(40_000 - size)
