@@ -11,6 +11,7 @@ import secrets
 import time
 from typing import Protocol
 
+US = 1_000
 MS = 1_000_000
 """Nanoseconds in a millisecond."""
 SECOND = 1_000_000_000

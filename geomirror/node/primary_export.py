@@ -186,7 +186,7 @@ class PrimaryExport:
         if writes:
             self._write(handle, writes, cookies, fua)
         if flushes:
-            self.core.flush(FlushToken(sink, flushes), self.runner.now_ns())
+            self._flush(FlushToken(sink, flushes))
         for request in reads:
             self._read(request, sink)
         self.runner.wrote()
@@ -215,12 +215,14 @@ class PrimaryExport:
         self, sink: ReplySink, writes: Sequence[Write], cookies: list[int], fua: list[int]
     ) -> None:
         clock = self.runner.clock
-        now_ns = clock.now_ns()
-        self.core.write(writes, now_ns, clock.wall_ns())
+        self.core.write(writes, clock.now_ns(), clock.wall_ns())
         if cookies:
             sink.reply_many(cookies)
         if fua:
-            self.core.flush(FlushToken(sink, fua), now_ns)
+            self._flush(FlushToken(sink, fua))
+
+    def _flush(self, token: FlushToken) -> None:
+        self.runner.flush(token, is_alone=len(self._attached) == 1)
 
     def write_held(self, held: _Held) -> bool:
         """Try a batch again that was held back; False when it still has to wait."""

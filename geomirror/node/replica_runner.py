@@ -15,12 +15,12 @@ import structlog
 from geomirror.environment import SECOND
 from geomirror.errors import GeomirrorError
 from geomirror.node.context import NodeContext
+from geomirror.node.job_pace import SyncPace, is_small_sync, run_job
 from geomirror.volume.engine_jobs import ReadJob
 from geomirror.wan_protocol.decisions import (
     Decision,
     Emit,
     FlushDone,
-    Job,
     RoomAvailable,
     RunJob,
     SendFrame,
@@ -37,15 +37,6 @@ _log = structlog.get_logger(component="replica")
 REPEATING = frozenset({"bad_frame", "spool_full", "storage_full"})
 """Events that a lasting trouble causes again and again: they must not push others out."""
 REPEAT_NS = 60 * SECOND
-
-
-def run_job(job: Job) -> GeomirrorError | None:
-    """Run on a worker thread; an operating error is a result, a programmer's error is not."""
-    try:
-        job.run()
-    except GeomirrorError as error:
-        return error
-    return None
 
 
 class ReplicaRunner:
@@ -81,6 +72,8 @@ class ReplicaRunner:
         self._is_draining = False
         self._is_stopped = False
         self._silent_until_ns: dict[str, int] = {}
+        self._pace = SyncPace(context.clock)
+        self._flushes: list[object] = []
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -93,18 +86,37 @@ class ReplicaRunner:
         if self._is_draining or self._is_stopped:
             return
         self._is_draining = True
+        is_flushing = self._timer is not None
         try:
             while (decision := self.core.next_decision()) is not None:
-                self._execute(decision)
+                is_flushing &= self._execute(decision)
         finally:
             self._is_draining = False
-        self._arm()
-        self._on_progress()
+        if not is_flushing:
+            self._arm()
+            self._on_progress()
 
     def wrote(self) -> None:
         """After a write: mostly nothing is decided, and the timer is armed already."""
         if self.core.has_decisions or self._timer is None:
             self.drive()
+
+    def flush(self, token: object, *, is_alone: bool) -> None:
+        """Flush for one client; unless it is alone, together with whoever else asks in this turn
+        of the loop. What was completed before the call is covered."""
+        if is_alone:
+            self.core.flush(token, self.now_ns())
+            return
+        if not self._flushes:
+            self._loop.call_soon(self._flush_all)
+        self._flushes.append(token)
+
+    def _flush_all(self) -> None:
+        tokens, self._flushes = self._flushes, []
+        now_ns = self.now_ns()
+        for token in tokens:
+            self.core.flush(token, now_ns)
+        self.drive()
 
     def run_read(
         self, job: ReadJob, answer: Callable[[ReadJob, GeomirrorError | None], None]
@@ -126,7 +138,8 @@ class ReplicaRunner:
         if self._jobs == 0:
             self._idle.set()
 
-    def _execute(self, decision: Decision) -> None:
+    def _execute(self, decision: Decision) -> bool:
+        """Whether it was of a flush only: no deadline and nobody's position has changed by it."""
         match decision:
             case SendFrame(peer, session, epoch, sequence, body, is_resync):
                 self._links.send_frame(peer, session, epoch, sequence, body, is_resync=is_resync)
@@ -134,12 +147,14 @@ class ReplicaRunner:
                 self._links.send_message(peer, session, message)
             case FlushDone(token, error):
                 self._on_flush(token, error)
+                return True
             case RunJob():
-                self._start(decision)
+                return self._start(decision)
             case RoomAvailable():
                 self._on_room()
             case Emit(kind, fields):
                 self.tell(kind, fields)
+        return False
 
     def tell(self, kind: str, fields: Mapping[str, object]) -> None:
         """Publish an event of this resource; one that repeats itself only once in a while."""
@@ -150,14 +165,23 @@ class ReplicaRunner:
             self._silent_until_ns[kind] = now_ns + REPEAT_NS
         self._context.emit(kind, {"resource": self.name, **fields})
 
-    def _start(self, run: RunJob) -> None:
+    def _start(self, run: RunJob) -> bool:
+        """Run a job; see `_execute`."""
+        execute = run_job
+        if run.kind == "sync" and is_small_sync(run.job, self.core.engine.journal.durable_lsn):
+            execute = self._pace.run
+            if self._pace.is_fast:
+                sealed_epoch = self.core.engine.sealed_epoch
+                self.core.job_done(run, execute(run.job), self.now_ns())
+                return self.core.engine.sealed_epoch == sealed_epoch
         self._jobs += 1
         self._idle.clear()
-        future = self._context.executor.submit(run_job, run.job)
+        future = self._context.executor.submit(execute, run.job)
         # Straight to the loop: `run_in_executor` takes another turn of it, which every flush pays.
         future.add_done_callback(
             lambda done: self._loop.call_soon_threadsafe(self._job_done, run, done)
         )
+        return False
 
     def _job_done(self, run: RunJob, future: Future[GeomirrorError | None]) -> None:
         self._ended()
