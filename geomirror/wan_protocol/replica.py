@@ -168,8 +168,10 @@ class Replica:
         self.stalled = None
         self._pump_role()
         self._pump_sync()
-        self._pump_apply()
+        # First, since a pass waits for it: one that has nothing to write ends without a job, and
+        # nobody would come back to start the pass.
         self._pump_checkpoint()
+        self._pump_apply()
         self._pump_upkeep()
         if self._room_wanted and self.fenced is None and self._has_room():
             self._room_wanted = False
@@ -215,9 +217,8 @@ class Replica:
         self._checkpoint_wanted = True
 
     def _pump_checkpoint(self) -> None:
-        if not self._checkpoint_wanted or self.is_running("checkpoint"):
-            return
-        if self.is_running("apply"):
+        is_busy = self.is_running("checkpoint") or self.is_running("apply")
+        if not self._checkpoint_wanted or is_busy:
             return
         self._checkpoint_wanted = False
         job = self.engine.checkpoint_job()

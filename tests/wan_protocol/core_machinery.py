@@ -225,7 +225,10 @@ class Machinery:
             # A timer that is due already fires with the delay of a busy loop.
             self.now_ns = min(end_ns, max(due, self.now_ns + MS))
             for core in alive:
-                core.handle_timer(self.now_ns)
+                # Only when it asked for it: a wake-up that a core forgot to ask for never comes.
+                at_ns = core.get_timer()
+                if at_ns is not None and at_ns <= self.now_ns:
+                    core.handle_timer(self.now_ns)
             self.settle()
             times = [core.get_timer() for core in alive]
             overdue = overdue + 1 if any(t is not None and t <= self.now_ns for t in times) else 0
