@@ -44,6 +44,12 @@ class Limits:
     """Undestaged index entries (about 100 bytes of RAM each)."""
     apply_pass_bytes_max: int = 256 * MIB
     """Data of one apply pass, but at least one epoch: the step in which room comes back."""
+    apply_read_bytes_max: int = 32 * MIB
+    """New contents in memory at once during a pass: few reads of the journal, and enough blocks
+    that adjacent ones still meet in one write."""
+    destage_fraction: float = 0.75
+    """Part of those two bounds at which destaging starts: below it a burst has the CPU and the disk
+    for itself, above it there is still room while the first pass runs."""
     destage_age_ns_max: int = 30 * SECOND
     """Oldest undestaged epoch before a destage pass starts."""
     zero_run_blocks_min: int = 64
@@ -150,6 +156,7 @@ class Limits:
         assert self.segment_bytes % (4 * KIB) == 0
         assert self.record_payload_bytes_max * 2 <= self.segment_bytes
         assert self.record_payload_bytes_max % BLOCK_BYTES == 0
+        assert self.apply_read_bytes_max >= 2 * BLOCK_BYTES
         # Three segments: one being written, one pinned by a reader, one to go on with.
         assert self.journal_bytes_min >= 4 * self.segment_bytes
         # Two epochs per peer may be in flight while a third is open; none may fill the journal.
@@ -174,6 +181,7 @@ SIMULATION = Limits(
     dirty_bytes_max=256 * KIB,
     dirty_entries_max=512,
     apply_pass_bytes_max=128 * KIB,
+    apply_read_bytes_max=24 * KIB,
     destage_age_ns_max=3 * SECOND,
     zero_run_blocks_min=4,
     epoch_bytes_max=64 * KIB,

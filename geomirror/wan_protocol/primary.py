@@ -293,8 +293,8 @@ class Primary(PeerModes):
         is_due = (
             self._is_stopping
             or self._room_wanted
-            or engine.dirty_bytes >= limits.dirty_bytes_max // 2
-            or engine.dirty_entries >= limits.dirty_entries_max // 2
+            or engine.dirty_bytes >= limits.dirty_bytes_max * limits.destage_fraction
+            or engine.dirty_entries >= limits.dirty_entries_max * limits.destage_fraction
             or engine.journal.bytes_used >= engine.journal.bytes_total // 2
             or (oldest is not None and self.now_ns >= oldest + limits.destage_age_ns_max)
         )
