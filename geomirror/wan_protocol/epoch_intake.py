@@ -9,6 +9,7 @@ from __future__ import annotations
 from geomirror.environment import SECOND
 from geomirror.errors import (
     BadFrameError,
+    GeomirrorError,
     IntegrityError,
     JournalFullError,
     LimitExceededError,
@@ -40,6 +41,18 @@ class EpochIntake(Replica):
         """Frame body bytes taken in this session. What is dropped here is asked for and sent again,
         so only what is taken opens the primary's window."""
         self.decoder = FrameDecoder(limits, {i: v.size_bytes for i, v in engine.images.items()})
+        self._unspooled: NoSpaceError | None = None
+        """Why the last frame found no room on the disk."""
+
+    @property
+    def stalled(self) -> GeomirrorError | None:
+        """Why something waits for disk space at this moment."""
+        return self._stalled or self._unspooled
+
+    @property
+    def _waits_for_sync(self) -> bool:
+        # Trims of what was dropped do, and the begin of a resync; syncs are few here.
+        return True
 
     def _diverged(self, error: IntegrityError) -> None:
         """What arrived is not what the primary sealed."""
@@ -64,12 +77,14 @@ class EpochIntake(Replica):
         if frame.data:
             try:
                 address = self.engine.spool([frame.data], 0)
-            except (JournalFullError, NoSpaceError):
+            except (JournalFullError, NoSpaceError) as error:
+                self._unspooled = error if isinstance(error, NoSpaceError) else None
                 self._spool_full(epoch)
                 return
             except StorageError as error:
                 self._fence(error)
                 return
+            self._unspooled = None
         incoming.progress_ns = self.now_ns
         incoming.add(sequence, frame.table.copy(), address, len(body))
         self.taken_bytes += len(body)
@@ -150,6 +165,7 @@ class EpochIntake(Replica):
         if self.incoming:
             self._reclaim()
         self.incoming.clear()
+        self._unspooled = None
         self.engine.keep_spooled(0)
 
     def _reclaim(self) -> None:

@@ -177,10 +177,10 @@ class Primary(PeerModes):
         """When to call `handle_timer` next, or None for only after another event."""
         if self.fenced is not None:
             return None
-        times: list[int] = []
         if self._retry_at_ns is not None:
-            times.append(self._retry_at_ns)
-        elif self.open_since_ns is not None and not self.is_running("seal"):
+            return self._retry_at_ns  # Whatever else is due waits for it.
+        times: list[int] = []
+        if self.open_since_ns is not None and not self.is_running("seal"):
             times.append(self.open_since_ns + self.limits.epoch_age_ns)
         oldest = self._oldest_unapplied_ns()
         if oldest is not None and not self.is_running("apply"):

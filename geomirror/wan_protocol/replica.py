@@ -38,7 +38,7 @@ class Replica:
         self.engine = engine
         self.limits = limits
         self.fenced: GeomirrorError | None = None
-        self.stalled: GeomirrorError | None = None
+        self._stalled: GeomirrorError | None = None
         self.now_ns = 0
         self._decisions: deque[Decision] = deque()
         self._running: dict[str, RunJob] = {}
@@ -71,11 +71,17 @@ class Replica:
                 run.done(run.job)
             except GeomirrorError as failure:
                 self._job_failed(run, failure)
-        if run.kind == "sync" and self.engine.sealed_epoch == sealed_epoch:
+        is_flush = run.kind == "sync" and self.engine.sealed_epoch == sealed_epoch
+        if is_flush and not self._waits_for_sync:
             # Flushes were answered and no epoch became sealed: nothing else can be due by that.
             self._flush_pump()
         else:
             self._pump()
+
+    @property
+    def stalled(self) -> GeomirrorError | None:
+        """Why something waits for disk space at this moment."""
+        return self._stalled
 
     def flush(self, token: object, now_ns: int) -> None:
         """Answer `token` with `FlushDone` once everything completed before now is durable (I2)."""
@@ -105,6 +111,11 @@ class Replica:
         return kind in self._running
 
     # What the subclasses decide.
+
+    @property
+    def _waits_for_sync(self) -> bool:
+        """Something but flushes and epochs waits for the end of a sync."""
+        return False
 
     def _apply_target(self) -> int | None:
         """Epoch through which to apply now, or None for not now."""
@@ -165,7 +176,7 @@ class Replica:
             self._pump_sync()
             return
         self._retry_at_ns = None
-        self.stalled = None
+        self._stalled = None
         self._pump_role()
         self._pump_sync()
         # First, since a pass waits for it: one that has nothing to write ends without a job, and
@@ -259,8 +270,10 @@ class Replica:
 
     def _stall(self, kind: str, error: StorageError) -> None:
         """Wait for disk space. Nothing is lost: the data stays in the journal until then."""
-        self.stalled = error
-        self._retry_at_ns = self.now_ns + RETRY_NS
+        self._stalled = error
+        if self._retry_at_ns is None or self._retry_at_ns <= self.now_ns:
+            # Never put off: trims and passes wait for it, too, and may be what makes room.
+            self._retry_at_ns = self.now_ns + RETRY_NS
         self._decide(Emit("storage_full", {"job": kind, "error": str(error)}))
 
     def _retry_job(self, run: RunJob) -> None:
