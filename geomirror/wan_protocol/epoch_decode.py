@@ -28,18 +28,13 @@ from geomirror.volume.store import Buffer
 from geomirror.wan_protocol.epoch_encode import (
     CODEC_RAW,
     CODEC_ZSTD,
-    ENTRIES_MAX,
     FRAME_ENTRY,
     FRAME_HEADER,
-    RUN_BLOCKS_MAX,
     frame_hash,
 )
 from geomirror.wan_protocol.frame import FRAME_BODY_BYTES_MAX
+from geomirror.wan_protocol.frame_layout import ENTRIES_MAX, FRAME_ENTRY_TYPE, RUN_BLOCKS_MAX
 
-_ENTRY = np.dtype(
-    [("volume", "<u2"), ("kind", "u1"), ("flags", "u1"), ("count", "<u4"), ("block", "<u8")]
-)
-assert _ENTRY.itemsize == FRAME_ENTRY.size
 _BLOCK_MAX = 1 << 52
 
 
@@ -98,7 +93,7 @@ class FrameDecoder:
         if frame_hash(header, entries, data) != expected:
             raise BadFrameError("frame does not match its hash")
         return DecodedFrame(
-            _expand(np.frombuffer(entries, dtype=_ENTRY), data, self._volume_bytes), data
+            _expand(np.frombuffer(entries, dtype=FRAME_ENTRY_TYPE), data, self._volume_bytes), data
         )
 
     def _decompress(self, codec: int, wire: memoryview, raw_bytes: int) -> bytes:

@@ -1,7 +1,7 @@
 """Turns an epoch, a fold of several, or copied blocks into FRAME bodies (`docs/wire_format.md`).
 
 ```
- table, ascending            window (4 MiB of contents)          frames (≤ 64 KiB raw each)
+ table, ascending            window (16 MiB of contents)         frames (≤ 64 KiB raw each)
  DATA 7 ─┐ addresses in      read by ascending address,  ┌─▶ [7 8 9 | 12 | ZERO 20…99 | zstd]
  DATA 8  ├ journal order ──▶ laid out by block          ─┤
  DATA 9 ─┘                                               └─▶ [100 101 … | raw]
@@ -21,22 +21,28 @@ import numpy as np
 import xxhash
 import zstandard
 
-from geomirror.limits import BLOCK_BYTES, FRAME_RAW_BYTES_MAX, KIB, MIB, PRODUCTION, Limits
-from geomirror.volume.epoch_table import HASH_ZERO, KIND_DATA, KIND_ZERO, Epoch, Table, chain_hash
+from geomirror.limits import BLOCK_BYTES, KIB, MIB, PRODUCTION, Limits
+from geomirror.volume.arrays import run_heads, run_tails
+from geomirror.volume.epoch_table import HASH_ZERO, KIND_DATA, KIND_ZERO, Epoch, chain_hash
 from geomirror.volume.merge import merge_tables
 from geomirror.volume.store import Buffer
+from geomirror.wan_protocol.frame_layout import (
+    ENTRIES_MAX,
+    FRAME_ENTRY_TYPE,
+    RUN_BLOCKS_MAX,
+    WindowLayout,
+)
 
 CODEC_RAW = 0
 CODEC_ZSTD = 1
 CODEC_ZSTD_PREFIX = 2
 KIND_SAME = 2
-RUN_BLOCKS_MAX = FRAME_RAW_BYTES_MAX // BLOCK_BYTES
-ENTRIES_MAX = 1000
-"""Entries in one frame; 16 kB of them, what `FRAME_OVERHEAD_BYTES_MAX` has room for."""
 RUN_COUNT_MAX = (1 << 32) - 1
 RAW_FRACTION_MIN = 0.97
 """A frame that zstd does not bring below this part of its size is sent raw."""
-WINDOW_BLOCKS = 4 * MIB // BLOCK_BYTES
+WINDOW_BLOCKS = 16 * MIB // BLOCK_BYTES
+"""A full epoch. The contents of a part of it lie scattered over all of the epoch's journal, and
+what lies between them is read too: with 4 MiB, everything was read twice."""
 READ_GAP_BYTES_MAX = 16 * KIB
 """Unwanted bytes between two contents that are read rather than skipped: one call is dearer."""
 READ_BYTES_MAX = 1 * MIB
@@ -44,7 +50,7 @@ READ_BYTES_MAX = 1 * MIB
 FRAME_HEADER = struct.Struct("<BBHIQQ")
 FRAME_ENTRY = struct.Struct("<HBBIQ")
 assert FRAME_HEADER.size == 24
-assert FRAME_ENTRY.size == 16
+assert FRAME_ENTRY.size == FRAME_ENTRY_TYPE.itemsize == 16
 
 Read = Callable[[int, int], bytes]
 """Journal address, length → bytes. Must be safe on a worker thread."""
@@ -82,8 +88,8 @@ def frame_hash(header: bytes, entries: Buffer, data: Buffer) -> int:
     return int(digest.intdigest())
 
 
-class FrameBuilder:
-    """Collects ascending entries into frames. One per job: compressors are bound to a thread."""
+class FrameEncoder:
+    """Makes frames and keeps them. One per job: compressors are bound to a thread."""
 
     def __init__(self, level: int) -> None:
         self.frames: list[bytes] = []
@@ -91,6 +97,27 @@ class FrameBuilder:
         self._compressor = zstandard.ZstdCompressor(
             level=level, write_checksum=False, write_dict_id=False
         )
+
+    def add(self, entry_count: int, entries: bytes, data: Buffer) -> None:
+        """Add a frame; nothing of `data` is kept."""
+        size = len(data)
+        codec, wire = CODEC_RAW, data
+        if size:
+            packed = self._compressor.compress(data)
+            if len(packed) < RAW_FRACTION_MIN * size:
+                codec, wire = CODEC_ZSTD, packed
+        header = FRAME_HEADER.pack(codec, 0, entry_count, size, 0, 0)
+        digest = frame_hash(header, entries, data)
+        header = FRAME_HEADER.pack(codec, 0, entry_count, size, digest, 0)
+        self.frames.append(b"".join((header, entries, wire)))
+        self.raw_bytes += size
+
+
+class FrameBuilder:
+    """Collects ascending entries into frames."""
+
+    def __init__(self, encoder: FrameEncoder) -> None:
+        self._encoder = encoder
         self._entries: list[bytes] = []
         self._parts: list[Buffer] = []
 
@@ -125,17 +152,7 @@ class FrameBuilder:
         if not self._entries:
             return
         data = b"".join(self._parts)
-        entries = b"".join(self._entries)
-        codec, wire = CODEC_RAW, data
-        if data:
-            packed = self._compressor.compress(data)
-            if len(packed) < RAW_FRACTION_MIN * len(data):
-                codec, wire = CODEC_ZSTD, packed
-        header = FRAME_HEADER.pack(codec, 0, len(self._entries), len(data), 0, 0)
-        digest = frame_hash(header, entries, data)
-        header = FRAME_HEADER.pack(codec, 0, len(self._entries), len(data), digest, 0)
-        self.frames.append(b"".join((header, entries, wire)))
-        self.raw_bytes += len(data)
+        self._encoder.add(len(self._entries), b"".join(self._entries), data)
         self._entries, self._parts = [], []
 
 
@@ -188,11 +205,13 @@ class EncodeJob:
             table_hash = chain_hash(
                 HASH_ZERO, last.generation, last.number, first.first_lsn, last.end_lsn, table
             )
-        builder = FrameBuilder(self._level)
+        encoder = FrameEncoder(self._level)
         for start in range(0, len(table), WINDOW_BLOCKS):
-            window = table[start : start + WINDOW_BLOCKS]
-            _add_window(builder, window, self._contents(window))
-        builder.flush()
+            layout = WindowLayout(table[start : start + WINDOW_BLOCKS], self._volume_bytes)
+            contents = self._contents(layout)
+            for frame in layout.frames():
+                data = contents[frame.start : frame.stop]
+                encoder.add(frame.entry_count, frame.entries, data)
         self._result = EncodedEpoch(
             number=last.number,
             first_number=first.first_number,
@@ -202,62 +221,44 @@ class EncodeJob:
             wall_ns=last.wall_ns,
             chain_hash=last.chain_hash,
             table_hash=table_hash,
-            frames=builder.frames,
+            frames=encoder.frames,
             entries=len(table),
-            raw_bytes=builder.raw_bytes,
-            wire_bytes=sum(map(len, builder.frames)),
+            raw_bytes=encoder.raw_bytes,
+            wire_bytes=sum(map(len, encoder.frames)),
             is_mark=last.is_mark,
         )
 
-    def _contents(self, window: Table) -> list[Buffer]:
-        """Content of each DATA entry of the window, in the window's order."""
-        rows = np.flatnonzero(window["kind"] == KIND_DATA)
-        entries = window[rows]
-        order = np.argsort(entries["address"], kind="stable")
-        starts = entries["address"][order].astype(np.int64)
-        ends = starts + self._lengths(entries)[order]
+    def _contents(self, layout: WindowLayout) -> memoryview:
+        """The contents of the window's DATA entries, laid out in the window's order."""
+        addresses, lengths, places = layout.data_places()
+        # Not zeroed: all of it is written.
+        contents = np.empty(layout.data_bytes, dtype=np.uint8).data
+        if len(addresses) == 0:
+            return contents
+        order = np.argsort(addresses, kind="stable")
+        starts, places = addresses[order], places[order]
+        ends = starts + lengths[order]
         read_bytes = min(READ_BYTES_MAX, self._limits.segment_bytes)
         # One read per group: near each other, and none over a multiple of `read_bytes`, so that it
         # stays in one segment (a record never crosses from one to the next).
         is_cut = starts[1:] - ends[:-1] > READ_GAP_BYTES_MAX
         is_cut |= starts[1:] // read_bytes != starts[:-1] // read_bytes
-        cuts = [0, *(np.flatnonzero(is_cut) + 1).tolist(), len(rows)]
-        contents: list[Buffer] = [b""] * len(rows)
-        for first, last in itertools.pairwise(cuts):
-            if first == last:
-                continue
-            base = int(starts[first])
-            view = memoryview(self._read(base, int(ends[last - 1]) - base))
-            offsets = (starts[first:last] - base).tolist()
-            stops = (ends[first:last] - base).tolist()
-            for row, offset, stop in zip(order[first:last].tolist(), offsets, stops, strict=True):
-                contents[row] = view[offset:stop]
+        cuts = [*run_heads(is_cut).tolist(), len(order)]
+        # What is adjacent in the journal and in the window is copied as one piece.
+        is_piece = is_cut | (starts[1:] != ends[:-1])
+        is_piece |= places[1:] - places[:-1] != ends[:-1] - starts[:-1]
+        heads = run_heads(is_piece)
+        tails = run_tails(heads, len(order))
+        bounds = np.searchsorted(heads, cuts).tolist()
+        pieces = list(
+            zip(starts[heads].tolist(), ends[tails].tolist(), places[heads].tolist(), strict=True)
+        )
+        for first, last in itertools.pairwise(bounds):
+            base, end = pieces[first][0], pieces[last - 1][1]
+            found = memoryview(self._read(base, end - base))
+            for start, stop, place in pieces[first:last]:
+                contents[place : place + stop - start] = found[start - base : stop - base]
         return contents
-
-    def _lengths(self, entries: Table) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        lengths = np.full(len(entries), BLOCK_BYTES, dtype=np.int64)
-        for volume, size in self._volume_bytes.items():
-            mine = (entries["volume"] == volume) & (entries["block"] == size // BLOCK_BYTES)
-            lengths[mine] = size % BLOCK_BYTES
-        assert bool(np.all(lengths > 0))
-        return lengths
-
-
-def _add_window(builder: FrameBuilder, window: Table, contents: list[Buffer]) -> None:
-    """Add the entries of a window run by run."""
-    is_data = window["kind"] == KIND_DATA
-    is_joined = is_data[1:] & is_data[:-1] & (window["volume"][1:] == window["volume"][:-1])
-    is_joined &= window["block"][1:] == window["block"][:-1] + np.uint64(1)
-    starts = np.concatenate(([0], np.flatnonzero(~is_joined) + 1))
-    counts = np.diff(starts, append=len(window)).tolist()
-    heads = window[starts][["volume", "kind", "flags", "count", "block"]].tolist()
-    at = 0
-    for (volume, kind, flags, zeros, block), count in zip(heads, counts, strict=True):
-        if kind == KIND_DATA:
-            builder.add_run(volume, block, contents[at : at + count])
-            at += count
-        else:
-            builder.add_zero(volume, block, zeros, flags)
 
 
 def encode_blocks(
@@ -272,7 +273,8 @@ def encode_blocks(
         of a volume may be short. Not overlapping, in any order.
     :param zero_runs: (volume, first block, count of blocks) known to be zero.
     """
-    builder = FrameBuilder(level)
+    encoder = FrameEncoder(level)
+    builder = FrameBuilder(encoder)
     items: list[tuple[int, int, Buffer | int]] = [*ranges, *zero_runs]
     zero = bytes(BLOCK_BYTES)
     for volume, first, content in sorted(items, key=lambda item: item[:2]):
@@ -291,4 +293,4 @@ def encode_blocks(
             else:
                 builder.add_run(volume, blocks[0][0], [part for _, part in blocks])
     builder.flush()
-    return builder.frames
+    return encoder.frames
