@@ -115,8 +115,11 @@ class DirtyIndex:
     def write(self, offset: int, length: int, address: int) -> None:
         """The bytes of [offset, offset + length) lie at `address` in the journal now."""
         if not (offset | length) & _BLOCK_MASK:
-            first, end = offset >> _BLOCK_SHIFT, (offset + length) >> _BLOCK_SHIFT
-            self._write_whole(first, end, address)
+            first = offset >> _BLOCK_SHIFT
+            if length == BLOCK_BYTES:
+                self.entries[first] = self.touched[first] = address
+            else:
+                self._write_whole(first, (offset + length) >> _BLOCK_SHIFT, address)
             return
         if not length:
             return

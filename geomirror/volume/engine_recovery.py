@@ -232,9 +232,13 @@ def _sealed(
     number = superblock.applied_epoch
     previous_hash = bytes.fromhex(superblock.applied_hash)
     cut_number = applied_cut
+    low_byte = -1
     for record in records:
         if record.kind in _CHANGES:
-            cut_number = max(cut_number, later(cut_number, record.flags))
+            if record.flags != low_byte:
+                cut_number = max(cut_number, later(cut_number, record.flags))
+                low_byte = cut_number & 0xFF
+            continue
         if record.kind != RecordType.EPOCH:
             continue
         payload = journal.read(record.lsn + HEADER_BYTES, record.payload_length)
@@ -274,15 +278,20 @@ def _assign(
     """
     owners: list[int] = []
     cut_number, sealed = applied_cut, 0
+    owner, low_byte = -2, -1
     for record in records:
         if record.kind not in _CHANGES:
             owners.append(-2)
             continue
-        own = later(cut_number, record.flags)
-        cut_number = max(cut_number, own)
-        while sealed < len(cuts) and cuts[sealed] < own:
-            sealed += 1
-        owners.append(-1 if own <= applied_cut else sealed)
+        if record.flags != low_byte:
+            # A new cut; thousands of records follow each other with the same.
+            own = later(cut_number, record.flags)
+            cut_number = max(cut_number, own)
+            low_byte = record.flags if own == cut_number else -1
+            while sealed < len(cuts) and cuts[sealed] < own:
+                sealed += 1
+            owner = -1 if own <= applied_cut else sealed
+        owners.append(owner)
     return owners, max(cut_number, (cuts[-1] if cuts else applied_cut) + 1)
 
 
@@ -320,7 +329,7 @@ def _fill_indexes(
             open_epoch.since_wall_ns = record.wall_ns
         index = indexes[record.volume]
         if record.kind == RecordType.WRITE:
-            index.write(record.offset, record.length, record.address)
+            index.write(record.offset, record.length, record.lsn + HEADER_BYTES)
         else:
             is_trim = record.kind == RecordType.TRIM
             index.zero(record.offset, record.length, record.lsn, punch=is_trim)
