@@ -86,9 +86,10 @@ class EpochIntake(Replica):
                 return
             self._unspooled = None
         incoming.progress_ns = self.now_ns
-        incoming.add(sequence, frame.table.copy(), address, len(body))
+        incoming.add(sequence, frame.table, address, len(body))
         self.taken_bytes += len(body)
-        self.commit_complete()
+        if incoming.is_complete:  # Else no epoch can have become so.
+            self.commit_complete()
 
     def _incoming_of(self, epoch: int) -> Incoming:
         if len(self.incoming) >= INCOMING_MAX and epoch not in self.incoming:

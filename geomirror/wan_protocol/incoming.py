@@ -14,6 +14,7 @@ import numpy as np
 from geomirror.errors import IntegrityError, RemoteProtocolError
 from geomirror.volume.epoch_table import (
     HASH_ZERO,
+    KIND_DATA,
     Epoch,
     Table,
     chain_hash,
@@ -69,8 +70,9 @@ class Incoming:
     def add(self, sequence: int, table: Table, address: int, wire_bytes: int) -> None:
         """Take the table of a spooled frame whose data begins at journal address `address`."""
         assert 0 <= sequence < FRAMES_MAX
-        data = table["kind"] == 0
-        table["address"][data] += np.uint64(address)
+        if address:
+            # By the kind, because the entries of zeros have no address.
+            table["address"] += np.uint64(address) * (table["kind"] == KIND_DATA)
         self.parts[sequence] = table
         self.wire_bytes += wire_bytes
         if address and not 0 < self.lowest_address < address:
