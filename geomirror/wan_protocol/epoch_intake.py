@@ -125,6 +125,9 @@ class EpochIntake(Replica):
         if message.epoch <= self.engine.committed_epoch:
             return
         incoming = self._incoming_of(message.epoch)
+        for number in [n for n in self.incoming if message.first_epoch <= n < message.epoch]:
+            # The primary cuts its stream otherwise now: these will never be completed.
+            self.taken_bytes -= self.incoming.pop(number).drop_parts()
         incoming.commit = message
         incoming.progress_ns = self.now_ns
         self.commit_complete()
@@ -144,7 +147,7 @@ class EpochIntake(Replica):
             try:
                 epoch = incoming.assemble(engine.committed_hash)
             except IntegrityError as error:
-                self._diverged(error)
+                self._not_as_sealed(incoming, error)
                 return
             try:
                 engine.commit(epoch, epoch.wall_ns)
@@ -160,6 +163,18 @@ class EpochIntake(Replica):
             engine.keep_spooled(self._lowest_spooled())
             self._sync_wanted = True
             self._pump_sync()
+
+    def _not_as_sealed(self, incoming: Incoming, error: IntegrityError) -> None:
+        """Take the epoch's frames anew once: some may be of another cut into folds."""
+        if incoming.is_second_try:
+            self._diverged(error)
+            return
+        incoming.is_second_try = True
+        self.taken_bytes -= incoming.drop_parts()
+        incoming.progress_ns = self.now_ns - MISSING_AFTER_NS  # Asked for at once.
+        self.engine.keep_spooled(self._lowest_spooled())
+        self._reclaim()
+        self._decide(Emit("bad_epoch", {"epoch": incoming.number, "error": str(error)}))
 
     def forget_incoming(self) -> None:
         """Drop everything that is under way."""

@@ -66,6 +66,8 @@ class Incoming:
     lowest_address: int = 0
     wire_bytes: int = 0
     progress_ns: int = 0
+    is_second_try: bool = False
+    """All of it was once here and was not what the commit says."""
 
     def add(self, sequence: int, table: Table, address: int, wire_bytes: int) -> None:
         """Take the table of a spooled frame whose data begins at journal address `address`."""

@@ -269,6 +269,7 @@ class PeerModes(PeerRecords):
     def _peer_timers(self) -> list[int]:
         stuck = [resync.stuck_at() for resync in self.resyncs.values()]
         stuck += [sender.hung_at() for sender in self.senders.values()]
+        stuck += [sender.reopen_at_ns for sender in self.senders.values()]
         folding = [s.mode_since_ns for s in self.senders.values() if s.mode == FOLD]
         dwelt = [since_ns + self.limits.mode_dwell_ns_min for since_ns in folding]
         dwelt += [self._dwelt_at(name) for name in self.bitmaps]

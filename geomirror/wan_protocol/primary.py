@@ -110,7 +110,11 @@ class Primary(PeerModes):
         sender = self.senders.get(peer)
         if sender is None:
             return
-        sender.is_link_up = True
+        sender.link_up()
+        self._offer(sender)
+
+    def _offer(self, sender: Sender) -> None:
+        sender.reopen_at_ns = None
         superblock = self.engine.superblock
         message = SessionOpen(
             self.session,
@@ -122,7 +126,7 @@ class Primary(PeerModes):
             self.engine.sealed_hash,
             self.incarnation,
         )
-        self._decide(SendMessage(peer, self.session, message))
+        self._decide(SendMessage(sender.name, self.session, message))
 
     def link_down(self, peer: str, now_ns: int) -> None:
         """The link is gone; positions stay, nothing is lost."""
@@ -154,9 +158,7 @@ class Primary(PeerModes):
             case SessionAccept():
                 self._accepted(sender, message)
             case SessionRefuse():
-                sender.close()
-                sender.refusal = message.error_text
-                self._decide(Emit("peer_refused", {"peer": peer, "reason": message.error_text}))
+                self._refused(sender, message.error_text)
             case Acknowledge() if sender.is_open:
                 self._acknowledged(sender, message)
             case ResyncAcknowledge() if sender.is_open:
@@ -236,6 +238,8 @@ class Primary(PeerModes):
         self._pump_seal()
         self._pump_modes()
         for sender in self.senders.values():
+            if sender.reopen_at_ns is not None and self.now_ns >= sender.reopen_at_ns:
+                self._offer(sender)
             self._pump_sender(sender)
 
     def _pump_seal(self) -> None:
@@ -322,6 +326,12 @@ class Primary(PeerModes):
         self._retain(sender)
         fields: dict[str, object] = {"peer": sender.name, "epoch": sender.durable_epoch}
         self._decide(Emit("peer_connected", fields))
+
+    def _refused(self, sender: Sender, reason: str) -> None:
+        if reason != sender.refusal:  # It is tried again and again.
+            self._decide(Emit("peer_refused", {"peer": sender.name, "reason": reason}))
+        sender.refused(reason, self.now_ns)
+        self._abandon_resync(sender)
 
     def _acknowledged(self, sender: Sender, message: Acknowledge) -> None:
         before = sender.durable_epoch

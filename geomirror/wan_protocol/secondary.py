@@ -15,12 +15,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from geomirror.errors import (
-    GeomirrorError,
-    IntegrityError,
-    RefusedError,
-    RemoteProtocolError,
-)
+from geomirror.errors import GeomirrorError, IntegrityError, RefusedError, RemoteProtocolError
 from geomirror.limits import Limits
 from geomirror.volume.engine import Engine
 from geomirror.volume.engine_base import NO_GENERATION
@@ -271,8 +266,9 @@ class Secondary(EpochIntake):
     def _refuse_session(self, error: GeomirrorError) -> None:
         self.is_open = self._is_accepting = False
         self.resync = None
+        if str(error) != self.refusal:  # It is tried again and again.
+            self._decide(Emit("session_refused", {"reason": str(error)}))
         self.refusal = str(error)
-        self._decide(Emit("session_refused", {"reason": str(error)}))
         self._send(SessionRefuse(self.session, error.wire_code, str(error)))
 
     # Acknowledgements.

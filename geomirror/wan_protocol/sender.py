@@ -33,6 +33,10 @@ FOLD = "Fold"
 BITMAP = "Bitmap"
 RESYNC = "Resync"
 
+UNITS_MAX = 512
+"""Units kept for a peer at once, however small: it takes a bounded number of epochs under way."""
+REOPEN_NS, REOPEN_NS_MAX = 1 * SECOND, 60 * SECOND
+"""A session that the peer refused is offered again after this time, twice as long each time."""
 LOST_AFTER_NS = 3 * SECOND
 """Nothing on its way was received for so long: it counts as lost with its connection."""
 
@@ -87,6 +91,9 @@ class Sender:
     is_encoding: bool = False
     progress_ns: int = 0
     """When the peer last received something."""
+    reopen_at_ns: int | None = None
+    """When a session that the peer refused is offered again."""
+    _reopen_after_ns: int = REOPEN_NS
     _sent_bytes: int = 0
     _received_bytes: int = 0
     _credit_bytes: int = 0
@@ -104,6 +111,7 @@ class Sender:
             and not self.is_encoding
             and self.mode in (STREAM, FOLD)
             and self.next_number <= sealed_epoch
+            and len(self.units) < UNITS_MAX
             and (not self.units or self.held_bytes < self.limits.window_bytes_min)
         )
 
@@ -115,6 +123,11 @@ class Sender:
             Unit(encoded, commit, deque(range(len(frames))), held_bytes=sum(map(len, frames)))
         )
         self.next_number = encoded.number + 1
+
+    def link_up(self) -> None:
+        """A link to the peer is there."""
+        self.is_link_up = True
+        self._reopen_after_ns = REOPEN_NS
 
     def open(self, accept: SessionAccept, now_ns: int) -> None:
         """The peer accepted the session at this position: go on right after it."""
@@ -142,9 +155,17 @@ class Sender:
         self.progress_ns = now_ns
 
     def close(self) -> None:
-        """The link is gone; positions and encoded units stay."""
+        """The link is gone, or the session; positions and encoded units stay."""
         self.is_open = False
         self.room_bytes = 0
+        self.reopen_at_ns = None
+
+    def refused(self, reason: str, now_ns: int) -> None:
+        """The peer ended the session or did not take it; it may for as long as it likes."""
+        self.close()
+        self.refusal = reason
+        self.reopen_at_ns = now_ns + self._reopen_after_ns
+        self._reopen_after_ns = min(2 * self._reopen_after_ns, REOPEN_NS_MAX)
 
     def forget_units(self, next_number: int) -> None:
         """Drop encoded units; the stream goes on at `next_number`."""
@@ -183,6 +204,7 @@ class Sender:
 
     def _set_durable(self, epoch: int, chain_hash: bytes) -> None:
         while self.units and self.units[0].encoded.number <= epoch:
+            self._reopen_after_ns = REOPEN_NS  # It is taken again.
             self.units.popleft()
             self.counters.epochs_durable += 1
         self.durable_epoch = epoch

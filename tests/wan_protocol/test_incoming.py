@@ -169,6 +169,10 @@ def test_a_commit_with_a_wrong_hash_is_refused_and_nothing_is_taken() -> None:
     wrong = msgspec.structs.replace(commit.message, chain_hash=noise(9, 32))
     stage.deliver([*frames, (source, target, replaced(commit, message=wrong))])
     assert stage.secondary.engine.committed_epoch == 1
+    assert stage.secondary.is_open, "its frames are asked for once more"
+    assert not stage.secondary.incoming[2].parts
+    stage.deliver(frames)
+    assert stage.secondary.engine.committed_epoch == 1
     assert not stage.secondary.is_open
     assert "differs from the primary's" in stage.secondary.refusal
     assert "differs from the primary's" in stage.sender().refusal
@@ -188,8 +192,11 @@ def test_a_frame_of_another_epoch_in_the_place_of_one_is_noticed() -> None:
     assert isinstance(frame, SendFrame)
     stage.deliver([(source, target, replaced(frame, epoch=1, sequence=0)), *first[1:], commit])
     assert stage.secondary.engine.committed_epoch == 0
-    assert not stage.secondary.is_open
     assert not any(stage.image()[0])
+    stage.parked.clear()
+    stage.unpark()
+    stage.pass_time(3000)
+    assert stage.check() == 1, "the right one is asked for"
 
 
 @pytest.mark.parametrize(
