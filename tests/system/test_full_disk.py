@@ -189,10 +189,6 @@ def test_a_data_directory_without_room_for_a_journal(site: Site, mounted: Path):
     assert asyncio.run(site.read(0, MIB)) == b"x" * MIB
 
 
-@pytest.mark.xfail(
-    strict=False,
-    reason="known: on a busy machine the peer sometimes has not caught up after 60 s",
-)
 async def test_a_secondary_on_a_full_disk_says_so_and_catches_up(mounted: Path, tmp_path: Path):
     with some_sites(tmp_path, "a", "b") as (a, b):
         b.data_dir = mounted / "b"
