@@ -11,8 +11,10 @@ import contextlib
 import os
 import socket
 import stat
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from geomirror.errors import (
     GeomirrorError,
@@ -81,10 +83,21 @@ class NbdServer(Registry):
         except OSError as error:
             listener.close()
             raise StorageError.from_os(error, operation="listen on", path=str(path)) from error
+        await self.start_socket(listener)
+
+    async def start_socket(self, listener: socket.socket) -> None:
+        """Serve a listening socket of any family; it is closed, and nothing unlinked, by `stop`."""
         loop = asyncio.get_running_loop()
-        self._listeners.append(
-            await loop.create_unix_server(lambda: NbdConnection(self), sock=listener)
-        )
+        if listener.family == socket.AF_UNIX:
+            # From Python 3.13 on a loop would unlink the path when it closes the socket.
+            keep: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
+            server = await loop.create_unix_server(self._connection, sock=listener, **keep)
+        else:
+            server = await loop.create_server(self._connection, sock=listener)
+        self._listeners.append(server)
+
+    def _connection(self) -> NbdConnection:
+        return NbdConnection(self)
 
     async def start_tcp(self, host: str, port: int) -> tuple[str, int]:
         """Listen on TCP, without encryption; returns the address, with the port if it was 0.
@@ -93,7 +106,7 @@ class NbdServer(Registry):
         """
         loop = asyncio.get_running_loop()
         try:
-            server = await loop.create_server(lambda: NbdConnection(self), host, port)
+            server = await loop.create_server(self._connection, host, port)
         except OSError as error:
             raise UnreachableError(
                 f"cannot listen on {host}:{port}: {error.strerror or error}",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,6 +19,7 @@ from geomirror.config import RELOADABLE, Config, changed_keys
 from geomirror.environment import SECOND, SystemClock, SystemEntropy
 from geomirror.errors import ConfigError, GeomirrorError
 from geomirror.nbd.server_io import NbdServer
+from geomirror.node.activation_io import ActivatedSocket
 from geomirror.node.calls import Caller, MethodRegistry, Parameters, Result
 from geomirror.node.config_io import load_config
 from geomirror.node.context import NodeContext
@@ -28,6 +29,7 @@ from geomirror.node.definition_store import DefinitionStore
 from geomirror.node.events import EventRing
 from geomirror.node.link_router import LinkRouter
 from geomirror.node.log import set_level
+from geomirror.node.nbd_listeners import start_nbd, warn_if_exposed
 from geomirror.node.network_calls import NetworkCalls
 from geomirror.node.notify_io import Notifier
 from geomirror.node.paths import DataDir
@@ -36,7 +38,6 @@ from geomirror.node.resource_calls import ResourceCalls
 from geomirror.node.resource_host import ResourceHost, remove_tree
 from geomirror.node.service import ServiceFactory
 from geomirror.node.status import StatusReport
-from geomirror.tunnel.names import split_endpoint
 from geomirror.tunnel.network_state_io import NetworkState
 from geomirror.tunnel.tls_io import TlsDriver
 from geomirror.wan_protocol.streams_io import PeerAddress, PeerLinks
@@ -107,9 +108,10 @@ class Node:
         """Set when a part that must run for ever has ended."""
         self._register()
 
-    async def start(self) -> None:
+    async def start(self, activated: Sequence[ActivatedSocket] = ()) -> None:
         """Serve; returns when every resource is open or has failed to.
 
+        :param activated: further sockets for NBD, handed over by the service manager.
         :raises GeomirrorError: a socket cannot be had; what was started is stopped by `stop`.
         """
         self._host.on_started = self._router.service_started
@@ -117,11 +119,10 @@ class Node:
         sockets = self._data_dir.prepare_socket_dir()
         self._status.nbd_socket = str(sockets / "nbd.sock")
         await self._control.start(str(sockets / "control.sock"))
-        await self._nbd.start_unix(self._status.nbd_socket)
-        if self._config.nbd.tcp_listen:
-            host, port = split_endpoint(self._config.nbd.tcp_listen)
-            host, port = await self._nbd.start_tcp(host, port)
-            self._status.nbd_tcp_endpoint = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        path = self._status.nbd_socket
+        addresses = await start_nbd(self._nbd, self._config.nbd, path, activated)
+        warn_if_exposed(addresses)
+        self._status.nbd_tcp_endpoint = addresses.tcp_endpoint
         self._set_peers()
         await self._links.start(self._config.node.listen or self._state.listen)
         await self._open_resources()

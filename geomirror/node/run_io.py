@@ -11,9 +11,11 @@ import contextlib
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from geomirror.errors import GeomirrorError
+from geomirror.node.activation_io import ActivatedSocket, close_all, take_activated_sockets
 from geomirror.node.lock_io import DaemonLock
 from geomirror.node.paths import DataDir
 
@@ -34,11 +36,13 @@ def run_node(data_dir: DataDir) -> None:
     """
     refuse_optimized_python()
     os.umask(0o077)
+    activated = take_activated_sockets()
     # Without a network the directory may be anybody's: `load_network` says so, nothing is made.
     lock = DaemonLock(data_dir) if (data_dir.root / "network").is_dir() else None
     try:
-        _run_locked(data_dir)
+        _run_locked(data_dir, activated)
     finally:
+        close_all(activated)
         if lock is not None:
             lock.release()
 
@@ -49,17 +53,19 @@ def refuse_optimized_python() -> None:
         raise GeomirrorError("does not run with python -O", hint="unset PYTHONOPTIMIZE")
 
 
-def _run_locked(data_dir: DataDir) -> None:
+def _run_locked(data_dir: DataDir, activated: list[ActivatedSocket]) -> None:
     from geomirror.node.config_io import load_config
     from geomirror.node.log import set_up_logging
+    from geomirror.node.nbd_listeners import check_names
     from geomirror.node.replica_service import ReplicaService
     from geomirror.tunnel.network_state_io import load_network
 
+    check_names(activated)
     config = load_config(data_dir.config)
     state = load_network(data_dir.root, config.limits())
     set_up_logging(config.log.level, config.log.format, state.node)
     with _new_runner() as runner:
-        runner.run(serve(data_dir, config, state, ReplicaService))
+        runner.run(serve(data_dir, config, state, ReplicaService, activated))
 
 
 def _new_runner() -> asyncio.Runner:
@@ -71,7 +77,11 @@ def _new_runner() -> asyncio.Runner:
 
 
 async def serve(
-    data_dir: DataDir, config: Config, state: NetworkState, factory: ServiceFactory
+    data_dir: DataDir,
+    config: Config,
+    state: NetworkState,
+    factory: ServiceFactory,
+    activated: Sequence[ActivatedSocket] = (),
 ) -> None:
     """Start a node, wait for a signal or a failure, stop it.
 
@@ -85,7 +95,7 @@ async def serve(
         loop.add_signal_handler(number, stopping.set)
     node = Node(data_dir, config, state, factory)
     loop.add_signal_handler(signal.SIGHUP, node.reload)
-    starting = asyncio.ensure_future(node.start())
+    starting = asyncio.ensure_future(node.start(activated))
     waiting = asyncio.ensure_future(stopping.wait())
     try:
         await asyncio.wait((starting, waiting), return_when=asyncio.FIRST_COMPLETED)

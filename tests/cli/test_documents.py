@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from geomirror.node.nbd_listeners import SOCKET_NAMES
 from tests.cli.documents import DOCS, cli_document, commands, exit_codes
 
 ROOT = Path(__file__).parent.parent.parent
@@ -37,3 +38,13 @@ def test_the_unit_starts_the_daemon_as_the_node_expects():
     assert service["ExecStart"].endswith("node run")
     assert service["UMask"] == "0077"
     assert int(service["TimeoutStopSec"]) > 10
+
+
+def test_the_socket_unit_names_its_socket_as_the_daemon_knows_it():
+    unit = configparser.ConfigParser(strict=False, interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment, method-assign]
+    unit.read(ROOT / "deploy/systemd/geomirror-nbd.socket")
+    found = unit["Socket"]
+    assert found["FileDescriptorName"] in SOCKET_NAMES
+    assert found["Service"] == "geomirror.service"
+    assert found.get("Accept", "no") == "no"
