@@ -281,7 +281,8 @@ class EngineBase:
         superblock.scan_lsn = max(scan_lsn, self.scan_lsn)
         superblock.undo_next = self.undo.next_counter
         same = {"known_durable_lsn": superblock.known_durable_lsn, "sequence": superblock.sequence}
-        if msgspec.structs.replace(self._written, **same) == superblock and not self._is_undo_void:
+        is_same = msgspec.structs.replace(self._written, **same) == superblock
+        if is_same and not self._is_undo_void and not self._is_segment_unknown:
             return None
         superblock.known_durable_lsn = self.journal.durable_lsn
         version = copy_of(superblock)
@@ -348,6 +349,12 @@ class EngineBase:
         self._superblock_file.close()
         for image in self.images.values():
             image.close()
+
+    @property
+    def _is_segment_unknown(self) -> bool:
+        """The log is durable into a segment that nothing outside of it tells of."""
+        known_lsn, size = self._written.known_durable_lsn, self.limits.segment_bytes
+        return self.journal.durable_lsn // size > known_lsn // size
 
     @property
     def _uncommitted_lsn(self) -> int:

@@ -246,6 +246,13 @@ def _prove(log: _Log, scan: _Scan, known_durable_lsn: int, resource_id: bytes) -
     proofs = [known_durable_lsn, scan.durable_lsn, log.find_durable_lsn(scan.position)]
     proofs += [span.header.durable_lsn for span in log.spans]
     durable_lsn = max(proofs)
+    last = (durable_lsn - 1) // log.segment_bytes
+    if durable_lsn > scan.position and last not in log.files:
+        raise FencedError(
+            f"journal of resource {resource_id.hex()} is damaged: {segment_name(last)} is missing; "
+            f"the log ends at LSN {scan.position}, but was durable up to LSN {durable_lsn}",
+            hint=_FENCED_HINT,
+        )
     if durable_lsn > scan.position:
         number, offset = divmod(scan.position, log.segment_bytes)
         raise FencedError(

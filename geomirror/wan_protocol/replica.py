@@ -44,7 +44,7 @@ class Replica:
         self._running: dict[str, RunJob] = {}
         self._flushes: deque[tuple[object, int]] = deque()
         self._sync_wanted = False
-        self._checkpoint_wanted = False
+        self._checkpoint_wanted = True
         self._retry_at_ns: int | None = None
         self._room_wanted = False
         self._spare_not_before_ns = 0
@@ -208,6 +208,9 @@ class Replica:
     def _sync_done(self, job: Any) -> None:
         before = self.engine.sealed_epoch
         self.engine.complete_sync(job)
+        if job.directory:
+            # Another segment is in use: should its file be lost, the superblock misses it.
+            self._checkpoint_wanted = True
         durable_lsn = self.engine.journal.durable_lsn
         while self._flushes and self._flushes[0][1] <= durable_lsn:
             self._decide(FlushDone(self._flushes.popleft()[0]))
