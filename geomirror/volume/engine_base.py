@@ -241,7 +241,7 @@ class EngineBase:
             first,
             last,
             load,
-            self.journal.read,
+            self.journal.read_into,
             self.images,
             self.undo,
             self.limits,

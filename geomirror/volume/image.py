@@ -49,10 +49,20 @@ class Image:
         """The content of one block."""
         return self.file.pread(self.block_bytes(block), block * BLOCK_BYTES)
 
-    def data_ranges(self, offset: int, length: int) -> list[tuple[int, int]]:
-        """The (offset, length) parts of a range that may hold anything but zeros, ascending."""
+    def read_each(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """The bytes of many (offset, length), ascending and within the volume."""
+        assert not ranges or sum(ranges[-1]) <= self.size_bytes
+        return self.file.pread_each(ranges)
+
+    def data_ranges(
+        self, offset: int, length: int, count_max: int | None = None
+    ) -> list[tuple[int, int]]:
+        """The (offset, length) parts of a range that may hold anything but zeros, ascending.
+
+        With `count_max`, no more than that are looked for, and the rest counts as one more.
+        """
         assert 0 <= offset <= offset + length <= self.size_bytes
-        return self.file.data_ranges(length, offset)
+        return self.file.data_ranges(length, offset, count_max)
 
     def expect_scattered_reads(self, is_scattered: bool) -> None:
         """A hint: reads from now on are (not) of scattered blocks."""
@@ -63,21 +73,30 @@ class Image:
 
         Adjacent ones go out in one call.
         """
-        run: list[Buffer] = []
-        first = following = run_bytes = 0
+        runs: list[tuple[int, list[Buffer]]] = []
+        following = run_bytes = 0
         for block, content in blocks:
             assert block >= following, "blocks are not ascending"
-            if run and (block != following or run_bytes >= WRITE_RUN_BYTES_MAX):
-                self.file.pwritev(run, first * BLOCK_BYTES)
-                run, run_bytes = [], 0
-            if not run:
-                first = block
-            run.append(content)
+            if not runs or block != following or run_bytes >= WRITE_RUN_BYTES_MAX:
+                runs.append((block * BLOCK_BYTES, []))
+                run_bytes = 0
+            runs[-1][1].append(content)
             run_bytes += len(content)
             following = block + -(-len(content) // BLOCK_BYTES)
             assert len(content) % BLOCK_BYTES == 0 or self._ends_at(block, content)
-        if run:
-            self.file.pwritev(run, first * BLOCK_BYTES)
+        self.write_runs(runs)
+
+    def write_runs(self, runs: Sequence[tuple[int, Sequence[Buffer]]]) -> None:
+        """Write (offset, contents that follow each other), ascending. Not durable yet.
+
+        Whole blocks, but for the volume's last one. One call each: adjacent contents belong into
+        one run.
+        """
+        if not runs:
+            return
+        offset, contents = runs[-1]
+        assert offset + sum(map(len, contents)) <= self.size_bytes
+        self.file.pwritev_each(runs)
 
     def _ends_at(self, block: int, content: Buffer) -> bool:
         return block * BLOCK_BYTES + len(content) == self.size_bytes

@@ -216,18 +216,21 @@ class Journal:
 
     def read(self, address: int, length: int) -> bytes:
         """`length` bytes of one record's payload; on any thread, for what a pin holds."""
-        number, offset = divmod(address, self._segment_bytes)
-        segment = self._segments.get(number)
-        assert segment is not None, f"address {address} is not pinned"
-        assert offset + length <= self._segment_bytes
-        return segment.file.pread(length, offset)
+        return self._file_at(address, length).pread(length, address % self._segment_bytes)
+
+    def read_into(self, address: int, buffer: memoryview) -> None:
+        """Like `read`, into memory that is there already."""
+        self._file_at(address, len(buffer)).pread_into(buffer, address % self._segment_bytes)
 
     def try_read(self, address: int, length: int) -> bytes | bytearray | None:
         """Like `read` if that needs no waiting for a disk, else None."""
+        return self._file_at(address, length).try_read(length, address % self._segment_bytes)
+
+    def _file_at(self, address: int, length: int) -> File:
         number, offset = divmod(address, self._segment_bytes)
-        segment = self._segments.get(number)
-        assert segment is not None, f"address {address} is not pinned"
-        return segment.file.try_read(length, offset)
+        assert number in self._segments, f"address {address} is not pinned"
+        assert offset + length <= self._segment_bytes
+        return self._segments[number].file
 
     def read_record(self, lsn: int) -> tuple[RecordInfo, bytes]:
         """The record at `lsn` and its payload, verified; on any thread, for what a pin holds.
@@ -383,9 +386,8 @@ class Journal:
                 self._health.failure = f"journal stopped: {error.message}"
 
     def _is_syncing(self, segment: Segment) -> bool:
-        return segment.number in self._unsynced or any(
-            segment.file in job.files for job in self._syncing
-        )
+        is_begun = any(segment.file in job.files for job in self._syncing)
+        return is_begun or segment.number in self._unsynced
 
     def _salt_of(self, number: int) -> int:
         salt = self._salts.get(number)

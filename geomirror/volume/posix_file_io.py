@@ -76,6 +76,36 @@ class PosixFile:
             raise self._error(error, "read") from error
         return b"".join(parts) + bytes(missing)
 
+    def pread_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer`; zeros beyond the end."""
+        if self._failure:
+            self._require()
+        position = 0
+        try:
+            while position < len(buffer):
+                found = os.preadv(self._descriptor, [buffer[position:]], offset + position)
+                if not found:
+                    break
+                position += found
+        except OSError as error:
+            raise self._error(error, "read") from error
+        if position < len(buffer):
+            buffer[position:] = bytes(len(buffer) - position)
+
+    def pread_each(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """`pread` of many (offset, length)."""
+        if self._failure:
+            self._require()
+        descriptor, pread = self._descriptor, os.pread
+        try:
+            parts = [pread(descriptor, length, offset) for offset, length in ranges]
+        except OSError as error:
+            raise self._error(error, "read") from error
+        for index, (offset, length) in enumerate(ranges):
+            if len(parts[index]) != length:
+                parts[index] = self.pread(length, offset)
+        return parts
+
     def try_read(self, length: int, offset: int) -> bytearray | None:
         """The bytes if all of them are in memory (RWF_NOWAIT), else None."""
         if self._failure:
@@ -115,6 +145,20 @@ class PosixFile:
                 raise self._error(error, "write") from error
             offset += size
 
+    def pwritev_each(self, runs: Sequence[tuple[int, Sequence[Buffer]]]) -> None:
+        """`pwritev` of many (offset, buffers). :raises NoSpaceError: the file system is full."""
+        if self._failure:
+            self._require()
+        descriptor, pwrite = self._descriptor, os.pwrite
+        try:
+            for offset, buffers in runs:
+                if len(buffers) == 1 and pwrite(descriptor, buffers[0], offset) == len(buffers[0]):
+                    continue
+                # Many buffers, or a short write, which is simply done again.
+                self.pwritev(buffers, offset)
+        except OSError as error:
+            raise self._error(error, "write") from error
+
     def fdatasync(self) -> None:
         """Make what was written durable. :raises StorageError: now and at every later call."""
         with self._sync_lock:
@@ -146,13 +190,17 @@ class PosixFile:
             self.pwritev([memoryview(_ZEROS)[:size]], offset)
             offset, length = offset + size, length - size
 
-    def data_ranges(self, length: int, offset: int) -> list[tuple[int, int]]:
+    def data_ranges(
+        self, length: int, offset: int, count_max: int | None = None
+    ) -> list[tuple[int, int]]:
         """The (offset, length) parts that may hold anything but zeros, ascending."""
         self._require()
         end = min(offset + length, self.size())
         ranges: list[tuple[int, int]] = []
         position = offset
         while position < end:
+            if count_max is not None and len(ranges) >= count_max:
+                return [*ranges, (position, end - position)]
             try:
                 start = os.lseek(self._descriptor, position, os.SEEK_DATA)
                 stop = os.lseek(self._descriptor, start, os.SEEK_HOLE) if start < end else end

@@ -26,6 +26,12 @@ class File(Protocol):
     def pread(self, length: int, offset: int) -> bytes:
         """Exactly `length` bytes; what lies beyond the end reads as zeros."""
 
+    def pread_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer`; what lies beyond the end reads as zeros."""
+
+    def pread_each(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """`pread` of many (offset, length), at a fraction of its cost."""
+
     def try_read(self, length: int, offset: int) -> bytes | bytearray | None:
         """Like `pread` if that needs no waiting for a disk, else None."""
 
@@ -34,6 +40,9 @@ class File(Protocol):
 
     def pwritev(self, buffers: Sequence[Buffer], offset: int) -> None:
         """Write all buffers one after the other, completely. Not durable before `fdatasync`."""
+
+    def pwritev_each(self, runs: Sequence[tuple[int, Sequence[Buffer]]]) -> None:
+        """`pwritev` of many (offset, buffers), at a fraction of its cost."""
 
     def fdatasync(self) -> None:
         """Make everything written durable.
@@ -45,8 +54,13 @@ class File(Protocol):
     def zero(self, length: int, offset: int, *, punch: bool) -> None:
         """Make a range read as zeros; with `punch`, free its space where that is possible."""
 
-    def data_ranges(self, length: int, offset: int) -> list[tuple[int, int]]:
-        """The (offset, length) parts of a range that may hold anything but zeros, ascending."""
+    def data_ranges(
+        self, length: int, offset: int, count_max: int | None = None
+    ) -> list[tuple[int, int]]:
+        """The (offset, length) parts of a range that may hold anything but zeros, ascending.
+
+        With `count_max`, no more than that are looked for, and the rest counts as one more.
+        """
 
     def truncate(self, size: int) -> None:
         """Grow or shrink; refused with `StorageError` for a block device of another size."""

@@ -89,21 +89,32 @@ class UndoWriter:
         self._tables: list[_Array] = []
         self.raw_bytes = 0
 
-    def add_blocks(self, volume: int, blocks: Keys, data: Buffer) -> None:
+    def add_blocks(
+        self,
+        volume: int,
+        blocks: Keys,
+        data: Buffer,
+        are_holes: npt.NDArray[np.bool_] | None = None,
+    ) -> None:
         """Add the old contents of `blocks`; all-zero ones are noted as ZERO.
 
         :param data: 4096 bytes for each block, ascending; a short last one is padded.
+        :param are_holes: which blocks are known to be zeros and are not in `data`.
         """
-        assert len(blocks) == -(-len(data) // BLOCK_BYTES)
         if len(data) % BLOCK_BYTES:
             data = bytes(data) + bytes(-len(data) % BLOCK_BYTES)
         zero = zero_mask(data)
+        are_zero = zero
+        if are_holes is not None and bool(are_holes.any()):
+            are_zero = are_holes.copy()
+            are_zero[~are_holes] = zero
+        assert len(blocks) == len(are_zero)
         entries = np.zeros(len(blocks), dtype=_ENTRY)
         entries["volume"], entries["block"], entries["count"] = volume, blocks, 1
-        entries["kind"] = np.where(zero, KIND_ZERO, KIND_DATA)
+        entries["kind"] = np.where(are_zero, KIND_ZERO, KIND_DATA)
         self._tables.append(_joined(entries))
         if bool(zero.any()):
-            rows = np.frombuffer(data, dtype=np.uint8).reshape(len(blocks), BLOCK_BYTES)
+            rows = np.frombuffer(data, dtype=np.uint8).reshape(len(zero), BLOCK_BYTES)
             data = rows[~zero].tobytes()
         self._pending += data
         self.raw_bytes += len(data)

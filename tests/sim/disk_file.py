@@ -78,6 +78,14 @@ class SimFile:
             data = data[: max(0, inode.size - offset)].ljust(length, b"\0")
         return data
 
+    def pread_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer`."""
+        buffer[:] = self.pread(len(buffer), offset)
+
+    def pread_each(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """One `pread` each."""
+        return [self.pread(length, offset) for offset, length in ranges]
+
     def try_read(self, length: int, offset: int) -> bytes | None:
         """A simulated disk needs no waiting for."""
         return self.pread(length, offset)
@@ -90,6 +98,11 @@ class SimFile:
         self._check("pwritev")
         data = buffers[0] if len(buffers) == 1 else b"".join(buffers)
         self._write(data if type(data) is bytes else bytes(data), offset)
+
+    def pwritev_each(self, runs: Sequence[tuple[int, Sequence[Buffer]]]) -> None:
+        """One `pwritev` each: the machine may stop between them."""
+        for offset, buffers in runs:
+            self.pwritev(buffers, offset)
 
     def fdatasync(self) -> None:
         """Cache to disk; a failure poisons this descriptor and drops the dirty marks."""
@@ -132,7 +145,9 @@ class SimFile:
         if end > last * PAGE:
             self._write(bytes(end - last * PAGE), last * PAGE)
 
-    def data_ranges(self, length: int, offset: int) -> list[tuple[int, int]]:
+    def data_ranges(
+        self, length: int, offset: int, count_max: int | None = None
+    ) -> list[tuple[int, int]]:
         """The pages that exist, joined."""
         self._check("data_ranges")
         end = min(offset + length, self._inode.size)
@@ -150,7 +165,11 @@ class SimFile:
                 ranges[-1] = (ranges[-1][0], stop - ranges[-1][0])
             else:
                 ranges.append((start, stop - start))
-        return [(start, size) for start, size in ranges if size > 0]
+        ranges = [(start, size) for start, size in ranges if size > 0]
+        if count_max is not None and len(ranges) > count_max:
+            rest = ranges[count_max][0]
+            ranges[count_max:] = [(rest, end - rest)]
+        return ranges
 
     def truncate(self, size: int) -> None:
         """Grow sparse or shrink."""

@@ -34,12 +34,13 @@ class FakeJournal:
         self.data += content + bytes(72)
         return address
 
-    def read(self, address: int, length: int) -> bytes:
+    def read_into(self, address: int, buffer: memoryview) -> None:
         self.reads += 1
+        length = len(buffer)
         first, last = address // LIMITS.segment_bytes, (address + length - 1)
         assert first == last // LIMITS.segment_bytes, "a read across segments"
         assert address >= 0 and address + length <= len(self.data)
-        return bytes(self.data[address : address + length])
+        buffer[:] = self.data[address : address + length]
 
 
 Change = tuple[int, int, bytes | int, int]  # volume, block, content or run of zeros, flags
@@ -110,7 +111,7 @@ class World:
             from_epoch,
             to_epoch,
             lambda: epochs,
-            self.journal.read,
+            self.journal.read_into,
             store_images,
             undo,
             LIMITS,

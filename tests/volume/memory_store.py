@@ -27,6 +27,12 @@ class MemoryFile:
         self.store.operations.append(("pread", self.name, offset, length))
         return bytes(self.data[offset : offset + length]).ljust(length, b"\0")
 
+    def pread_into(self, buffer: memoryview, offset: int) -> None:
+        buffer[:] = self.pread(len(buffer), offset)
+
+    def pread_each(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        return [self.pread(length, offset) for offset, length in ranges]
+
     def expect_scattered_reads(self, is_scattered: bool) -> None:
         self.store.operations.append(("scattered", self.name, int(is_scattered), 0))
 
@@ -41,6 +47,10 @@ class MemoryFile:
         self.data[offset:end] = content
         self.pages.update(range(offset // self.PAGE, -(-end // self.PAGE)))
 
+    def pwritev_each(self, runs: Sequence[tuple[int, Sequence[Buffer]]]) -> None:
+        for offset, buffers in runs:
+            self.pwritev(buffers, offset)
+
     def fdatasync(self) -> None:
         self.store.operations.append(("fdatasync", self.name, 0, 0))
 
@@ -49,12 +59,16 @@ class MemoryFile:
         self.store.operations.append((name, self.name, offset, length))
         self.data[offset : offset + length] = bytes(length)
 
-    def data_ranges(self, length: int, offset: int) -> list[tuple[int, int]]:
+    def data_ranges(
+        self, length: int, offset: int, count_max: int | None = None
+    ) -> list[tuple[int, int]]:
         self.store.operations.append(("data_ranges", self.name, offset, length))
-        found = []
+        found: list[tuple[int, int]] = []
         for page in range(offset // self.PAGE, -(-(offset + length) // self.PAGE)):
             if page in self.pages:
                 low = max(page * self.PAGE, offset)
+                if len(found) == count_max:
+                    return [*found, (low, offset + length - low)]
                 found.append((low, min((page + 1) * self.PAGE, offset + length) - low))
         return found
 

@@ -102,7 +102,10 @@ def test_the_undo_is_durable_before_the_first_image_block_changes() -> None:
     assert synced == ["volumes/0.img", "volumes/1.img"]
 
 
-def test_adjacent_blocks_are_read_and_written_with_few_calls() -> None:
+def test_adjacent_blocks_are_read_and_written_with_few_calls(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(apply_support, "LIMITS", replace(LIMITS, apply_read_bytes_max=4 * MIB))
     world, store = World([8 * MIB], lambda _: noise(1, 8 * MIB)), MemoryStore()
     world.epoch([(0, block, noise(block), 0) for block in range(256, 768)])
     world.create_images(store)
@@ -115,6 +118,50 @@ def test_adjacent_blocks_are_read_and_written_with_few_calls() -> None:
     world.job(images, undo, 0, 1).run()
     reads = [op for op in store.operations if op[0] == "pread"]
     assert [op[3] for op in reads] == [1 * MIB, 1 * MIB]
+
+
+def test_blocks_scattered_over_the_journal_take_few_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apply_support, "LIMITS", replace(LIMITS, apply_read_bytes_max=4 * MIB))
+    world, store = World([8 * MIB], lambda _: bytes(8 * MIB)), MemoryStore()
+    for number in range(4):
+        # Written in an order that has nothing to do with the blocks'; every epoch goes everywhere.
+        world.epoch([(0, b, noise(b), 0) for b in range(number, 2048, 8)])
+    world.create_images(store)
+    images, undo = world.images(store), UndoStore(store, LIMITS)
+    job = world.job(images, undo, 0, 4)
+    job.run()
+    assert content_of(images) == world.states[4]
+    assert job.bytes_written == 4 * MIB
+    assert world.journal.reads <= 20, "one for each segment of 256 KiB"
+
+
+def test_holes_under_many_blocks_are_asked_for_and_not_read() -> None:
+    size = 64 * MIB
+    world, store = World([size], lambda _: noise(1, 128 * KIB).ljust(size, b"\0")), MemoryStore()
+    world.epoch([(0, block, noise(block), 0) for block in range(0, size // BLOCK_BYTES, 64)])
+    world.create_images(store)
+    images, undo = world.images(store), UndoStore(store, LIMITS)
+    store.operations.clear()
+    world.job(images, undo, 0, 1).run()
+    assert [op[2] for op in store.operations if op[0] == "pread"] == [0]
+    assert content_of(images) == world.states[1]
+    assert restored(images, undo, 0) == world.states[0]
+
+
+def test_an_image_in_too_many_pieces_is_read_and_not_asked() -> None:
+    size = 16 * MIB
+    pieces = b"".join(noise(at, 64 * KIB) + bytes(64 * KIB) for at in range(128))
+    world, store = World([size], lambda _: pieces), MemoryStore()
+    world.epoch([(0, block, noise(block), 0) for block in range(0, size // BLOCK_BYTES, 8)])
+    world.create_images(store)
+    images, undo = world.images(store), UndoStore(store, LIMITS)
+    store.operations.clear()
+    world.job(images, undo, 0, 1).run()
+    reads = [op for op in store.operations if op[0] == "pread"]
+    # 512 blocks are worth 32 pieces: half of the blocks up to there, all of them behind.
+    assert 350 < len(reads) < 512
+    assert content_of(images) == world.states[1]
+    assert restored(images, undo, 0) == world.states[0]
 
 
 def test_a_plain_resync_keeps_no_undo() -> None:

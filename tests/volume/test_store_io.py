@@ -287,6 +287,53 @@ def test_data_ranges_show_holes(file: PosixFile) -> None:
     assert file.data_ranges(1 << 20, 1 << 20) == []
 
 
+def test_data_ranges_look_for_no_more_than_they_are_asked(file: PosixFile) -> None:
+    for at in range(3):
+        file.pwritev([b"x" * 4096], at * 128 * 1024)
+    first, second, rest = file.data_ranges(1 << 20, 0, 2)
+    assert (first[0], second[0]) == (0, 128 * 1024)
+    assert rest == (sum(second), (1 << 20) - sum(second))
+    assert len(file.data_ranges(1 << 20, 0, 3)) <= 4
+
+
+def test_many_reads_and_writes_in_one_call(file: PosixFile) -> None:
+    size = file.size()
+    file.pwritev_each([(0, [b"a" * 10, b"b" * 10]), (4096, [b"c" * 10]), (size - 4, [b"d" * 4])])
+    ranges = [(5, 10), (4090, 10), (size - 4, 8)]
+    assert file.pread_each(ranges) == [b"aaaaabbbbb", bytes(6) + b"cccc", b"dddd" + bytes(4)]
+    buffer = memoryview(bytearray(b"?" * 12))
+    file.pread_into(buffer[2:], size - 4)
+    assert bytes(buffer) == b"??dddd" + bytes(6)
+    file.pread_into(buffer, 8192)
+    assert bytes(buffer) == bytes(12)
+
+
+def test_a_short_write_among_many_is_completed(
+    file: PosixFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: real(fd, data[:3], offset))
+    monkeypatch.setattr(os, "pwritev", lambda fd, data, offset: real(fd, data[0][:5], offset))
+    file.pwritev_each([(0, [b"0123456789"]), (100, [b"abcdefghij"])])
+    assert file.pread_each([(0, 10), (100, 10)]) == [b"0123456789", b"abcdefghij"]
+
+
+def test_failures_among_many_name_the_file(
+    file: PosixFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for name in ("pwrite", "pread", "preadv"):
+        monkeypatch.setattr(os, name, fail)
+    with pytest.raises(NoSpaceError, match="write"):
+        file.pwritev_each([(0, [b"x"])])
+    with pytest.raises(StorageError, match="read"):
+        file.pread_each([(0, 1)])
+    with pytest.raises(StorageError, match="read"):
+        file.pread_into(memoryview(bytearray(1)), 0)
+
+
 def test_data_ranges_without_support_are_everything(
     file: PosixFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
