@@ -35,6 +35,7 @@ from geomirror.node.notify_io import Notifier
 from geomirror.node.paths import DataDir
 from geomirror.node.refusals import RefusalAllowance
 from geomirror.node.resource_calls import ResourceCalls
+from geomirror.node.resource_definition import ResourceDefinition
 from geomirror.node.resource_host import ResourceHost, remove_tree
 from geomirror.node.service import ServiceFactory
 from geomirror.node.status import StatusReport
@@ -115,6 +116,7 @@ class Node:
         :raises GeomirrorError: a socket cannot be had; what was started is stopped by `stop`.
         """
         self._host.on_started = self._router.service_started
+        self._host.definition_of = self._definition_now
         self._router.on_link_up = self._network.link_up
         sockets = self._data_dir.prepare_socket_dir()
         self._status.nbd_socket = str(sockets / "nbd.sock")
@@ -237,6 +239,10 @@ class Node:
         served, failed = len(self._host.services), len(self._host.failures)
         text = f"{self._state.node}: {served} resources served"
         return f"{text}, {failed} failed" if failed else text
+
+    def _definition_now(self, old: ResourceDefinition) -> ResourceDefinition:
+        entry = self._store.find(old.name)
+        return old if entry is None else entry.definition
 
     def _set_peers(self) -> None:
         peers = []

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import structlog
 
-from geomirror.errors import GeomirrorError, NotFoundError, RefusedError, StorageError
+from geomirror.errors import (
+    GeomirrorError,
+    InUseError,
+    NoSpaceError,
+    NotFoundError,
+    RefusedError,
+    StorageError,
+)
 from geomirror.node.context import NodeContext
 from geomirror.node.resource_definition import ResourceDefinition, default_journal_bytes
 from geomirror.node.service import Service, ServiceFactory
@@ -21,6 +28,10 @@ if TYPE_CHECKING:
     from geomirror.nbd.protocol import Export
 
 _log = structlog.get_logger(component="resources")
+
+TRIED_AGAIN = "it is tried again by itself"
+RETRY_S, RETRY_S_MAX = 1.0, 60.0
+"""A resource whose failure may pass is opened again after this time, twice as long each time."""
 
 
 class ResourceHost:
@@ -34,7 +45,12 @@ class ResourceHost:
         self.opening: set[str] = set()
         self.on_started: Callable[[Service], None] = lambda service: None
         """Called on the loop when a service has started; the node connects it to its links."""
+        self.definition_of: Callable[[ResourceDefinition], ResourceDefinition] = lambda old: old
+        """What a resource is by now; it may have changed while it could not be opened."""
         self._factory = factory
+        self._retries: dict[str, asyncio.TimerHandle] = {}
+        self._retry_after_s: dict[str, float] = {}
+        self._reopening: set[asyncio.Task[None]] = set()
         self._sessions: dict[int, Service] = {}
 
     async def create(self, definition: ResourceDefinition) -> Service:
@@ -66,23 +82,53 @@ class ResourceHost:
             self.opening.discard(name)
 
     async def open(self, definition: ResourceDefinition) -> None:
-        """Recover and serve a resource; a failure is kept in `failures`, not raised."""
+        """Recover and serve a resource; a failure is kept in `failures`, not raised.
+
+        One that can pass by itself (device in use, no space) is tried again for ever.
+        """
         name = definition.name
         self.opening.add(name)
         try:
             service = await self._run(self._factory.open, definition, self.context)
             await self._start(service)
         except GeomirrorError as error:
-            self.failures[name] = error
-            _log.error("resource_not_served", resource=name, reason=str(error))
-            self.context.emit("resource_failed", {"resource": name, "reason": str(error)})
+            self._failed(definition, error)
         finally:
             self.opening.discard(name)
 
-    async def close(self, name: str) -> None:
-        """Stop serving a resource; its state stays."""
-        service = self.services.pop(name, None)
+    def _failed(self, definition: ResourceDefinition, error: GeomirrorError) -> None:
+        name, may_pass = definition.name, isinstance(error, (InUseError, NoSpaceError))
+        if may_pass:
+            error = type(error)(
+                error.message, hint="; ".join(filter(None, [error.hint, TRIED_AGAIN]))
+            )
+        if str(self.failures.get(name)) != str(error):
+            _log.error("resource_not_served", resource=name, reason=str(error))
+            self.context.emit("resource_failed", {"resource": name, "reason": str(error)})
+        self.failures[name] = error
+        if may_pass:
+            after_s = self._retry_after_s.get(name, RETRY_S)
+            self._retry_after_s[name] = min(2 * after_s, RETRY_S_MAX)
+            loop = asyncio.get_running_loop()
+            self._retries[name] = loop.call_later(after_s, self._retry, definition)
+
+    def _retry(self, definition: ResourceDefinition) -> None:
+        del self._retries[definition.name]
+        task = asyncio.ensure_future(self.open(self.definition_of(definition)))
+        self._reopening.add(task)
+        task.add_done_callback(self._reopening.discard)
+
+    def _forget_failure(self, name: str) -> None:
         self.failures.pop(name, None)
+        self._retry_after_s.pop(name, None)
+        timer = self._retries.pop(name, None)
+        if timer is not None:
+            timer.cancel()
+
+    async def close(self, name: str) -> None:
+        """Stop serving a resource, or trying to; its state stays."""
+        service = self.services.pop(name, None)
+        self._forget_failure(name)
         if service is None:
             return
         self._sessions.pop(service.definition.session, None)
@@ -109,6 +155,12 @@ class ResourceHost:
 
     async def close_all(self) -> None:
         """Stop every service, in parallel; one that fails to does not keep the others."""
+        reopening = list(self._reopening)
+        for task in reopening:
+            task.cancel()
+        await asyncio.gather(*reopening, return_exceptions=True)
+        for name in list(self._retries):
+            self._forget_failure(name)
 
         async def close_one(name: str) -> None:
             try:
@@ -165,7 +217,7 @@ class ResourceHost:
         name = service.definition.name
         self.services[name] = service
         self._sessions[service.definition.session] = service
-        self.failures.pop(name, None)
+        self._forget_failure(name)
         self.on_started(service)
         return service
 
