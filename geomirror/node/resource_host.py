@@ -21,6 +21,7 @@ from geomirror.errors import (
     StorageError,
 )
 from geomirror.node.context import NodeContext
+from geomirror.node.file_limit import file_limit, require_files
 from geomirror.node.resource_definition import ResourceDefinition, default_journal_bytes
 from geomirror.node.service import Service, ServiceFactory
 
@@ -73,6 +74,7 @@ class ResourceHost:
                 )
             try:
                 wanted = await self._run(self._with_journal_size, definition)
+                self._require_files(wanted)
                 service = await self._run(self._factory.create, wanted, self.context)
                 return await self._start(service)
             except GeomirrorError:
@@ -231,6 +233,11 @@ class ResourceHost:
         free = shutil.disk_usage(self.context.data_dir).free
         size = default_journal_bytes(definition.size_bytes, free, self.context.limits)
         return msgspec.structs.replace(definition, journal_bytes=size)
+
+    def _require_files(self, wanted: ResourceDefinition) -> None:
+        definitions = [wanted, *(service.definition for service in self.services.values())]
+        journals = [definition.journal_bytes or 0 for definition in definitions]
+        require_files(journals, self.context.limits, file_limit())
 
     def _keep_images(self, name: str) -> list[str]:
         source = self.context.resource_dir(name) / "volumes"

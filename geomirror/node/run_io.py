@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from geomirror.errors import GeomirrorError
 from geomirror.node.activation_io import ActivatedSocket, close_all, take_activated_sockets
+from geomirror.node.file_limit import raise_file_limit
 from geomirror.node.lock_io import DaemonLock
 from geomirror.node.paths import DataDir
 
@@ -36,6 +37,7 @@ def run_node(data_dir: DataDir) -> None:
     """
     refuse_optimized_python()
     os.umask(0o077)
+    raise_file_limit()
     activated = take_activated_sockets()
     # Without a network the directory may be anybody's: `load_network` says so, nothing is made.
     lock = DaemonLock(data_dir) if (data_dir.root / "network").is_dir() else None
