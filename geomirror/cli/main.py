@@ -34,6 +34,9 @@ PANELS: dict[str, dict[str, str]] = {
         "resume": "geomirror.cli.replication",
         "wait": "geomirror.cli.replication",
     },
+    "Volumes": {
+        "nbd": "geomirror.cli.nbd",
+    },
     "Observation": {
         "status": "geomirror.cli.status",
         "watch": "geomirror.cli.watch",

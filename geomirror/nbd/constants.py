@@ -28,6 +28,9 @@ OPT_GO: Final = 7
 OPT_STRUCTURED_REPLY: Final = 8
 OPT_LIST_META_CONTEXT: Final = 9
 OPT_SET_META_CONTEXT: Final = 10
+OPT_CONFINE: Final = 0x67656F6D
+"""Our own, between relay and daemon: the name of the only export that this connection may see, and
+that the empty name stands for. It can be given once and not taken back."""
 
 REP_ACK: Final = 1
 REP_SERVER: Final = 2

@@ -72,6 +72,7 @@ class Negotiation:
         self._wants_zeroes = True
         self._option_count = 0
         self._context_export: str | None = None
+        self._only: str | None = None
         self.output = bytearray(_HELLO)
         """Bytes to send; the caller empties it."""
         self.phase = Phase.FLAGS
@@ -153,13 +154,18 @@ class Negotiation:
             self._reply(option, c.REP_ACK)
         elif option in (c.OPT_LIST_META_CONTEXT, c.OPT_SET_META_CONTEXT):
             self._meta_context(option, body)
+        elif option == c.OPT_CONFINE:
+            self._confine(body)
         else:
             raise _RefusedOption(c.REP_ERR_UNSUP, f"option {option} is not supported")
 
     def _list(self, body: bytes) -> None:
         if body:
             raise _RefusedOption(c.REP_ERR_INVALID, "LIST takes no data")
+        only = self._lookup("") if self._only is not None else None
         for name, description in self._names():
+            if self._only is not None and (only is None or name != only.name):
+                continue
             encoded = name.encode()
             details = description.encode()[: c.NAME_BYTES_MAX]
             self._reply(
@@ -189,7 +195,7 @@ class Negotiation:
 
     def _export_name(self, body: bytes) -> None:
         name = _decode(body)
-        export = self._resolve(name) if name is not None else None
+        export = self._lookup(name) if name is not None else None
         if export is None:
             raise RemoteProtocolError(f'NBD client wants the unknown export "{body[:100]!r}"')
         self._attach(export)
@@ -229,8 +235,29 @@ class Negotiation:
         if is_set:
             self.has_allocation_context, self._context_export = matches, name
 
+    def _confine(self, body: bytes) -> None:
+        if self._only is not None:
+            raise _RefusedOption(c.REP_ERR_POLICY, "this connection is confined already")
+        name = _decode(body)
+        if not name:
+            raise _RefusedOption(c.REP_ERR_INVALID, "no name to be confined to")
+        self._find(name)
+        self._only = name
+        self._reply(c.OPT_CONFINE, c.REP_ACK)
+
+    def _lookup(self, name: str) -> Export | None:
+        """The export of a name as this client sees it."""
+        if self._only is None:
+            return self._resolve(name)
+        only = self._resolve(self._only)
+        if not name or only is None:
+            return only
+        # Aliases are other names of the same export.
+        found = self._resolve(name)
+        return only if found is not None and found.name == only.name else None
+
     def _find(self, name: str) -> Export:
-        export = self._resolve(name)
+        export = self._lookup(name)
         if export is None:
             raise _RefusedOption(c.REP_ERR_UNKNOWN, f'no export is named "{name[:200]}"')
         return export

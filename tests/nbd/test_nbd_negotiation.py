@@ -230,6 +230,35 @@ CASES: dict[str, tuple[bytes, list[tuple[int, bytes | None]], Phase]] = {
     ),
 }
 
+CONFINED = option(c.OPT_CONFINE, b"disk")
+CASES |= {
+    "confined: the empty name and every alias": (
+        CONFINED + b"".join(option(c.OPT_INFO, go(name)) for name in ("", "disk", "alias")),
+        [(c.REP_ACK, b""), *[(c.REP_INFO, EXPORT_INFO), (c.REP_ACK, b"")] * 3],
+        Phase.OPTIONS,
+    ),
+    "confined by an alias: nothing else, in no list": (
+        option(c.OPT_CONFINE, b"alias") + option(c.OPT_GO, go("ro")) + option(c.OPT_LIST),
+        [
+            (c.REP_ACK, b""),
+            (c.REP_ERR_UNKNOWN, None),
+            (c.REP_SERVER, string("disk") + b"the disk"),
+            (c.REP_ACK, b""),
+        ],
+        Phase.OPTIONS,
+    ),
+    "confined once and for all": (
+        CONFINED + option(c.OPT_CONFINE, b"ro") + option(c.OPT_INFO, go("ro")),
+        [(c.REP_ACK, b""), (c.REP_ERR_POLICY, None), (c.REP_ERR_UNKNOWN, None)],
+        Phase.OPTIONS,
+    ),
+    "confined to nothing that is there": (
+        b"".join(option(c.OPT_CONFINE, name) for name in (b"nope", b"", b"\xff", b"x" * 5000)),
+        [(c.REP_ERR_UNKNOWN, None), *[(c.REP_ERR_INVALID, None)] * 3],
+        Phase.OPTIONS,
+    ),
+}
+
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("step", [1, 7, 1 << 20])
@@ -286,6 +315,7 @@ def test_requests_behind_go_are_left_to_the_transmission_phase() -> None:
         (FLAGS + struct.pack(">QII", c.OPTION_MAGIC, 1, 65537), LimitExceededError),
         (FLAGS + option(c.OPT_EXPORT_NAME, b"nope"), RemoteProtocolError),
         (FLAGS + option(c.OPT_EXPORT_NAME, b"\xff"), RemoteProtocolError),
+        (FLAGS + CONFINED + option(c.OPT_EXPORT_NAME, b"ro"), RemoteProtocolError),
         (struct.pack(">I", 0) + option(c.OPT_LIST), RemoteProtocolError),
         (FLAGS + option(99) * 257, LimitExceededError),
     ],
@@ -359,7 +389,10 @@ def test_random_bytes_end_in_a_protocol_error_or_wait(noise: bytes, step: int) -
 
 @given(
     st.lists(
-        st.tuples(st.sampled_from([2, 3, 5, 6, 7, 8, 9, 10, 11, 99]), st.binary(max_size=60)),
+        st.tuples(
+            st.sampled_from([2, 3, 5, 6, 7, 8, 9, 10, 11, c.OPT_CONFINE, 99]),
+            st.binary(max_size=60),
+        ),
         max_size=8,
     ),
     st.integers(1, 200),
