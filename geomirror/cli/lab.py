@@ -271,3 +271,49 @@ def _call(directory: Path, method: str, link: str | None = None, **parameters: A
         parameters["link"] = list(parse_link_name(link, names))
     client = EmulatorClient(Path(state["emulator_socket"]))
     return asyncio.run(client.call(method, **parameters))
+
+
+@lab.command()
+@click.option("--node", "names", multiple=True, metavar="NAME",
+              help="A node, repeated. Default: a and b.")  # fmt: skip
+@click.option("--link", "links", multiple=True, metavar="A-B:SETTINGS",
+              help="Settings of one link, repeated.")  # fmt: skip
+@click.option("--seed", default=1, show_default=True, help="Of all that is left to chance.")
+@json_option
+@pass_app
+def packets(app: App, names: tuple[str, ...], links: tuple[str, ...], seed: int) -> None:
+    """Network namespaces behind packet-level links, until Ctrl-C; needs root and a C compiler.
+
+    Link settings: rtt= or delay=, jitter=, rate=, queue=, loss=, burst=2%/20, reorder=1%/5ms,
+    duplicate=, corrupt=, mtu=.
+    """
+    from geomirror.lab.packet_scenario import PacketSettings, parse_packet_settings
+    from geomirror.lab.scenario import parse_link_name
+
+    nodes = names or ("a", "b")
+    settings: dict[tuple[str, str], Any] = {}
+    for text in links:
+        name, _, values = text.partition(":")
+        pair = parse_link_name(name.strip(), nodes)
+        settings[pair] = parse_packet_settings(values, PacketSettings())
+    asyncio.run(_serve_packets(app, nodes, settings, seed))
+
+
+async def _serve_packets(
+    app: App, nodes: tuple[str, ...], settings: dict[tuple[str, str], Any], seed: int
+) -> None:
+    from geomirror.lab.packet_emulator_io import PacketEmulator
+
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    async with PacketEmulator(nodes, settings, seed=seed) as emulator:
+        found = [emulator.node(name).to_json() | {"name": name} for name in nodes]
+
+        def describe() -> str:
+            rows = [[n["name"], n["ipv4"], n["ipv6"], n["namespace"]] for n in found]
+            run = f"ip netns exec {found[0]['namespace']} COMMAND"
+            return table(["NODE", "IPV4", "IPV6", "NAMESPACE"], rows) + f"\n\nRun inside: {run}"
+
+        app.show({"schema_version": 1, "nodes": found}, describe)
+        await stop.wait()

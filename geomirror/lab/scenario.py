@@ -79,7 +79,18 @@ def parse_time_ns(text: str) -> int:
     return _scaled(text, _TIME_NS, "time")
 
 
-def _parse_fraction(text: str) -> float:
+def parse_rate(text: str) -> int:
+    """Bits a second of `100mbit`; `unlimited` is 0. UsageError on anything else."""
+    return 0 if text in ("unlimited", "0") else _scaled(text, _RATE_BITS, "rate")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `512KiB`. UsageError on anything else."""
+    return _scaled(text, _SIZE_BYTES, "size")
+
+
+def parse_fraction(text: str) -> float:
+    """`0.5%` or `0.005`. UsageError on anything else."""
     match = _NUMBER.fullmatch(text.strip())
     if match is None or match[2] not in ("", "%"):
         raise UsageError(f"{text!r} is not a fraction such as 0.5% or 0.005")
@@ -101,14 +112,11 @@ def parse_settings(text: str, base: LinkSettings) -> LinkSettings:
         elif key == "jitter":
             values["jitter_ns"] = parse_time_ns(value)
         elif key == "rate":
-            is_unlimited = value in ("unlimited", "0")
-            values["rate_bits_per_second"] = (
-                0 if is_unlimited else _scaled(value, _RATE_BITS, "rate")
-            )
+            values["rate_bits_per_second"] = parse_rate(value)
         elif key in ("loss", "cut"):
-            values["loss" if key == "loss" else "loss_cut"] = _parse_fraction(value)
+            values["loss" if key == "loss" else "loss_cut"] = parse_fraction(value)
         elif key in ("queue", "window"):
-            values[f"{key}_bytes"] = _scaled(value, _SIZE_BYTES, "size")
+            values[f"{key}_bytes"] = parse_size(value)
         elif key == "down":
             values["down_mode"] = value
         else:
