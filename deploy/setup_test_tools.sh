@@ -1,12 +1,14 @@
 #!/bin/sh
-# Real NBD clients for the interop tests. Without root the tests that need a missing one are skipped
+# Real NBD clients for the interop tests; a compiler and ip for the packet-level emulator. Without root the tests that need a missing one are skipped
 # with its name as the reason.
 set -eu
 missing=
 for pair in nbdinfo:libnbd-bin nbdcopy:libnbd-bin qemu-io:qemu-utils fio:fio nbdkit:nbdkit \
-            mke2fs:e2fsprogs nbd-client:nbd-client; do
+            mke2fs:e2fsprogs nbd-client:nbd-client cc:gcc ip:iproute2; do
     PATH=$PATH:/usr/sbin:/sbin command -v "${pair%%:*}" >/dev/null 2>&1 || missing="$missing ${pair#*:}"
 done
+# The compiler alone has no headers.
+[ -e /usr/include/stdlib.h ] || missing="$missing libc6-dev"
 [ -n "$missing" ] || exit 0
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     apt-get update -qq
