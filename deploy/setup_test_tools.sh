@@ -1,6 +1,6 @@
 #!/bin/sh
-# Real NBD clients for the interop tests; a compiler and ip for the packet-level emulator. Without root the tests that need a missing one are skipped
-# with its name as the reason.
+# Real NBD clients for the interop tests, a compiler and ip for the packet-level emulator. Without
+# root the tests that need a missing one are skipped with its name as the reason.
 set -eu
 missing=
 for pair in nbdinfo:libnbd-bin nbdcopy:libnbd-bin qemu-io:qemu-utils fio:fio nbdkit:nbdkit \
