@@ -44,8 +44,18 @@ class NbdConfig(_Section, frozen=True):
     """`[nbd]`"""
 
     tcp_listen: Endpoint | None = None
+    tls_certificate: str | None = None
+    tls_key: str | None = None
+    tls_ca: str | None = None
+    tls: Literal["require", "allow"] = "require"
     single_writer: bool = False
     read_only: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key belong together")
+        if self.tls_ca is not None and self.tls_certificate is None:
+            raise ValueError("tls_ca needs tls_certificate and tls_key")
 
 
 class LinksConfig(_Section, frozen=True):
@@ -116,7 +126,17 @@ class Config(_Section, frozen=True):
         )
 
 
-RELOADABLE = frozenset({"links.rate_bits_per_second", "log.level", "peers"})
+RELOADABLE = frozenset(
+    {
+        "links.rate_bits_per_second",
+        "log.level",
+        "nbd.tls",
+        "nbd.tls_ca",
+        "nbd.tls_certificate",
+        "nbd.tls_key",
+        "peers",
+    }
+)
 """Keys (or whole sections) that a running node takes over at SIGHUP; the rest needs a restart."""
 
 

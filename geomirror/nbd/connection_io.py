@@ -13,24 +13,23 @@ from __future__ import annotations
 import asyncio
 import enum
 import mmap
-import socket
 from collections.abc import Iterable, Sequence
 from typing import cast
 
-from geomirror.errors import RefusedError, RemoteProtocolError
-from geomirror.limits import Limits
+from geomirror.errors import AuthError, RefusedError, RemoteProtocolError
 from geomirror.nbd import structured
 from geomirror.nbd.asides import answer_aside
-from geomirror.nbd.negotiation import BUFFER_BYTES, Negotiation, Phase
+from geomirror.nbd.negotiation import BUFFER_BYTES, Negotiation, Phase, TlsMode
 from geomirror.nbd.protocol import Buffer, Export
+from geomirror.nbd.registry import Registry
 from geomirror.nbd.request_parser import RequestParser, buffer_bytes
+from geomirror.nbd.socket_options_io import tune_socket
+from geomirror.nbd.tls_io import ServerTls, upgrade
 
 HANDSHAKE_S_MAX = 30.0
 """A client that has not attached by then is dropped: it holds one of the connection slots."""
 DRAIN_S_MAX = 10.0
 """How long an ending connection waits for its replies to be made and to be taken."""
-_SEND_BUFFER_BYTES = 2 << 20
-"""Asked for; the kernel grants at most twice `net.core.wmem_max`."""
 _JOIN_BYTES_MAX = 64 << 10
 """Larger buffers are written by themselves: copying them costs more than a system call."""
 
@@ -42,43 +41,23 @@ class _Hold(enum.IntFlag):
     ENDING = 8
 
 
-class Registry:
-    """What a connection needs of its server; `NbdServer` implements it."""
-
-    limits: Limits
-
-    def resolve(self, name: str) -> Export | None:
-        """The export of a name."""
-        raise NotImplementedError
-
-    def names(self) -> list[tuple[str, str]]:
-        """(name, description) of all exports."""
-        raise NotImplementedError
-
-    def admit(self, connection: NbdConnection, export: Export) -> None:
-        """Count a connection against its export's limit, or raise `RefusedError`."""
-        raise NotImplementedError
-
-    def connected(self, connection: NbdConnection) -> bool:
-        """A client connected; False to turn it away."""
-        raise NotImplementedError
-
-    def disconnected(self, connection: NbdConnection, error: Exception | None) -> None:
-        """A connection is over, whatever it was."""
-        raise NotImplementedError
-
-
 class NbdConnection(asyncio.BufferedProtocol):
     """Protocol of one client; also the `ReplySink` of its export."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, tls: ServerTls | None = None) -> None:
         self._registry = registry
+        self._tls = tls
+        self._upgrading: asyncio.Task[None] | None = None
         self._limits = registry.limits
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._negotiation: Negotiation | None = Negotiation(
-            registry.resolve, registry.names, self._attach, registry.limits.nbd_payload_bytes_max
+            registry.resolve,
+            registry.names,
+            self._attach,
+            registry.limits.nbd_payload_bytes_max,
+            tls.mode if tls is not None else TlsMode.OFF,
         )
         self._handshake = memoryview(bytearray(BUFFER_BYTES))
         self._handshake_used = 0
@@ -104,17 +83,7 @@ class NbdConnection(asyncio.BufferedProtocol):
         if not self._registry.connected(self):
             self._transport.abort()
             return
-        sock = transport.get_extra_info("socket")
-        if sock.family == socket.AF_UNIX:
-            # TCP tunes its buffers itself; a Unix socket's 208 KiB means five rounds a MiB.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
-        else:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            # A host that died must not stay the only writer: found out after 30 + 3 x 10 s.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+        tune_socket(transport.get_extra_info("socket"))
         self._transport.set_write_buffer_limits(high=self._limits.nbd_queued_bytes_max // 2)
         self._timer = self._loop.call_later(HANDSHAKE_S_MAX, self._transport.abort)
         self._negotiate()
@@ -132,10 +101,14 @@ class NbdConnection(asyncio.BufferedProtocol):
             self._process()
         else:
             self._handshake_used += nbytes
-            self._negotiate()
+            # Right behind the handshake of TLS there may be bytes before we know its end.
+            if self._upgrading is None:
+                self._negotiate()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client is gone: nobody else notices."""
+        if self.is_closed:
+            return  # A failed TLS handshake is told by some event loops, and found out by us.
         self.is_closed = True
         self._out.clear()
         if self._timer is not None:
@@ -174,6 +147,27 @@ class NbdConnection(asyncio.BufferedProtocol):
             transport.close()
         elif negotiation.phase is Phase.TRANSMISSION:
             self._begin_transmission(negotiation, rest)
+        elif negotiation.phase is Phase.UPGRADING:
+            # From here on no byte reaches us but through TLS.
+            transport.pause_reading()
+            self._upgrading = self._loop.create_task(self._upgrade(negotiation, transport))
+
+    async def _upgrade(self, negotiation: Negotiation, plain: asyncio.Transport) -> None:
+        assert self._tls is not None
+        timeout_s = self._limits.handshake_ns_max / 1e9
+        try:
+            self._transport = await upgrade(plain, self, self._tls.context, timeout_s)
+        except AuthError as error:
+            self._error = error
+            plain.abort()
+            self.connection_lost(error)
+            return
+        self._upgrading = None
+        if self.is_closed:
+            return
+        self._transport.set_write_buffer_limits(high=self._limits.nbd_queued_bytes_max // 2)
+        negotiation.secured()
+        self._negotiate()
 
     def _attach(self, export: Export) -> None:
         self._registry.admit(self, export)

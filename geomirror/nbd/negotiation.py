@@ -1,14 +1,15 @@
 """Handshake phase of the server: a client's options in, replies and one attached export out.
 
     FLAGS ──> OPTIONS ──┬─ GO, EXPORT_NAME ──> TRANSMISSION
-                        └─ ABORT ────────────> CLOSED
+               ^        ├─ ABORT ────────────> CLOSED
+               │        └─ STARTTLS ─────────> UPGRADING
+               └──── secured() ────────────────────┘
 
 An option is looked at only when all of its data is here, and its data is bounded before that; an
 option that we do not know, or that is wrong, costs the client an error reply and nothing else.
 EXPORT_NAME cannot carry an error, so it ends the connection instead.
 
-TLS is not offered here: the embedded overlay encrypts between nodes, and a TCP export beyond
-loopback belongs behind it.
+Of TLS only the order of things is here. What was negotiated in the clear is forgotten by the step.
 """
 
 from __future__ import annotations
@@ -35,8 +36,20 @@ class Phase(enum.Enum):
 
     FLAGS = enum.auto()
     OPTIONS = enum.auto()
+    UPGRADING = enum.auto()
+    """STARTTLS is granted: the next bytes are TLS; call `secured` when it is up."""
     TRANSMISSION = enum.auto()
     CLOSED = enum.auto()
+
+
+class TlsMode(enum.Enum):
+    """What a listener wants of its clients."""
+
+    OFF = enum.auto()
+    ALLOW = enum.auto()
+    """STARTTLS is granted, and not asked for."""
+    REQUIRE = enum.auto()
+    """Nothing is told or granted before it."""
 
 
 class _RefusedOption(Exception):
@@ -55,6 +68,7 @@ class Negotiation:
     :param names: (name, description) of the exports to list.
     :param attach: opens an export for this connection; its `GeomirrorError` refuses the option.
     :param payload_bytes_max: longest READ or WRITE to announce, if the export's own is longer.
+    :param tls: whether STARTTLS is granted, or even needed.
     """
 
     def __init__(
@@ -63,7 +77,9 @@ class Negotiation:
         names: Callable[[], list[tuple[str, str]]],
         attach: Callable[[Export], None],
         payload_bytes_max: int = 32 << 20,
+        tls: TlsMode = TlsMode.OFF,
     ) -> None:
+        self._tls = tls
         self._resolve = resolve
         self._names = names
         self._attach = attach
@@ -81,6 +97,16 @@ class Negotiation:
         """The export's size as this client was told; fixed for the connection."""
         self.is_structured = False
         self.has_allocation_context = False
+        self.is_secure = False
+        """TLS is up."""
+
+    def secured(self) -> None:
+        """TLS is up: begin with the options again, as if nothing had been negotiated."""
+        assert self.phase is Phase.UPGRADING
+        self.is_secure = True
+        self.is_structured = self.has_allocation_context = False
+        self._context_export = self._only = None
+        self.phase = Phase.OPTIONS
 
     def receive(self, data: memoryview) -> int:
         """Consume whole steps from the beginning of `data`; returns how many bytes.
@@ -98,6 +124,8 @@ class Negotiation:
             if step == 0:
                 break
             used += step
+        if self.phase is Phase.UPGRADING and used < len(data):
+            raise RemoteProtocolError("an NBD client sent bytes in the clear behind STARTTLS")
         return used
 
     def _receive_flags(self, data: memoryview) -> int:
@@ -130,10 +158,15 @@ class Negotiation:
         if self._option_count > c.OPTIONS_MAX:
             raise LimitExceededError(f"more than {c.OPTIONS_MAX} NBD options")
         body = bytes(data[_OPTION.size : end])
+        is_locked = self._tls is TlsMode.REQUIRE and not self.is_secure
+        if is_locked and option == c.OPT_EXPORT_NAME:
+            raise RemoteProtocolError("an NBD client wants an export before TLS")
         if option == c.OPT_EXPORT_NAME:
             self._export_name(body)
             return end
         try:
+            if is_locked and option not in (c.OPT_STARTTLS, c.OPT_ABORT):
+                raise _RefusedOption(c.REP_ERR_TLS_REQD, "this server wants TLS first")
             self._answer(option, body)
         except _RefusedOption as refused:
             self._reply(option, refused.reply, refused.message.encode()[: c.NAME_BYTES_MAX])
@@ -156,6 +189,12 @@ class Negotiation:
             self._meta_context(option, body)
         elif option == c.OPT_CONFINE:
             self._confine(body)
+        elif option == c.OPT_STARTTLS and self._tls is not TlsMode.OFF:
+            if body or self.is_secure:
+                reason = "TLS is on already" if self.is_secure else "STARTTLS takes no data"
+                raise _RefusedOption(c.REP_ERR_INVALID, reason)
+            self._reply(option, c.REP_ACK)
+            self.phase = Phase.UPGRADING
         else:
             raise _RefusedOption(c.REP_ERR_UNSUP, f"option {option} is not supported")
 

@@ -25,8 +25,10 @@ from geomirror.errors import (
     UsageError,
 )
 from geomirror.limits import PRODUCTION, Limits
-from geomirror.nbd.connection_io import DRAIN_S_MAX, NbdConnection, Registry
+from geomirror.nbd.connection_io import DRAIN_S_MAX, NbdConnection
 from geomirror.nbd.protocol import Export, canonical_names
+from geomirror.nbd.registry import Registry
+from geomirror.nbd.tls_io import ServerTls
 
 SOCKET_PATH_BYTES_MAX = 107
 """`sun_path` of Linux without its terminating zero."""
@@ -49,6 +51,8 @@ class NbdServer(Registry):
         on_disconnect: Callable[[str, Exception | None], None] | None = None,
     ) -> None:
         self.limits = limits
+        self.tls: ServerTls | None = None
+        """Of TCP clients that connect from now on; a Unix socket is its user's own."""
         self._exports = exports
         self._default = default
         self._on_disconnect = on_disconnect
@@ -93,20 +97,23 @@ class NbdServer(Registry):
             keep: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
             server = await loop.create_unix_server(self._connection, sock=listener, **keep)
         else:
-            server = await loop.create_server(self._connection, sock=listener)
+            server = await loop.create_server(self._tcp_connection, sock=listener)
         self._listeners.append(server)
 
     def _connection(self) -> NbdConnection:
         return NbdConnection(self)
 
+    def _tcp_connection(self) -> NbdConnection:
+        return NbdConnection(self, self.tls)
+
     async def start_tcp(self, host: str, port: int) -> tuple[str, int]:
-        """Listen on TCP, without encryption; returns the address, with the port if it was 0.
+        """Listen on TCP, with `tls` if it is set; returns the address, with the port if it was 0.
 
         :raises UnreachableError: the address cannot be listened on.
         """
         loop = asyncio.get_running_loop()
         try:
-            server = await loop.create_server(self._connection, host, port)
+            server = await loop.create_server(self._tcp_connection, host, port)
         except OSError as error:
             raise UnreachableError(
                 f"cannot listen on {host}:{port}: {error.strerror or error}",

@@ -6,12 +6,15 @@ import ipaddress
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import structlog
 
 from geomirror.config import NbdConfig
 from geomirror.errors import UsageError
+from geomirror.nbd.negotiation import TlsMode
 from geomirror.nbd.server_io import NbdServer
+from geomirror.nbd.tls_io import ServerTls, load_server_tls
 from geomirror.node.activation_io import ActivatedSocket, describe_address
 from geomirror.tunnel.names import split_endpoint
 
@@ -26,9 +29,35 @@ class NbdAddresses:
     """Where clients find the exports."""
 
     socket_path: str
-    tcp_endpoint: str | None
-    exposed: list[str]
-    """TCP endpoints beyond this machine on which anybody may read and write."""
+    tcp: list[tuple[str, str]]
+    """(address, HOST:PORT) of each TCP socket, the configured one first."""
+
+    def exposed(self, tls: ServerTls | None) -> list[str]:
+        """Endpoints beyond this machine on which strangers may read and write."""
+        if tls is not None and tls.is_proof:
+            return []
+        return [shown for host, shown in self.tcp if not is_loopback(host)]
+
+    def tcp_base_uri(self, tls: ServerTls | None) -> str | None:
+        """What stands before the export's name in the URI of the first TCP socket."""
+        scheme = "nbd" if tls is None else "nbds"
+        return f"{scheme}://{self.tcp[0][1]}" if self.tcp else None
+
+
+def load_nbd_tls(config: NbdConfig, root: Path) -> ServerTls | None:
+    """TLS as configured; None when it is not.
+
+    :param root: where relative paths begin.
+    :raises ConfigError: a file cannot be used.
+    """
+    if config.tls_certificate is None or config.tls_key is None:
+        return None
+    return load_server_tls(
+        root / config.tls_certificate,
+        root / config.tls_key,
+        root / config.tls_ca if config.tls_ca is not None else None,
+        TlsMode.ALLOW if config.tls == "allow" else TlsMode.REQUIRE,
+    )
 
 
 def check_names(activated: Sequence[ActivatedSocket]) -> None:
@@ -65,17 +94,17 @@ async def start_nbd(
     if config.tcp_listen:
         host, port = await server.start_tcp(*split_endpoint(config.tcp_listen))
         tcp.insert(0, (host, f"[{host}]:{port}" if ":" in host else f"{host}:{port}"))
-    exposed = [shown for host, shown in tcp if not is_loopback(host)]
-    return NbdAddresses(path, tcp[0][1] if tcp else None, exposed)
+    return NbdAddresses(path, tcp)
 
 
-def warn_if_exposed(addresses: NbdAddresses) -> None:
-    """Say it, at every start: neither encryption nor authentication stands before the volumes."""
-    for endpoint in addresses.exposed:
+def warn_if_exposed(addresses: NbdAddresses, tls: ServerTls | None) -> None:
+    """Say it, at every start and reload."""
+    for endpoint in addresses.exposed(tls):
         _log.warning(
             "nbd_tcp_is_exposed",
             endpoint=endpoint,
             reason="whoever reaches this address can read and write all volumes",
+            hint='set nbd.tls_certificate, tls_key and tls_ca, and tls = "require"',
         )
 
 

@@ -29,7 +29,7 @@ from geomirror.node.definition_store import DefinitionStore
 from geomirror.node.events import EventRing
 from geomirror.node.link_router import LinkRouter
 from geomirror.node.log import set_level
-from geomirror.node.nbd_listeners import start_nbd, warn_if_exposed
+from geomirror.node.nbd_listeners import NbdAddresses, load_nbd_tls, start_nbd, warn_if_exposed
 from geomirror.node.network_calls import NetworkCalls
 from geomirror.node.notify_io import Notifier
 from geomirror.node.paths import DataDir
@@ -103,6 +103,7 @@ class Node:
         )
         self._network = NetworkCalls(state, context, self._members_changed)
         self._nbd = NbdServer(self._host.exports, limits=limits)
+        self._nbd_addresses: NbdAddresses | None = None
         self._control = ControlServer(self._methods, self._events)
         self._tasks: list[asyncio.Task[None]] = []
         self.failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
@@ -121,10 +122,10 @@ class Node:
         sockets = self._data_dir.prepare_socket_dir()
         self._status.nbd_socket = str(sockets / "nbd.sock")
         await self._control.start(str(sockets / "control.sock"))
+        self._nbd.tls = load_nbd_tls(self._config.nbd, self._data_dir.root)
         path = self._status.nbd_socket
-        addresses = await start_nbd(self._nbd, self._config.nbd, path, activated)
-        warn_if_exposed(addresses)
-        self._status.nbd_tcp_endpoint = addresses.tcp_endpoint
+        self._nbd_addresses = await start_nbd(self._nbd, self._config.nbd, path, activated)
+        self._nbd_tls_changed()
         self._set_peers()
         await self._links.start(self._config.node.listen or self._state.listen)
         await self._open_resources()
@@ -153,6 +154,7 @@ class Node:
         self.notifier.reloading(self._clock.now_ns())
         try:
             config = load_config(self._data_dir.config)
+            tls = load_nbd_tls(config.nbd, self._data_dir.root)
         except ConfigError as error:
             _log.error("configuration_not_reloaded", reason=str(error))
             self._emit("configuration_refused", {"reason": str(error)})
@@ -160,7 +162,8 @@ class Node:
             changed = changed_keys(self._config, config)
             pending = [key for key in changed if key not in RELOADABLE]
             set_level(config.log.level)
-            self._config = config
+            self._config, self._nbd.tls = config, tls
+            self._nbd_tls_changed()
             self._set_peers()
             fields = {"changed": changed, "restart_needed_for": pending}
             _log.info("configuration_reloaded", **fields)
@@ -168,6 +171,11 @@ class Node:
         self.notifier.ready(self._summary())
 
     # ---- parts
+
+    def _nbd_tls_changed(self) -> None:
+        if self._nbd_addresses is not None:
+            warn_if_exposed(self._nbd_addresses, self._nbd.tls)
+            self._status.nbd_tcp_base_uri = self._nbd_addresses.tcp_base_uri(self._nbd.tls)
 
     def _register(self) -> None:
         calls = ResourceCalls(

@@ -29,7 +29,7 @@ class StatusReport:
         self._site_of = site_of
         self._is_up = is_up
         self.nbd_socket = ""
-        self.nbd_tcp_endpoint: str | None = None
+        self.nbd_tcp_base_uri: str | None = None
 
     def node(self, name: str | None = None) -> dict[str, Any]:
         """The whole document, or that of one resource.
@@ -89,6 +89,6 @@ class StatusReport:
         path = f"{quote(resource)}/{quote(volume)}"
         socket = quote(self.nbd_socket, safe="/")
         found = {"nbd_uri": f"nbd+unix:///{path}?socket={socket}"}
-        if self.nbd_tcp_endpoint:
-            found["nbd_tcp_uri"] = f"nbd://{self.nbd_tcp_endpoint}/{path}"
+        if self.nbd_tcp_base_uri:
+            found["nbd_tcp_uri"] = f"{self.nbd_tcp_base_uri}/{path}"
         return found

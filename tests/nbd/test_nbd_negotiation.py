@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from geomirror.errors import LimitExceededError, RefusedError, RemoteProtocolError, StorageError
 from geomirror.nbd import constants as c
-from geomirror.nbd.negotiation import BUFFER_BYTES, Negotiation, Phase
+from geomirror.nbd.negotiation import BUFFER_BYTES, Negotiation, Phase, TlsMode
 from geomirror.nbd.protocol import Export, canonical_names
 from tests.nbd.ram_export import RamExport
 
@@ -379,6 +379,59 @@ def test_contexts_belong_to_one_export_and_are_replaced_by_each_set(
     negotiation, _ = converse(sent + option(c.OPT_GO, go(target)), 1 << 20)
     assert negotiation.phase is Phase.TRANSMISSION
     assert negotiation.has_allocation_context is is_kept
+
+
+def start_with_tls(mode: TlsMode = TlsMode.REQUIRE) -> Negotiation:
+    return Negotiation(
+        lambda name: EXPORTS.get(name or "disk"),
+        lambda: canonical_names(EXPORTS.items()),
+        lambda export: None,
+        tls=mode,
+    )
+
+
+TLS = option(c.OPT_STARTTLS)
+
+
+def test_before_tls_nothing_but_starttls_and_abort_is_answered() -> None:
+    negotiation = start_with_tls()
+    sent = b"".join(option(number) for number in (3, 6, 7, 8, 9, 10, 11, c.OPT_CONFINE, 99))
+    negotiation.receive(memoryview(FLAGS + sent + option(c.OPT_STARTTLS, b"x")))
+    kinds = [kind for _, kind, _ in replies(negotiation)]
+    assert kinds == [c.REP_ERR_TLS_REQD] * 9 + [c.REP_ERR_INVALID]
+    assert negotiation.phase is Phase.OPTIONS
+    negotiation.receive(memoryview(option(c.OPT_ABORT)))
+    assert negotiation.phase is Phase.CLOSED
+    with pytest.raises(RemoteProtocolError, match="before TLS"):
+        start_with_tls().receive(memoryview(FLAGS + option(c.OPT_EXPORT_NAME, b"disk")))
+
+
+def test_what_was_said_in_the_clear_is_forgotten() -> None:
+    negotiation = start_with_tls(TlsMode.ALLOW)
+    clear = FLAGS + option(c.OPT_STRUCTURED_REPLY) + SET_DISK + option(c.OPT_CONFINE, b"ro") + TLS
+    assert negotiation.receive(memoryview(clear)) == len(clear)
+    assert negotiation.phase is Phase.UPGRADING
+    assert negotiation.is_structured
+    negotiation.secured()
+    del negotiation.output[len(HELLO) :]
+    negotiation.receive(memoryview(TLS + SET_DISK + option(c.OPT_GO, go("disk"))))
+    assert [kind for _, kind, _ in replies(negotiation)] == [
+        c.REP_ERR_INVALID,
+        c.REP_ERR_INVALID,
+        c.REP_INFO,
+        c.REP_ACK,
+    ]
+    assert not negotiation.is_structured
+    assert not negotiation.has_allocation_context
+
+
+@pytest.mark.parametrize("step", [1, 1 << 20])
+def test_a_byte_in_the_clear_behind_starttls_is_a_broken_protocol(step: int) -> None:
+    negotiation, sent, held = start_with_tls(), FLAGS + TLS + b"I", b""
+    with pytest.raises(RemoteProtocolError, match="in the clear"):
+        for at in range(0, len(sent), step):
+            held += sent[at : at + step]
+            held = held[negotiation.receive(memoryview(held)) :]
 
 
 @given(st.binary(max_size=400), st.integers(1, 50))

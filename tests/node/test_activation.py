@@ -137,8 +137,8 @@ async def test_handed_over_sockets_are_served_and_their_paths_stay(tmp_path: Pat
     shown = describe_address(tcp)
     server = NbdServer(lambda: {"ram": disk})
     addresses = await start_nbd(server, NbdConfig(), str(own), activated)
-    assert (addresses.socket_path, addresses.tcp_endpoint) == (str(own), shown)
-    assert addresses.exposed == []
+    assert addresses.tcp_base_uri(None) == f"nbd://{shown}"
+    assert addresses.exposed(None) == []
     for uri in (
         f"nbd+unix:///ram?socket={own}",
         f"nbd+unix:///ram?socket={other}",
@@ -170,7 +170,7 @@ async def test_tcp_beyond_this_machine_counts_as_exposed(tmp_path: Path) -> None
     config = NbdConfig(tcp_listen="0.0.0.0:0")
     addresses = await start_nbd(server, config, str(tmp_path / "n.sock"), [])
     await server.stop()
-    assert addresses.exposed == [addresses.tcp_endpoint]
+    assert addresses.exposed(None) == [addresses.tcp[0][1]]
     assert [
         is_loopback(host) for host in ("127.0.0.9", "::1", "::", "10.0.0.1", "fe80::1%eth0")
     ] == [
