@@ -137,6 +137,35 @@ def test_data_passes_in_large_and_in_many_requests(authority: Authority, play) -
     play(story())
 
 
+def test_what_is_held_back_goes_on_without_a_further_byte(authority: Authority, play) -> None:
+    async def story() -> None:
+        async with served(authority, nbd_requests_max=4) as found:
+            reader, writer = await encrypted(found.port, client_context(authority, authority))
+            assert await ask(reader, writer, GO) == c.REP_INFO
+            await reader.readexactly(20)
+            found.disk.held = []
+            for cookie in range(300):
+                head = (c.REQUEST_MAGIC, 0, c.CMD_WRITE, cookie, cookie * 4096, 4096)
+                writer.write(struct.pack(">IHHQQI", *head) + bytes([cookie % 251]) * 4096)
+            for _ in range(75):
+                async with asyncio.timeout(20):
+                    while len(found.disk.held) < 4:
+                        await asyncio.sleep(0.001)
+                assert len(found.disk.held) == 4
+                found.disk.release()
+            cookies = set()
+            for _ in range(300):
+                _, error, cookie = struct.unpack(">IIQ", await reader.readexactly(16))
+                assert not error
+                cookies.add(cookie)
+            assert cookies == set(range(300))
+            assert found.disk.data[299 * 4096 :][:4096] == bytes([299 % 251]) * 4096
+            found.disk.held = None
+            writer.close()
+
+    play(story())
+
+
 def test_nothing_is_told_in_the_clear_and_tls_comes_once(authority: Authority, play) -> None:
     async def story() -> None:
         async with served(authority) as found:
