@@ -6,10 +6,12 @@ Sockets of both namespaces live in this process, so that no other program is nee
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import socket
 import struct
+import subprocess
 import threading
 import time
 from dataclasses import dataclass, field
@@ -18,7 +20,7 @@ import pytest
 
 from geomirror.errors import NotFoundError
 from geomirror.lab.compile_io import find_compiler
-from geomirror.lab.namespace_io import Namespace
+from geomirror.lab.namespace_io import Namespace, make_owner
 from geomirror.lab.packet_emulator_io import may_run
 
 ECHO_REQUEST, ECHO_REPLY = 8, 0
@@ -41,6 +43,18 @@ def need_compiler() -> None:
         need(str(error))
 
 
+@functools.cache
+def namespace_refusal() -> str:
+    """Why this kernel or container makes no network namespaces; empty when it does."""
+    name = f"{make_owner()}-probe"
+    made = subprocess.run(
+        ["ip", "netns", "add", name], capture_output=True, text=True, timeout=10, check=False
+    )
+    if made.returncode == 0:
+        subprocess.run(["ip", "netns", "delete", name], timeout=10, check=True)
+    return made.stderr.strip()
+
+
 def need_packet_emulator() -> None:
     """All that the packet-level emulator takes, or the end of the test."""
     if not may_run():
@@ -48,6 +62,8 @@ def need_packet_emulator() -> None:
     need_compiler()
     if shutil.which("ip") is None:
         need("ip of iproute2 is not installed")
+    if refusal := namespace_refusal():
+        pytest.skip(f"no network namespaces here: {refusal}")
 
 
 @dataclass
