@@ -86,7 +86,7 @@ class ReplicaRunner:
         if self._is_draining or self._is_stopped:
             return
         self._is_draining = True
-        is_flushing = self._timer is not None
+        is_flushing = self._timer is not None and self.core.has_decisions
         try:
             while (decision := self.core.next_decision()) is not None:
                 is_flushing &= self._execute(decision)
@@ -104,6 +104,11 @@ class ReplicaRunner:
     def flush(self, token: object, *, is_alone: bool) -> None:
         """Flush for one client; unless it is alone, together with whoever else asks in this turn
         of the loop. What was completed before the call is covered."""
+        if isinstance(self.core, Primary) and self.core.policy.is_synchronous:
+            # Flushes that come while an epoch is on its way share the next one.
+            self.core.flush(token, self.now_ns())
+            self.drive()
+            return
         if is_alone:
             self.core.flush(token, self.now_ns())
             return

@@ -21,6 +21,7 @@ from geomirror.wan_protocol.messages import AnyMessage
 from geomirror.wan_protocol.primary import Primary
 from geomirror.wan_protocol.secondary import CONSISTENT, Secondary
 from geomirror.wan_protocol.sender import FOLD, STREAM, Sender
+from geomirror.wan_protocol.sync_policy import parse_policy
 
 POLL_S = 0.02
 """How often a waiting command looks at positions that no event announces."""
@@ -88,6 +89,9 @@ class ReplicaService:
                 peers=definition.secondaries,
                 now_ns=clock.now_ns(),
                 wall_ns=clock.wall_ns(),
+            )
+            primary.set_policy(
+                parse_policy(definition.settings, definition.secondaries), clock.now_ns()
             )
             self._core, self._status = primary, PrimaryStatus(primary)
         else:
@@ -229,7 +233,7 @@ class ReplicaService:
         self._runner.drive()
 
     def set_definition(self, definition: ResourceDefinition) -> None:
-        """Take over changed members; settings have no running state yet."""
+        """Take over changed members and settings."""
         if isinstance(self._core, Primary):
             wanted = set(definition.secondaries)
             for name in [n for n in self._core.senders if n not in wanted]:
@@ -238,6 +242,8 @@ class ReplicaService:
                 self._core.add_peer(name)
                 if name in self._links_up:
                     self._core.link_up(name, self._runner.now_ns())
+            policy = parse_policy(definition.settings, definition.secondaries)
+            self._core.set_policy(policy, self._runner.now_ns())
         self.definition = definition
         self._runner.drive()
 

@@ -93,7 +93,7 @@ class PrimaryStatus:
         if core.stalled is not None:
             return "storage_full"
         good = all(s.is_open and s.mode == STREAM for s in core.senders.values())
-        return "ok" if good else "degraded"
+        return "ok" if good and not core.out_of_sync else "degraded"
 
     def peers(self, now_ns: int) -> list[dict[str, Any]]:
         """One object a peer."""
@@ -112,6 +112,8 @@ class PrimaryStatus:
             "node": sender.name,
             "state": peer_state(sender, is_initial=kept is not None and kept.is_initial),
             "disk_state": peer_disk_state(sender, engine.sealed_epoch),
+            "ack": core.policy.level(sender.name),
+            "in_sync": core.is_in_sync(sender.name) if sender.name in core.policy.acks else None,
             "position": {"epoch": sender.durable_epoch, "applied_epoch": sender.applied_epoch},
             "lag": {
                 "epochs": max(0, engine.sealed_epoch - sender.durable_epoch),
@@ -183,6 +185,8 @@ class SecondaryStatus:
                 "node": core.primary,
                 "state": state,
                 "disk_state": "UpToDate" if core.is_open else "Unknown",
+                "ack": None,
+                "in_sync": None,
                 "position": {"epoch": core.primary_epoch},
                 "lag": {
                     "epochs": max(0, core.primary_epoch - engine.applied_epoch),

@@ -12,6 +12,7 @@ import msgspec
 
 from geomirror.errors import UsageError
 from geomirror.limits import GIB, PRODUCTION, SECTOR_BYTES, Limits
+from geomirror.wan_protocol.sync_policy import parse_policy
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
 """Names of resources, nodes and sites: safe in a path, in a URI and in a metric label."""
@@ -43,6 +44,7 @@ class ResourceDefinition(msgspec.Struct, forbid_unknown_fields=True):
     journal_bytes: int | None = None
     """None: each node takes its own default: 1–64 GiB, half of the free space at most."""
     settings: dict[str, str] = {}
+    """See `wan_protocol/sync_policy.py`."""
 
     @property
     def identity(self) -> bytes:
@@ -90,6 +92,7 @@ class ResourceDefinition(msgspec.Struct, forbid_unknown_fields=True):
             raise UsageError(f'resource "{self.name}": volumes are not numbered from 0')
         for member in self.members:
             check_name("node", member)
+        parse_policy(self.settings, self.secondaries)
         for volume in self.volumes:
             check_name("volume", volume.name)
             check_volume_size(f"{self.name}/{volume.name}", volume.size_bytes)

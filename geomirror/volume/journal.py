@@ -324,22 +324,22 @@ class Journal:
         return (self._current.number + 1) * self._segment_bytes
 
     def _segments_free(self, *, is_data: bool) -> int:
-        """Segments that may be opened. One is kept back from data; bookkeeping may go one over."""
+        # Data leaves one, bookkeeping may go one over.
         return self._segments_max - len(self._segments) + (-1 if is_data else 1)
 
     def _commit(self, plan: BatchPlan, *, is_data: bool) -> None:
-        """Write a planned batch; the journal's state changes only when all of it is written."""
+        """Write a batch, the part in the current segment last: nothing has changed before that."""
         first, *others = plan.parts
         opened: list[Segment] = []
         if others:
             self._require_free(len(others), is_data=is_data)
         try:
-            if first.buffers:
-                self._current.file.pwritev(first.buffers, first.offset)
             for part in others:
                 opened.append(self._open_segment(part.number))
                 assert part.header is not None
                 opened[-1].file.pwritev([part.header.pack(), *part.buffers], 0)
+            if first.buffers:
+                self._current.file.pwritev(first.buffers, first.offset)
         except StorageError:
             self._discard(opened)
             raise

@@ -70,6 +70,8 @@ class PeerRecord(msgspec.Struct):
     consistent_from: int = 0
     """After a resync: the epoch from which on the peer's image is consistent."""
     resyncs: int = 0
+    in_sync: bool = False
+    """No flush that waits for this peer was answered without it since it was at zero lag."""
 
 
 class Superblock(msgspec.Struct):

@@ -186,6 +186,7 @@ class PeerModes(PeerRecords):
         )
         self.resyncs[sender.name] = resync
         self._set_mode(sender, RESYNC)
+        sender.data_state = "inconsistent"  # From the moment that it begins there.
         sender.restart_flow(self.now_ns)
         self._decide(resync.begin())
         self._pump_sender(sender)

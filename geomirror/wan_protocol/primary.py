@@ -35,7 +35,7 @@ from geomirror.wan_protocol.messages import (
     SessionOpen,
     SessionRefuse,
 )
-from geomirror.wan_protocol.peer_modes import PeerModes
+from geomirror.wan_protocol.peer_flushes import PeerFlushes
 from geomirror.wan_protocol.sender import FOLD, STREAM, Sender
 from geomirror.wan_protocol.session import (
     chain_entries,
@@ -48,7 +48,7 @@ LAG_SAMPLES_MAX = 65536
 """Epochs whose first write's time is remembered; older ones use the time of the cut."""
 
 
-class Primary(PeerModes):
+class Primary(PeerFlushes):
     """Core of the primary role; see `Replica` for the shape."""
 
     def __init__(
@@ -68,6 +68,7 @@ class Primary(PeerModes):
         self.open_since_ns: int | None = None
         self._epoch_began_ns: dict[int, int] = {}
         self._is_stopping = False
+        self._seal_wanted = False
         self._sealing: Any = None
         self._last_wall_ns = wall_ns
         if engine.open_epoch_entries:
@@ -188,6 +189,9 @@ class Primary(PeerModes):
         if oldest is not None and not self.is_running("apply"):
             times.append(max(oldest + self.limits.destage_age_ns_max, self.now_ns + 100 * MS))
         times.extend(self._peer_timers())
+        giving_up_ns = self._flush_timer()
+        if giving_up_ns is not None:
+            times.append(giving_up_ns)
         return min(times, default=None)
 
     def pause(self, peer: str | None, *, is_paused: bool) -> list[str]:
@@ -199,10 +203,10 @@ class Primary(PeerModes):
         return names
 
     def seal_now(self, now_ns: int) -> None:
-        """Seal the open epoch without waiting for its age (orderly stop, `wait`, a mark)."""
+        """Seal the open epoch without waiting for its age (orderly stop, `wait`, a flush that
+        peers must have)."""
         self.now_ns = max(self.now_ns, now_ns)
-        if self.open_since_ns is not None:
-            self.open_since_ns = self.now_ns - self.limits.epoch_age_ns
+        self._seal_wanted = self.open_since_ns is not None
         self._pump()
 
     @property
@@ -241,6 +245,7 @@ class Primary(PeerModes):
             if sender.reopen_at_ns is not None and self.now_ns >= sender.reopen_at_ns:
                 self._offer(sender)
             self._pump_sender(sender)
+        self._pump_flushes()
 
     def _pump_seal(self) -> None:
         if self._sealing is not None:
@@ -253,9 +258,11 @@ class Primary(PeerModes):
             or engine.open_epoch_bytes >= limits.epoch_bytes_max
             or engine.open_epoch_entries >= limits.epoch_entries_max // 4
             or self._room_wanted
+            or self._seal_wanted
         )
         if not is_due:
             return
+        self._seal_wanted = False
         began_ns = self.open_since_ns
         # An epoch ends with a write, so the time of the last write is the time of its cut.
         draft = engine.cut(self._last_wall_ns)
@@ -364,6 +371,7 @@ class Primary(PeerModes):
         return min(later, default=self.open_since_ns)
 
     def _release_everything(self, error: GeomirrorError) -> None:
+        super()._release_everything(error)
         for sender in self.senders.values():
             sender.close()
             sender.refusal = str(error)

@@ -77,6 +77,8 @@ class Sender:
     durable_epoch: int = 0
     durable_hash: bytes = bytes(32)
     applied_epoch: int = 0
+    received_epoch: int = 0
+    """Complete at the peer, perhaps in memory only; of this session."""
     mode: str = STREAM
     is_open: bool = False
     is_link_up: bool = False
@@ -139,6 +141,7 @@ class Sender:
         self.data_state = accept.data_state
         self._set_durable(accept.durable_epoch, accept.durable_hash)
         self.applied_epoch = accept.applied_epoch
+        self.received_epoch = accept.durable_epoch
         if not self.units or self.units[0].encoded.first_number != self.durable_epoch + 1:
             # Of another cut into folds, or the peer lost what it had: encoded anew from there.
             self.forget_units(self.durable_epoch + 1)
@@ -183,6 +186,8 @@ class Sender:
         if message.durable_epoch >= self.durable_epoch:
             self._set_durable(message.durable_epoch, message.durable_hash)
         self.applied_epoch = max(self.applied_epoch, message.applied_epoch)
+        if message.received_epoch < self.next_number:
+            self.received_epoch = max(self.durable_epoch, message.received_epoch)
         self.grant(message.received_bytes, message.credit_bytes, now_ns)
         if message.missing_epoch:
             self._resend(message.missing_epoch, message.missing_frames)

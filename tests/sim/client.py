@@ -11,6 +11,7 @@ from tests.sim.node import SimNode
 from tests.sim.options import Options
 from tests.sim.oracle import Entry, Oracle, OracleError
 from tests.sim.reading import Reading
+from tests.sim.sync_check import SyncCheck
 from tests.sim.world import MS, SECOND, World
 
 BATCHES = (1, 1, 1, 3, 8)
@@ -26,11 +27,17 @@ class Client:
     """Writes through whatever life of the primary is there."""
 
     def __init__(
-        self, world: World, options: Options, oracle: Oracle, primary: Callable[[], SimNode]
+        self,
+        world: World,
+        options: Options,
+        oracle: Oracle,
+        sync: SyncCheck,
+        primary: Callable[[], SimNode],
     ) -> None:
         self.world = world
         self.options = options
         self.oracle = oracle
+        self.sync = sync
         self.operations = 0
         self.is_ending = False
         self.is_held = False
@@ -67,6 +74,7 @@ class Client:
         life, position = token
         if error is None and life == self._primary().life:
             self.oracle.flushed = max(self.oracle.flushed, position)
+            self.sync.answered(position, self._primary().engine.sealed_epoch)
 
     def _storm(self) -> None:
         if not self.is_ending:

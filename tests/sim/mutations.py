@@ -25,6 +25,7 @@ from geomirror.volume.superblock import SuperblockFile
 from geomirror.volume.undo_file import UndoWriter
 from geomirror.wan_protocol.decisions import FlushDone
 from geomirror.wan_protocol.epoch_intake import EpochIntake
+from geomirror.wan_protocol.peer_flushes import PeerFlushes
 from geomirror.wan_protocol.replica import Replica
 from geomirror.wan_protocol.resync_receiver import ResyncReceiver
 from geomirror.wan_protocol.resync_sender import ResyncSender
@@ -272,10 +273,30 @@ def index_forgets_newer() -> list[Patch]:
     return [(Engine, "complete_apply", complete_apply)]
 
 
+def flush_without_peers() -> list[Patch]:
+    """A synchronous flush is answered when its epoch is sealed here."""
+
+    def is_held(self: PeerFlushes, epoch: int) -> bool:
+        return self.engine.sealed_epoch >= epoch
+
+    return [(PeerFlushes, "_is_held", is_held)]
+
+
+def degraded_before_saved() -> list[Patch]:
+    """A flush is answered without a peer before it is durable that the peer is out of sync."""
+
+    def required(self: PeerFlushes) -> set[str]:
+        return set(self.policy.acks) & self._in_sync
+
+    return [(PeerFlushes, "_required", required)]
+
+
 MUTATIONS: dict[str, Callable[[], list[Patch]]] = {
     make.__name__: make
     for make in (
         ship_before_fsync,
+        flush_without_peers,
+        degraded_before_saved,
         drop_last_write,
         trim_early,
         durable_before_fsync,

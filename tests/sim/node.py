@@ -36,6 +36,7 @@ from geomirror.wan_protocol.secondary import CONSISTENT, Secondary
 from tests.sim.disk import SimStore
 from tests.sim.network import Network
 from tests.sim.oracle import Entry, Oracle
+from tests.sim.sync_check import SyncCheck
 from tests.sim.watch import Watch
 from tests.sim.world import MS, SECOND, WALL_OFFSET_NS, World
 
@@ -67,6 +68,7 @@ class Setup:
     journal_bytes: int
     needs_first_sync: bool
     clock_rates: dict[str, float]
+    sync: SyncCheck
     on_flush: Callable[[object, GeomirrorError | None], None]
     on_room: Callable[[], None]
     on_stopped: Callable[[SimNode], None]
@@ -166,6 +168,7 @@ class SimNode:
                 wall_ns=self.wall_ns(),
             )
             self._watch_writes()
+            self.core.set_policy(setup.sync.policy, self.now_ns())
         else:
             self.core = Secondary(self.engine, setup.limits, primary=setup.primary)
             self.core.now_ns = self.now_ns()
@@ -283,6 +286,7 @@ class SimNode:
                     oracle.reported_durable(self.name, message.durable_epoch, message.durable_hash)
                 if isinstance(message, (Acknowledge, EpochCommit)):
                     setup.on_promise(self)
+                setup.sync.report(self.name, message)
                 body = encode_message(message)
                 setup.network.send(self.name, peer, body, len(body) + 32, is_frame=False)
             case SendFrame(peer, _, epoch, sequence, body, is_resync):
@@ -296,6 +300,8 @@ class SimNode:
             case RoomAvailable():
                 setup.on_room()
             case Emit(kind, fields):
+                if kind == "sync_restored":
+                    setup.sync.restored(str(fields["peer"]))
                 self.world.note(f"{self.name}: {kind} {fields}")
 
     def _run_job(self, run: RunJob) -> None:

@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass
 
 from geomirror.limits import KIB
+from geomirror.wan_protocol.sync_policy import ASYNCHRONOUS, SyncPolicy
 from tests.sim.world import MS, SECOND
 
 NEVER = 1 << 62
@@ -43,6 +44,8 @@ class Options:
     snapshot_mean_ns: int
     promise_crash_chance: float
     """That the power goes away right after something was said to be durable."""
+    policy: SyncPolicy = ASYNCHRONOUS
+    """What flushes wait for."""
 
     @classmethod
     def draw(cls, chance: random.Random, seconds: int, names: list[str]) -> Options:

@@ -16,6 +16,7 @@ from tests.sim.network import Network
 from tests.sim.node import MachineStoppedError, Setup, SimNode
 from tests.sim.options import Options
 from tests.sim.oracle import Mirror, Oracle, OracleError
+from tests.sim.sync_check import SyncCheck, draw_policy
 from tests.sim.world import MS, SECOND, World
 
 PRIMARY, SECONDARIES = "east", ["colo", "west"]
@@ -54,9 +55,12 @@ class Simulation:
         self.seed = seed
         self.world = World(seed)
         self.chance = self.world.random
-        options = replace(Options.draw(self.chance, seconds, NAMES), **focus)  # type: ignore[arg-type]
+        drawn = Options.draw(self.chance, seconds, NAMES)
+        drawn = replace(drawn, policy=draw_policy(seed, SECONDARIES))
+        options = replace(drawn, **focus)  # type: ignore[arg-type]
         self.options = options
         self.oracle = Oracle(VOLUMES)
+        self.sync = SyncCheck(options.policy, self.oracle)
         self.network = Network(
             self.world,
             NAMES,
@@ -68,7 +72,7 @@ class Simulation:
             bytes_per_second=options.bytes_per_second,
             flip_chance=options.flip_chance,
         )
-        self.client = Client(self.world, options, self.oracle, lambda: self.primary)
+        self.client = Client(self.world, options, self.oracle, self.sync, lambda: self.primary)
         self.client.on_storm = self._check_lag
         setup = Setup(
             self.world,
@@ -81,6 +85,7 @@ class Simulation:
             options.journal_bytes,
             options.first_sync,
             options.clock_rates,
+            self.sync,
             on_flush=self.client.flushed,
             on_room=self.client.room,
             on_stopped=self._stopped,
@@ -200,6 +205,7 @@ class Simulation:
         engine = node.engine
         self.world.note(f"{node.name}: back at epoch {engine.sealed_epoch}")
         if node.is_primary:
+            self.sync.recovered(engine.superblock.peers)
             with node.store.undisturbed():
                 sizes = self.oracle.sizes.items()
                 content = {volume: engine.read(volume, 0, size) for volume, size in sizes}

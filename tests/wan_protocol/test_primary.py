@@ -305,7 +305,7 @@ def test_destage_comes_after_its_age_and_leaves_reads_as_they_are() -> None:
     stage = Stage(is_connected=False)
     stage.write_blocks(0, 4, seed=1)
     stage.seal()
-    stage.pass_time(2700)
+    stage.pass_time(2950)
     assert "apply" not in stage.east.jobs
     stage.pass_time(100)
     assert stage.east.jobs.count("apply") == 1

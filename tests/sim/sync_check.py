@@ -1,0 +1,83 @@
+"""What a flush promises under a synchronous policy, checked against what the mirrors said.
+
+A flush is answered when enough mirrors have said that they have what it covers. A mirror that had
+not is out of sync, and every later life of the primary knows that, until it was at zero lag again.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from geomirror.environment import SECOND
+from geomirror.volume.superblock import PeerRecord
+from geomirror.wan_protocol.messages import Acknowledge, SessionAccept
+from geomirror.wan_protocol.sync_policy import ASYNCHRONOUS, LEVELS, RECEIVED, SyncPolicy
+from tests.sim.oracle import Oracle, OracleError
+
+
+def draw_policy(seed: int, names: list[str]) -> SyncPolicy:
+    """Of a run; half of them are asynchronous."""
+    chance = random.Random(f"{seed}/policy")
+    if chance.random() < 0.5:
+        return ASYNCHRONOUS
+    peers = chance.sample(names, chance.randrange(1, len(names) + 1))
+    acks = {name: chance.choice(LEVELS[1:]) for name in sorted(peers)}
+    copies = chance.choice([None, None, 1])
+    after_ns = None if chance.random() < 0.15 else int(chance.uniform(0, 6) * SECOND)
+    return SyncPolicy(acks, copies, after_ns)
+
+
+@dataclass
+class SyncCheck:
+    """Keeps what mirrors said, and who was left out."""
+
+    policy: SyncPolicy
+    oracle: Oracle
+    reported: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Mirror → level → highest epoch that it ever reported."""
+    left_out: set[str] = field(default_factory=set)
+    checks: int = 0
+
+    def report(self, name: str, message: object) -> None:
+        """A mirror sends this."""
+        levels = self.reported.setdefault(name, dict.fromkeys(LEVELS, 0))
+        if isinstance(message, (Acknowledge, SessionAccept)):
+            levels["durable"] = max(levels["durable"], message.durable_epoch)
+            levels["applied"] = max(levels["applied"], message.applied_epoch)
+            levels[RECEIVED] = max(levels[RECEIVED], levels["durable"])
+        if isinstance(message, Acknowledge):
+            levels[RECEIVED] = max(levels[RECEIVED], message.received_epoch)
+
+    def answered(self, position: int, sealed_epoch: int) -> None:
+        """A flush that covers so many operations was answered with success."""
+        acks = self.policy.acks
+        if not acks:
+            return
+        prefixes = self.oracle.epoch_prefix
+        epoch = min((e for e, count in prefixes.items() if count >= position), default=None)
+        if epoch is None or epoch > sealed_epoch:
+            raise OracleError("a synchronous flush was answered before its epoch was sealed")
+        lacking = [
+            name
+            for name, level in acks.items()
+            if self.reported.get(name, {}).get(level, 0) < epoch
+        ]
+        held = len(acks) - len(lacking)
+        self.checks += 1
+        if held >= (self.policy.copies or len(acks)):
+            return
+        if self.policy.degrade_after_ns is None:
+            raise OracleError(f"epoch {epoch} is not at {', '.join(lacking)}, a flush was answered")
+        self.left_out.update(lacking)
+
+    def restored(self, name: str) -> None:
+        """The primary says that a mirror is in sync again."""
+        self.left_out.discard(name)
+
+    def recovered(self, peers: Mapping[str, PeerRecord]) -> None:
+        """The primary came back with these records."""
+        for name in sorted(self.left_out):
+            if peers[name].in_sync:
+                raise OracleError(f"{name} counts as in sync; a flush was answered without it")
