@@ -69,7 +69,14 @@ def _about_peer(resource: dict[str, Any], peer: dict[str, Any]) -> list[Advice]:
     elif state == "Refused":
         meaning = f"{node} refuses this resource: {peer.get('reason')}; its copy stays as it is."
         found.append(Advice("refused", meaning, f'Look at "geomirror status" on {node}.'))
-    elif state == "Fold":
+    if peer.get("in_sync") is False:
+        meaning = (
+            f"{node} is out of sync: flushes are answered without it. If this side is lost now, "
+            "confirmed writes may be missing there."
+        )
+        action = "Wait until it has caught up; flushes wait for it again then."
+        found.append(Advice("out of sync", meaning, action))
+    if state == "Fold":
         meaning = f"{node} is slower than the writers; it skips intermediate versions."
         found.append(Advice("behind", meaning, "Nothing, if the link is known to be slow."))
     return found

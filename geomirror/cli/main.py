@@ -29,7 +29,7 @@ PANELS: dict[str, dict[str, str]] = {
         "link": "geomirror.cli.link",
     },
     "Replication": {
-        "resource": "geomirror.cli.resource",
+        "resource": "geomirror.cli.resource_changes",
         "pause": "geomirror.cli.replication",
         "resume": "geomirror.cli.replication",
         "wait": "geomirror.cli.replication",

@@ -40,7 +40,7 @@ def render_resource(resource: dict[str, Any], node: str) -> list[str]:
         lines.append(text)
     if resource["peers"]:
         peers = table(
-            ["PEER", "SITE", "STATE", "DISK", "EPOCH", "BEHIND", "RPO", "RATE", "RESYNCS"],
+            ["PEER", "SITE", "STATE", "DISK", "ACK", "EPOCH", "BEHIND", "RPO", "RATE", "RESYNCS"],
             [_peer_row(peer) for peer in resource["peers"]],
         )
         lines += [f"  {line}" for line in peers.splitlines()]
@@ -61,9 +61,16 @@ def _peer_row(peer: dict[str, Any]) -> list[str]:
         peer["site"],
         peer["state"],
         peer.get("disk_state") or "-",
+        _acknowledgement(peer),
         str(position.get("epoch", "-")),
         format_bytes(lag.get("bytes")),
         format_seconds(peer.get("rpo_seconds")),
         f"{format_bytes(rate)}/s" if rate else "-",
         "-" if peer.get("resyncs") is None else str(peer["resyncs"]),
     ]
+
+
+def _acknowledgement(peer: dict[str, Any]) -> str:
+    """What flushes wait for at a peer, and whether they do now."""
+    ack = peer.get("ack") or "-"
+    return f"{ack}, out of sync" if peer.get("in_sync") is False else ack

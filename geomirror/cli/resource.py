@@ -1,4 +1,4 @@
-"""`geomirror resource …`"""
+"""`geomirror resource create|list|show|delete`; changes are in `resource_changes`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from geomirror.errors import UsageError
 
 @click.group()
 def resource() -> None:
-    """Create, list, show and delete replicated resources."""
+    """Create, list, show, change and delete replicated resources."""
 
 
 @resource.command()
@@ -50,6 +50,25 @@ def resource() -> None:
     metavar="SIZE",
     help="Default: the volumes' size, 1G to 64G, at most half of the free space.",
 )
+@click.option(
+    "--ack",
+    "acks",
+    multiple=True,
+    metavar="[NODE=]LEVEL",
+    help="What FLUSH and FUA wait for at the secondaries, or at one of them: completed (nothing, "
+    "the default), received, durable or applied.",
+)
+@click.option(
+    "--copies",
+    metavar="K|all",
+    help="How many of the secondaries waited for must have it. Default: all that are in sync.",
+)
+@click.option(
+    "--degrade-after",
+    metavar="SECONDS|block",
+    help="A secondary that keeps a flush waiting for so long is waited for no more, until it has "
+    "caught up; block: for ever. Default: 5s.",
+)
 @click.option("--force", is_flag=True, help="Overwrite a backing device that holds data.")
 @json_option
 @pass_app
@@ -62,6 +81,9 @@ def create(
     backings: tuple[str, ...],
     adopt: str | None,
     journal_bytes: int | None,
+    acks: tuple[str, ...],
+    copies: str | None,
+    degrade_after: str | None,
     force: bool,
 ) -> None:
     """Create a resource; returns when the primary serves it.
@@ -71,6 +93,7 @@ def create(
       geomirror resource create pg --size 10G --primary east-1 --secondary west-1
       geomirror resource create pg --primary east-1 --secondary west-1 \\
           --backing east-1=/dev/vg0/pg --backing west-1=/dev/vg0/pg --adopt east-1
+      geomirror resource create pg --size 10G --primary east-1 --secondary west-1 --ack durable
     """
     parameters = {
         "name": name,
@@ -81,6 +104,7 @@ def create(
         "adopt": adopt,
         "journal_bytes": journal_bytes,
         "is_forced": force,
+        "settings": sync_settings(acks, copies, degrade_after),
     }
     result = app.call("resource.create", parameters, timeout_s=90)
     app.show(result, lambda: _created(result))
@@ -123,6 +147,21 @@ def delete(app: App, name: str, keep_data: bool, yes: bool) -> None:
     parameters = {"name": name, "keep_data": keep_data}
     result = app.call("resource.delete", parameters, timeout_s=600)
     app.show(result, lambda: _deleted(result))
+
+
+def sync_settings(
+    acks: tuple[str, ...], copies: str | None, degrade_after: str | None
+) -> dict[str, str]:
+    """Settings of the synchronous modes, as `resource set` names them."""
+    found: dict[str, str] = {}
+    for text in acks:
+        node, separator, level = text.rpartition("=")
+        found[f"ack.{node}" if separator else "ack"] = level
+    if copies is not None:
+        found["copies"] = copies
+    if degrade_after is not None:
+        found["degrade_after"] = degrade_after
+    return found
 
 
 def parse_backings(texts: tuple[str, ...]) -> dict[str, dict[str, str]]:
@@ -187,6 +226,7 @@ def _shown(result: dict[str, Any]) -> str:
                 lines.append(f"  on {node}: {paths[volume['name']]}")
     if found["journal_bytes"]:
         lines.append(f"journal      {format_bytes(found['journal_bytes'])}")
+    lines += [f"setting      {key} = {value}" for key, value in sorted(found["settings"].items())]
     return "\n".join(lines)
 
 

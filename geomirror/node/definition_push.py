@@ -113,13 +113,14 @@ class DefinitionPush:
     async def _push(self, peer: str, entry: ResourceEntry) -> bool:
         definition = entry.definition
         name, version = definition.name, definition.version
-        is_deleting = entry.state == "deleting"
+        is_leaving = peer in entry.leaving
+        is_deleting = entry.state == "deleting" or is_leaving
         try:
             if is_deleting:
                 parameters = {
                     "name": name,
                     "resource_id": definition.resource_id,
-                    "keep_data": entry.keep_data,
+                    "keep_data": entry.leaving.get(peer, entry.keep_data),
                 }
                 await self._links.call(peer, "resource.forget", parameters, PUSH_TIMEOUT_S)
             else:
@@ -136,7 +137,13 @@ class DefinitionPush:
                 self._host.context.emit("definition_pending", fields)
             return False
         self.refusals.pop((name, peer), None)
-        entry.confirmed[peer] = 0 if is_deleting else version
+        # It may have been changed meanwhile; what the peer confirmed is the version above.
+        entry = self._store.by_id(definition.resource_id) or entry
+        if is_leaving:
+            entry.leaving.pop(peer, None)
+            entry.confirmed.pop(peer, None)
+        else:
+            entry.confirmed[peer] = 0 if is_deleting else version
         self._settle(entry)
         service = self._host.services.get(name)
         if service is not None and not is_deleting:

@@ -27,11 +27,14 @@ class ResourceEntry(msgspec.Struct, forbid_unknown_fields=True):
     """While deleting: secondaries keep their images."""
     confirmed: dict[str, int] = {}
     """Primary only: member -> version of the definition that it has, 0 when it has forgotten."""
+    leaving: dict[str, bool] = {}
+    """Primary only: removed secondary that has not forgotten yet -> whether it keeps its image."""
 
     def pending_peers(self) -> list[str]:
-        """Secondaries that have not confirmed the newest state."""
+        """Nodes that have not confirmed the newest state."""
         wanted = 0 if self.state == "deleting" else self.definition.version
-        return [n for n in self.definition.secondaries if self.confirmed.get(n, -1) != wanted]
+        members = self.definition.secondaries
+        return [n for n in members if self.confirmed.get(n, -1) != wanted] + sorted(self.leaving)
 
 
 class _File(msgspec.Struct, forbid_unknown_fields=True):

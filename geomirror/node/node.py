@@ -35,6 +35,7 @@ from geomirror.node.notify_io import Notifier
 from geomirror.node.paths import DataDir
 from geomirror.node.refusals import RefusalAllowance
 from geomirror.node.resource_calls import ResourceCalls
+from geomirror.node.resource_changes import ResourceChanges
 from geomirror.node.resource_definition import ResourceDefinition
 from geomirror.node.resource_host import ResourceHost, remove_tree
 from geomirror.node.service import ServiceFactory
@@ -189,6 +190,7 @@ class Node:
             disconnect=self._nbd.disconnect_export,
         )
         calls.register(self._methods)
+        ResourceChanges(calls).register(self._methods)
         self._network.register(self._methods)
         self._calls = calls
         self._methods.add("status", StatusRequest, self._show_status)

@@ -75,8 +75,8 @@ class ResourceCalls:
     async def create(self, caller: Caller, request: Create) -> Result:
         """Make a resource; answers when the primary serves it."""
         if request.primary != self._self:
-            return await self._forward(caller, request.primary, "resource.create", request)
-        self._check_nodes([request.primary, *request.secondaries])
+            return await self.forward(caller, request.primary, "resource.create", request)
+        self.check_nodes([request.primary, *request.secondaries])
         if self.store.find(request.name) is not None:
             raise RefusedError(f'resource "{request.name}" exists already')
         definition = await self._define_new(request)
@@ -137,7 +137,7 @@ class ResourceCalls:
         entry = self.store.get(request.name)
         if entry.definition.primary != self._self:
             primary = entry.definition.primary
-            return await self._forward(caller, primary, "resource.delete", request)
+            return await self.forward(caller, primary, "resource.delete", request)
         if request.name in self.host.opening:
             self.host.get(request.name)
         if request.keep_data:
@@ -203,7 +203,7 @@ class ResourceCalls:
         primary = entry.definition.primary
         if primary != self._self:
             timeout_s = request.timeout_s + CHECK_TIMEOUT_S
-            return await self._forward(caller, primary, "resource.wait", request, timeout_s)
+            return await self.forward(caller, primary, "resource.wait", request, timeout_s)
         service = self.host.get(request.name)
         await service.wait(request.kind, request.timeout_s)
         return {"name": request.name, "position": service.position()}
@@ -215,7 +215,7 @@ class ResourceCalls:
     async def _pause(self, caller: Caller, request: ForPeer, method: str) -> Result:
         definition = self.store.get(request.name).definition
         if definition.primary != self._self:
-            return await self._forward(caller, definition.primary, method, request)
+            return await self.forward(caller, definition.primary, method, request)
         if request.peer is not None and request.peer not in definition.secondaries:
             raise NotFoundError(f'resource "{request.name}" has no secondary "{request.peer}"')
         service = self.host.get(request.name)
@@ -279,6 +279,7 @@ class ResourceCalls:
             backings=request.backings,
             adopt=request.adopt,
             journal_bytes=self._journal_bytes(request.journal_bytes),
+            settings=request.settings,
         )
 
     async def _size_of_backing(self, own: dict[str, str]) -> int:
@@ -298,16 +299,22 @@ class ResourceCalls:
 
     async def _check_backings(self, definition: ResourceDefinition, is_forced: bool) -> None:
         await self._check_own_backings(definition, is_forced)
-        sizes = {volume.name: volume.size_bytes for volume in definition.volumes}
         for node in definition.secondaries:
-            paths = definition.backings.get(node, {})
-            if paths and self.is_connected(node):
-                parameters = {"paths": paths, "sizes": sizes, "is_forced": is_forced}
-                method = "resource.check_backing"
-                try:
-                    await self.links.call(node, method, parameters, CHECK_TIMEOUT_S)
-                except GeomirrorError as error:
-                    raise type(error)(f'node "{node}": {error.message}', hint=error.hint) from None
+            await self.check_backing_of(definition, node, is_forced)
+
+    async def check_backing_of(
+        self, definition: ResourceDefinition, node: str, is_forced: bool
+    ) -> None:
+        """Ask a secondary whether its backings would do; one that is away is not asked."""
+        paths = definition.backings.get(node, {})
+        if not paths or not self.is_connected(node):
+            return
+        sizes = {volume.name: volume.size_bytes for volume in definition.volumes}
+        parameters = {"paths": paths, "sizes": sizes, "is_forced": is_forced}
+        try:
+            await self.links.call(node, "resource.check_backing", parameters, CHECK_TIMEOUT_S)
+        except GeomirrorError as error:
+            raise type(error)(f'node "{node}": {error.message}', hint=error.hint) from None
 
     async def _check_own_backings(self, definition: ResourceDefinition, is_forced: bool) -> None:
         volumes = {volume.name: volume.size_bytes for volume in definition.volumes}
@@ -328,7 +335,8 @@ class ResourceCalls:
         for path in definition.backings.get(self._self, {}).values():
             await asyncio.to_thread(zero_backing, path)
 
-    def _check_nodes(self, names: Iterable[str]) -> None:
+    def check_nodes(self, names: Iterable[str]) -> None:
+        """:raises NotFoundError: a name that no node of the network has."""
         known = set(self.known_nodes())
         for name in names:
             if name not in known:
@@ -336,7 +344,7 @@ class ResourceCalls:
                     f'no node "{name}" in this network', hint='see "geomirror node list"'
                 )
 
-    async def _forward(
+    async def forward(
         self,
         caller: Caller,
         owner: str,
@@ -344,8 +352,9 @@ class ResourceCalls:
         request: Parameters,
         timeout_s: float = CREATE_TIMEOUT_S,
     ) -> Result:
+        """Let the primary do it. :raises NotPrimaryError: a peer asked this node for it."""
         # One hop only: a peer that asks the wrong node has an old view, and is told so.
         if caller.peer is not None:
             raise NotPrimaryError(f'node "{self._self}" is not the primary, "{owner}" is')
-        self._check_nodes([owner])
+        self.check_nodes([owner])
         return await self.links.call(owner, method, msgspec.to_builtins(request), timeout_s)

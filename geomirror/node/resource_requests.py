@@ -22,6 +22,33 @@ class Create(Parameters, frozen=True):
     adopt: str | None = None
     journal_bytes: int | None = None
     is_forced: bool = False
+    settings: dict[str, str] = msgspec.field(default_factory=dict)
+
+
+class SetSettings(Parameters, frozen=True):
+    """`resource set`"""
+
+    name: str
+    settings: dict[str, str]
+    """New values; "" takes a setting back to its default."""
+
+
+class AddSecondary(Parameters, frozen=True):
+    """`resource add-secondary`"""
+
+    name: str
+    node: str
+    backings: dict[str, str] = msgspec.field(default_factory=dict)
+    """Volume name -> absolute path there."""
+    is_forced: bool = False
+
+
+class RemoveSecondary(Parameters, frozen=True):
+    """`resource remove-secondary`"""
+
+    name: str
+    node: str
+    keep_data: bool = False
 
 
 class CheckBacking(Parameters, frozen=True):

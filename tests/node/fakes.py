@@ -17,6 +17,7 @@ from geomirror.node.definition_push import DefinitionPush
 from geomirror.node.definition_store import DefinitionStore
 from geomirror.node.link_router import LinkRouter
 from geomirror.node.resource_calls import ResourceCalls
+from geomirror.node.resource_changes import ResourceChanges
 from geomirror.node.resource_definition import ResourceDefinition
 from geomirror.node.resource_host import ResourceHost
 from geomirror.node.status import StatusReport
@@ -167,7 +168,7 @@ class FakeNode:
             self.host, self.store, self.push.refusals, lambda n: f"site-{n}", self.router.is_up
         )
         self.disconnected: list[str] = []
-        ResourceCalls(
+        calls = ResourceCalls(
             host=self.host,
             store=self.store,
             push=self.push,
@@ -176,7 +177,9 @@ class FakeNode:
             is_connected=self.router.is_up,
             describe=self.status.resource,
             disconnect=self.disconnected.append,
-        ).register(self.methods)
+        )
+        calls.register(self.methods)
+        ResourceChanges(calls).register(self.methods)
 
     async def ask(self, method: str, **parameters: Any) -> dict[str, Any]:
         return await self.methods.dispatch(Caller(), method, parameters)

@@ -1,0 +1,102 @@
+"""`geomirror resource set|add-secondary|remove-secondary`: changes while it is in use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import rich_click as click
+
+from geomirror.cli.common import App, json_option, pass_app
+from geomirror.cli.resource import parse_backings, resource
+from geomirror.errors import UsageError
+
+
+@resource.command("set")
+@click.argument("name", metavar="RES")
+@click.argument("pairs", metavar="KEY=VALUE…", nargs=-1, required=True)
+@json_option
+@pass_app
+def set_settings(app: App, name: str, pairs: tuple[str, ...]) -> None:
+    """Change settings of a resource while it is in use.
+
+    `ack`, `ack.NODE` (completed, received, durable, applied), `copies` (a number or all),
+    `degrade_after` (seconds or block). An empty value takes a setting back to its default.
+
+    \b
+    [bold]Examples:[/bold]
+      geomirror resource set pg ack=durable degrade_after=10s
+      geomirror resource set pg ack.colo=completed copies=
+    """
+    settings: dict[str, str] = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator or not key:
+            raise UsageError(f"{pair}: write KEY=VALUE, for example ack=durable")
+        settings[key] = value
+    result = app.call("resource.set", {"name": name, "settings": settings})
+    app.show(result, lambda: _set(result))
+
+
+@resource.command("add-secondary")
+@click.argument("name", metavar="RES")
+@click.argument("node", metavar="NODE")
+@click.option(
+    "--backing",
+    "backings",
+    multiple=True,
+    metavar="[VOLUME=]PATH",
+    help="File or block device under a volume there; without a name under volume 0. Default: a "
+    "file in the data directory.",
+)
+@click.option("--force", is_flag=True, help="Overwrite a backing device that holds data.")
+@json_option
+@pass_app
+def add_secondary(app: App, name: str, node: str, backings: tuple[str, ...], force: bool) -> None:
+    """Add a secondary while writers go on; `status` shows how it is filled."""
+    texts = tuple(_named(text, node) for text in backings)
+    parameters = {
+        "name": name,
+        "node": node,
+        "backings": parse_backings(texts).get(node, {}),
+        "is_forced": force,
+    }
+    result = app.call("resource.add_secondary", parameters, timeout_s=90)
+    app.show(result, lambda: _said(result, f'"{node}" is a secondary of "{name}" now'))
+
+
+@resource.command("remove-secondary")
+@click.argument("name", metavar="RES")
+@click.argument("node", metavar="NODE")
+@click.option("--keep-data", is_flag=True, help="Leave its volumes there as plain raw images.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@json_option
+@pass_app
+def remove_secondary(app: App, name: str, node: str, keep_data: bool, yes: bool) -> None:
+    """Remove a secondary and its copy; a node that is away forgets it when it is back."""
+    app.call("resource.show", {"name": name})
+    what = f'remove the copy of "{name}" on {node}'
+    app.confirm(what + (", keeping its images" if keep_data else ""), is_confirmed=yes)
+    parameters = {"name": name, "node": node, "keep_data": keep_data}
+    result = app.call("resource.remove_secondary", parameters, timeout_s=90)
+    app.show(result, lambda: _said(result, f'"{node}" is no secondary of "{name}" any more'))
+
+
+def _named(text: str, node: str) -> str:
+    """`[VOLUME=]PATH` as `parse_backings` takes it."""
+    if text.startswith("/"):
+        return f"{node}={text}"
+    volume, _, path = text.partition("=")
+    return f"{node}/{volume}={path}"
+
+
+def _set(result: dict[str, Any]) -> str:
+    lines = [f'settings of "{result["name"]}" (version {result["version"]}):']
+    lines += [f"  {key} = {value}" for key, value in sorted(result["settings"].items())]
+    return "\n".join(lines if result["settings"] else [f'"{result["name"]}" has its defaults'])
+
+
+def _said(result: dict[str, Any], text: str) -> str:
+    if not result["pending"]:
+        return text
+    nodes = ", ".join(result["pending"])
+    return f"{text}\npending: {nodes}; told as soon as the link is up (geomirror link list)"
