@@ -366,8 +366,7 @@ def test_a_batch_that_fails_leaves_no_trace(operation: str, skip: int) -> None:
 
 
 def test_a_failed_batch_does_not_come_back_behind_a_later_one() -> None:
-    # Both batches start at the same LSN; the records of the first that the second does not cover
-    # are still in the file, valid but for the chain.
+    # Both batches start at the same LSN, and would be told apart by the chain alone.
     for seed in range(20):
         disk = Disk(seed)
         disk.append_blocks(BLOCK)
@@ -379,6 +378,16 @@ def test_a_failed_batch_does_not_come_back_behind_a_later_one() -> None:
         disk.sync()
         recovered = disk.crash_and_recover(lose_nothing=True)
         assert len(recovered.records) == 2
+
+
+def test_a_batch_that_a_full_disk_refused_does_not_come_back_after_a_kill() -> None:
+    disk = Disk()
+    disk.append_blocks(BLOCK)
+    disk.store.fail("create", "journal/*", error=errno.ENOSPC)
+    with pytest.raises(NoSpaceError):
+        disk.journal.append([write(BLOCK, i) for i in range(70)], 1)
+    recovered = disk.crash_and_recover(lose_nothing=True)
+    assert len(recovered.records) == 1
 
 
 def test_reading_goes_on_while_segments_are_trimmed() -> None:
