@@ -1,6 +1,7 @@
 #!/bin/sh
-# Real NBD clients for the interop tests, a compiler and ip for the packet-level emulator. Without
-# root the tests that need a missing one are skipped with its name as the reason.
+# Real NBD clients for the interop tests, a compiler and ip for the packet-level emulator, PostgreSQL
+# for the database story. Without root the tests that need a missing one are skipped with its name as
+# the reason.
 set -eu
 missing=
 for pair in nbdinfo:libnbd-bin nbdcopy:libnbd-bin qemu-io:qemu-utils fio:fio nbdkit:nbdkit \
@@ -9,8 +10,16 @@ for pair in nbdinfo:libnbd-bin nbdcopy:libnbd-bin qemu-io:qemu-utils fio:fio nbd
 done
 # The compiler alone has no headers.
 [ -e /usr/include/stdlib.h ] || missing="$missing libc6-dev"
+ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || missing="$missing postgresql"
 [ -n "$missing" ] || exit 0
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    case $missing in
+        *postgresql*)
+            # The programs are wanted, not a server of the system that starts at once.
+            mkdir -p /etc/postgresql-common
+            [ -e /etc/postgresql-common/createcluster.conf ] ||
+                echo "create_main_cluster = false" >/etc/postgresql-common/createcluster.conf ;;
+    esac
     apt-get update -qq
     # shellcheck disable=SC2086
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >/dev/null
