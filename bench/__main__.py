@@ -15,7 +15,7 @@ from typing import Any
 import rich_click as click
 from rich.console import Console
 
-from bench import link_dead, link_use, local_writes, memory, restart, simulator
+from bench import link_dead, link_use, local_writes, memory, restart, simulator, synchronous
 from bench.document import update
 from bench.machine import describe, versions
 from bench.options import Options
@@ -24,7 +24,15 @@ from geomirror.errors import GeomirrorError
 
 BENCHMARKS: dict[str, Callable[[Options], Awaitable[Result]]] = {
     module.NAME: module.run
-    for module in (local_writes, link_dead, link_use, restart, memory, simulator)
+    for module in (
+        local_writes,
+        link_dead,
+        link_use,
+        synchronous,
+        restart,
+        memory,
+        simulator,
+    )
 }
 MEASUREMENTS = Path(__file__).parent.parent / "docs" / "measurements.md"
 
