@@ -6,7 +6,9 @@ so the sums tell whether any was applied in part, and the number of rows whether
 
 from __future__ import annotations
 
+import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,13 +34,19 @@ BALANCES = (
 def sites(tmp_path: Path) -> Iterator[tuple[Site, Site]]:
     require_power()
     require_postgres()
-    # PostgreSQL's user has to reach the mount.
-    for parent in (tmp_path, *tmp_path.parents[:2]):
-        parent.chmod(0o755)
     with some_sites(tmp_path, "a", "b") as (a, b):
         make_network(a, b)
         create(a, "pg", size="512M")
         yield a, b
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A directory that PostgreSQL's user reaches; pytest's own are closed to others."""
+    path = Path(tempfile.mkdtemp(prefix="geomirror-test-"))
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path)
 
 
 def confirmed_commits(log_prefix: Path) -> int:
@@ -55,18 +63,18 @@ def start_load(cluster: Cluster, logs: Path) -> subprocess.Popen[bytes]:
 
 
 def test_every_confirmed_commit_is_there_and_the_mirror_is_sound(
-    sites: tuple[Site, Site], tmp_path: Path
+    sites: tuple[Site, Site], public: Path
 ):
     a, b = sites
-    attached = Attached(a, tmp_path / "disk")
+    attached = Attached(a, public / "disk")
     attached.attach(make_file_system=True)
-    cluster = Cluster(require_postgres(), attached.mount / "data", tmp_path / "sockets")
+    cluster = Cluster(require_postgres(), attached.mount / "data", public / "sockets")
     try:
         cluster.create()
         cluster.start()
         cluster.client("pgbench", "-i", "-q", "-s", str(SCALE), "postgres")
         cluster.ask("create extension amcheck")
-        logs = tmp_path / "sockets" / "commits"
+        logs = public / "sockets" / "commits"
         load = start_load(cluster, logs)
         time.sleep(LOAD_S)
         # Everything at once: the daemon, the clients, the server.
@@ -87,20 +95,20 @@ def test_every_confirmed_commit_is_there_and_the_mirror_is_sound(
         assert cluster.ask(BALANCES) == "t"
 
         # A mirror taken in the middle of a load is a crash image: PostgreSQL recovers it.
-        load = start_load(cluster, tmp_path / "sockets" / "more")
+        load = start_load(cluster, public / "sockets" / "more")
         time.sleep(2)
-        image = tmp_path / "mirror.img"
+        image = public / "mirror.img"
         run("nbdcopy", b.uri(), image)
         load.kill()
         load.wait()
         cluster.stop()
         attached.detach()
-        check_image(image, tmp_path / "mirror")
+        check_image(image, public / "mirror")
 
         # And the mirror at the end has everything.
         wait_applied(a)
         run("nbdcopy", b.uri(), image)
-        assert check_image(image, tmp_path / "last") >= rows
+        assert check_image(image, public / "last") >= rows
         assert a.crashes() == b.crashes() == []
     finally:
         attached.close()
