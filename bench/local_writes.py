@@ -4,11 +4,12 @@
  round:  [geomirror] drain  [nbdkit]  [qemu-nbd]      order rotates, the same load and offsets
 ```
 Replication runs during geomirror's slot. What is left of the backlog goes over an unlimited link
-before the next slot, so that the others are not measured beside our stream.
+before the next slot, and is destaged, so that the others are not measured beside our work.
 
 CPU is that of the daemon's process, all threads. What shipping costs is measured alone: a backlog
 is written while the link is down, a restart empties the journal into the image, then the link comes
-up. A slot's CPU less what it shipped is the cost of its writes: taking them, sealing, destaging.
+up. A slot's CPU less what it shipped is the cost of taking its writes and sealing them; until the
+daemon is idle again, that of destaging them too.
 """
 
 from __future__ import annotations
@@ -82,6 +83,9 @@ class Slot:
     cpu_seconds: float
     shipped_bytes: int = 0
     """Contents handed to the link meanwhile."""
+    settled_cpu_seconds: float = 0.0
+    """From its beginning until the daemon was idle."""
+    settled_shipped_bytes: int = 0
 
     @property
     def cpu_us_per_request(self) -> float:
@@ -204,13 +208,16 @@ class _Comparison:
 
     async def _ours(self, load: Load) -> Slot:
         lab = self._lab
-        before = (await lab.peer())["logical_bytes"]
+        before, cpu = (await lab.peer())["logical_bytes"], cpu_seconds(lab.pid)
         async with lab.watch() as watch:
             slot = await _measured(load, lab.uri, lab.pid)
         self._result.judge_states(watch.states)
         if not self._case.is_read:
             slot.shipped_bytes = (await lab.peer())["logical_bytes"] - before
             await lab.drain()
+            await lab.settle()
+            slot.settled_cpu_seconds = cpu_seconds(lab.pid) - cpu
+            slot.settled_shipped_bytes = (await lab.peer())["logical_bytes"] - before
         return slot
 
     def conclude(self) -> None:
@@ -230,6 +237,13 @@ class _Comparison:
                 for slot in (slots["geomirror"] for slots in self._rounds)
             ]
             result.at_most(f"{case.name}: CPU per write", writes, CPU_US_PER_WRITE_MAX, "µs")
+            settled = [
+                (slot.settled_cpu_seconds - slot.settled_shipped_bytes / GIB * self._per_gib)
+                * 1e6
+                / max(1, slot.outcome.requests)
+                for slot in (slots["geomirror"] for slots in self._rounds)
+            ]
+            result.median(f"{case.name}: CPU per write, destaged", settled, "µs")
         result.columns = COLUMNS
         for name in self._rounds[0]:
             result.rows.append(self._row(name))

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from bench.machine import cpu_seconds
 from geomirror.errors import GeomirrorError, WaitTimeoutError
 from geomirror.lab.lab_io import Lab, LabLink, LabNode
 
@@ -16,6 +17,11 @@ RESOURCE = "disk"
 NODES = (("east", "east-1"), ("west", "west-1"))
 DRAIN_S_MAX = 900.0
 STATE_S_MAX = 30.0
+SETTLE_S_MAX = 120.0
+SETTLE_S = 1.5
+"""Longer than the second without writes after which destaging begins."""
+IDLE_MAX = 0.08
+"""Part of a CPU that an idle daemon takes at most."""
 
 
 class Watch:
@@ -126,6 +132,18 @@ class Rig:
         limit = ("--timeout", str(round(DRAIN_S_MAX)))
         await self.primary.cli("wait", RESOURCE, "--applied", *limit, timeout_s=DRAIN_S_MAX + 30)
         await self.link.set(self.settings)
+
+    async def settle(self) -> None:
+        """Wait until the primary's daemon has nothing to do: what was written is destaged."""
+        deadline = asyncio.get_running_loop().time() + SETTLE_S_MAX
+        before = cpu_seconds(self.pid)
+        while asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(SETTLE_S)
+            now = cpu_seconds(self.pid)
+            if now - before < SETTLE_S * IDLE_MAX:
+                return
+            before = now
+        raise WaitTimeoutError(f"the primary is not idle after {SETTLE_S_MAX:g} s")
 
     async def restart(self, *states: str) -> None:
         """Stop the primary in order, which empties its journal into the image, and start it.

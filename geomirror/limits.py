@@ -52,6 +52,10 @@ class Limits:
     for itself, above it there is still room while the first pass runs."""
     destage_age_ns_max: int = 30 * SECOND
     """Oldest undestaged epoch before a destage pass starts."""
+    destage_idle_ns: int = 1 * SECOND
+    """Nobody has written for so long: time to destage, so that the next burst has all the room."""
+    destage_idle_bytes_min: int = 64 * MIB
+    """But not for less than this: every pass costs some syncs and one of the undo's files."""
     zero_run_blocks_min: int = 64
     """A zero or trim run of at least this many blocks is one extent instead of single entries."""
 
@@ -183,6 +187,8 @@ SIMULATION = Limits(
     apply_pass_bytes_max=128 * KIB,
     apply_read_bytes_max=24 * KIB,
     destage_age_ns_max=3 * SECOND,
+    destage_idle_ns=200 * MS,
+    destage_idle_bytes_min=128 * KIB,
     zero_run_blocks_min=4,
     epoch_bytes_max=64 * KIB,
     epoch_entries_max=4096,

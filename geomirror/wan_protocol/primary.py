@@ -71,6 +71,7 @@ class Primary(PeerFlushes):
         self._seal_wanted = False
         self._sealing: Any = None
         self._last_wall_ns = wall_ns
+        self._wrote_ns = now_ns
         if engine.open_epoch_entries:
             # Recovered writes that no epoch holds yet.
             self.open_since_ns = now_ns
@@ -99,6 +100,7 @@ class Primary(PeerFlushes):
             self._fence(error)
             raise
         self._last_wall_ns = wall_ns
+        self._wrote_ns = now_ns
         if self.open_since_ns is None:
             self.open_since_ns = now_ns
         elif self.engine.open_epoch_bytes >= self.limits.epoch_bytes_max:
@@ -187,7 +189,10 @@ class Primary(PeerFlushes):
             times.append(self.open_since_ns + self.limits.epoch_age_ns)
         oldest = self._oldest_unapplied_ns()
         if oldest is not None and not self.is_running("apply"):
-            times.append(max(oldest + self.limits.destage_age_ns_max, self.now_ns + 100 * MS))
+            due_ns = oldest + self.limits.destage_age_ns_max
+            if self.engine.dirty_bytes >= self.limits.destage_idle_bytes_min:
+                due_ns = min(due_ns, self._wrote_ns + self.limits.destage_idle_ns)
+            times.append(max(due_ns, self.now_ns + 100 * MS))
         times.extend(self._peer_timers())
         giving_up_ns = self._flush_timer()
         if giving_up_ns is not None:
@@ -296,13 +301,15 @@ class Primary(PeerFlushes):
             self._check_backlog(sender)
 
     def _apply_target(self) -> int | None:
-        """Destage when the dirty data, its age or the journal asks for it."""
+        """Destage when the dirty data, its age or the journal asks for it, or nobody writes."""
         engine, limits = self.engine, self.limits
         if engine.sealed_epoch <= engine.applied_epoch:
             return None
         oldest = self._oldest_unapplied_ns()
+        is_idle = self.now_ns >= self._wrote_ns + limits.destage_idle_ns
         is_due = (
             self._is_stopping
+            or (is_idle and engine.dirty_bytes >= limits.destage_idle_bytes_min)
             or self._room_wanted
             or engine.dirty_bytes >= limits.dirty_bytes_max * limits.destage_fraction
             or engine.dirty_entries >= limits.dirty_entries_max * limits.destage_fraction

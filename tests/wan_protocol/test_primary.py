@@ -313,6 +313,17 @@ def test_destage_comes_after_its_age_and_leaves_reads_as_they_are() -> None:
     assert stage.primary.engine.read(0, 0, stage.sizes[0]) == bytes(stage.content[0])
 
 
+def test_much_dirty_data_is_destaged_as_soon_as_nobody_writes() -> None:
+    stage = Stage(is_connected=False)
+    for number in range(5):
+        stage.write_blocks(8 * number, 8, seed=number)
+        stage.pass_time(150)
+        assert "apply" not in stage.east.jobs, "somebody writes"
+    stage.pass_time(300)
+    assert stage.east.jobs.count("apply") == 1
+    assert stage.primary.engine.dirty_entries < 5 * 8 // 2, "a little may wait for its age"
+
+
 def test_an_orderly_stop_seals_and_destages() -> None:
     stage = Stage()
     stage.write_blocks(0, 4, seed=1)
