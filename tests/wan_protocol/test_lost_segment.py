@@ -38,7 +38,7 @@ def test_a_primary_misses_the_newest_segment_once_a_flush_was_answered_from_it()
     stage.primary.flush("token", stage.now_ns)
     stage.settle()
     assert stage.east.flushes == [("token", None)]
-    stage.pass_time(300)
+    stage.pass_time(150)
     assert stage.primary.engine.applied_epoch == 0, "no pass has told the superblock"
     segment = newest_segment(stage, PRIMARY)
     assert f"{segment} is missing" in lose_newest(stage, PRIMARY)
