@@ -1,4 +1,7 @@
-"""Real daemons under load: killed, restarted, huge and many volumes; nothing answered is lost."""
+"""Real daemons under load: killed, restarted, huge and many volumes; nothing answered is lost.
+
+`GEOMIRROR_KILLS=50` makes it as many rounds of kills as that.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ from geomirror.nbd.client_io import NbdClient
 from tests.system.support import MIB, Site, create, make_network, some_sites, until, wait_applied
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(120)]
+KILL_ROUNDS = int(os.environ.get("GEOMIRROR_KILLS", "2"))
 BLOCKS = 2048
 BLOCK_BYTES = 4096
 TAG = struct.Struct("<Q")
@@ -93,11 +97,12 @@ async def wait_for_progress(load: Load, writes: int) -> None:
             await asyncio.sleep(0.01)
 
 
+@pytest.mark.timeout(90 + 60 * KILL_ROUNDS)
 async def test_kills_on_both_sides_under_load_lose_no_answered_write(pair):
     a, b = pair
     await asyncio.to_thread(create, a, "pg")
     load = Load(a, seed=1)
-    for round_number in range(2):
+    for round_number in range(KILL_ROUNDS):
         writing = asyncio.ensure_future(load.run())
         await wait_for_progress(load, 500)
         b.kill()
@@ -108,7 +113,7 @@ async def test_kills_on_both_sides_under_load_lose_no_answered_write(pair):
         await writing
         await asyncio.to_thread(a.restart)
         load.check(await a.read(0, BLOCKS * BLOCK_BYTES))
-        if round_number == 0:
+        if round_number % 2 == 0:
             # Both at once, the secondary perhaps in the middle of an apply.
             b.kill()
             await asyncio.to_thread(b.restart)
