@@ -18,7 +18,9 @@ SYNC_AT_ONCE_NS_MAX = 500 * US
 SYNC_AT_ONCE_BYTES_MAX = 128 * KIB
 """A sync of more is always a thread's: how long it takes cannot be told from small ones."""
 _WEIGHT = 1 / 5
-"""Of the latest sync in the mean: one of 50 ms sends the next twenty to threads."""
+"""Of the latest sync in the mean."""
+_COUNTED_NS_MAX = 4 * SYNC_AT_ONCE_NS_MAX
+"""A single stall sends only the next few to threads; a disk that stalls often, all of them."""
 
 
 def run_job(job: Job) -> GeomirrorError | None:
@@ -53,7 +55,7 @@ class SyncPace:
         """`run_job`, timed; on any thread, one at a time."""
         began_ns = self._clock.now_ns()
         error = run_job(job)
-        elapsed_ns = self._clock.now_ns() - began_ns
+        elapsed_ns = min(self._clock.now_ns() - began_ns, _COUNTED_NS_MAX)
         mean_ns = elapsed_ns if self._mean_ns is None else self._mean_ns
         self._mean_ns = mean_ns + (elapsed_ns - mean_ns) * _WEIGHT
         return error
