@@ -44,7 +44,7 @@ class Limits:
     """Undestaged index entries (about 100 bytes of RAM each)."""
     apply_pass_bytes_max: int = 256 * MIB
     """Data of one apply pass, but at least one epoch: the step in which room comes back."""
-    apply_read_bytes_max: int = 32 * MIB
+    apply_read_bytes_max: int = 16 * MIB
     """New contents in memory at once during a pass: few reads of the journal, and enough blocks
     that adjacent ones still meet in one write."""
     destage_fraction: float = 0.75

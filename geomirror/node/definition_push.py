@@ -71,9 +71,9 @@ class DefinitionPush:
             self.changed()
 
     def is_confirmed(self, name: str, peer: str) -> bool:
-        """Whether the peer has the newest definition."""
+        """Whether the peer knows the resource."""
         entry = self._store.find(name)
-        return entry is not None and peer not in entry.pending_peers()
+        return entry is not None and entry.is_known_to(peer)
 
     async def stop(self) -> None:
         """Cancel all tasks."""
@@ -139,6 +139,7 @@ class DefinitionPush:
         self.refusals.pop((name, peer), None)
         # It may have been changed meanwhile; what the peer confirmed is the version above.
         entry = self._store.by_id(definition.resource_id) or entry
+        was_known = entry.is_known_to(peer)
         if is_leaving:
             entry.leaving.pop(peer, None)
             entry.confirmed.pop(peer, None)
@@ -146,7 +147,7 @@ class DefinitionPush:
             entry.confirmed[peer] = 0 if is_deleting else version
         self._settle(entry)
         service = self._host.services.get(name)
-        if service is not None and not is_deleting:
+        if service is not None and not is_deleting and not was_known:
             service.link_up(peer)
         return True
 

@@ -30,6 +30,10 @@ class ResourceEntry(msgspec.Struct, forbid_unknown_fields=True):
     leaving: dict[str, bool] = {}
     """Primary only: removed secondary that has not forgotten yet -> whether it keeps its image."""
 
+    def is_known_to(self, peer: str) -> bool:
+        """Whether a secondary has the resource, perhaps by an older version of its definition."""
+        return peer in self.confirmed and peer not in self.leaving
+
     def pending_peers(self) -> list[str]:
         """Nodes that have not confirmed the newest state."""
         wanted = 0 if self.state == "deleting" else self.definition.version

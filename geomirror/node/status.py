@@ -61,7 +61,7 @@ class StatusReport:
             peer["site"] = self._site_of(peer["node"])
             peer["path"] = [here, peer["node"]] if self._is_up(peer["node"]) else []
             peer["pending"] = self._refusals.get((name, peer["node"]))
-            if entry.definition.primary == here and peer["node"] in entry.pending_peers():
+            if entry.definition.primary == here and not entry.is_known_to(peer["node"]):
                 peer["state"] = "Pending"
         found["error"] = found.get("error")
         return found

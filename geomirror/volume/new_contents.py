@@ -6,7 +6,7 @@
           ╰──────────── one chunk, in one buffer ─╯      its blocks: to the image, ascending
 ```
 By image block, contents lie all over the journal and each costs a read; by address, a chunk of
-32 MiB takes a few large ones. Chunks are written one after the other: the order of writes within a
+16 MiB takes a few large ones. Chunks are written one after the other: the order of writes within a
 pass means nothing, since every block is in it once and all of it is synced at its end.
 Deliberately not here: reading and writing (`apply`).
 """

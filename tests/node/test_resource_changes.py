@@ -62,6 +62,16 @@ async def test_a_wrong_setting_changes_nothing(network: FakeNetwork, wrong: dict
     assert network.nodes["a"].store.get("pg").definition.version == 1
 
 
+async def test_changed_settings_disturb_no_session(network: FakeNetwork):
+    a = network.nodes["a"]
+    before = list(a.service("pg").calls)
+    network.nodes["b"].links.sent.clear()
+    await a.ask("resource.set", name="pg", settings={"ack": "durable"})
+    assert a.status.resource("pg")["peers"][0]["state"] == "Stream"
+    await until(lambda: a.store.get("pg").pending_peers() == [])
+    assert a.service("pg").calls == before
+
+
 async def test_a_secondary_is_added_and_removed(network: FakeNetwork):
     a, c = network.nodes["a"], network.nodes["c"]
     await a.ask("resource.add_secondary", name="pg", node="c")
