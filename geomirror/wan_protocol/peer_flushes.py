@@ -145,7 +145,7 @@ class PeerFlushes(PeerModes):
     def _rejoin(self) -> None:
         for name in self.out_of_sync:
             sender = self.senders.get(name)
-            if sender is None or not sender.is_open or sender.is_paused or sender.mode != STREAM:
+            if sender is None or not sender.is_open or sender.is_paused:
                 continue
             if self._reached(sender) >= self.engine.sealed_epoch:
                 self._in_sync.add(name)

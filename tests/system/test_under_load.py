@@ -122,7 +122,7 @@ async def test_kills_on_both_sides_under_load_lose_no_answered_write(pair):
     load.check(image)
     assert image == await a.read(0, BLOCKS * BLOCK_BYTES)
     peer = a.peer()
-    # On a slow machine the small journal filled to a quarter, and the peer stays in Fold for a while.
+    # On a slow machine the small journal was filled to a quarter: Fold stays for a while.
     assert peer["resyncs"] == 0
     assert peer["state"] in ("Stream", "Fold")
     await asyncio.to_thread(a.run, "resource", "delete", "pg", "--yes")
