@@ -2,7 +2,8 @@
 
 A flush of one client is a write, a sync and two replies, one after the other. Handing the sync to a
 thread and back takes longer than the sync on a disk that takes 0.2 ms, so there it is done at once.
-A disk that takes 5 ms never holds up the loop: its first sync runs on a thread and is timed.
+A disk that always takes 5 ms never holds up the loop: its first sync is a thread's, and is timed.
+One that was fast and stalls holds it up for that one sync.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ SYNC_AT_ONCE_BYTES_MAX = 128 * KIB
 _WEIGHT = 1 / 5
 """Of the latest sync in the mean."""
 _COUNTED_NS_MAX = 4 * SYNC_AT_ONCE_NS_MAX
-"""A single stall sends only the next few to threads; a disk that stalls often, all of them."""
+"""A single stall sends only the next few to threads; a disk that stalls often, most of them."""
 
 
 def run_job(job: Job) -> GeomirrorError | None:
