@@ -28,7 +28,7 @@ from geomirror.volume.merge import Keys, merge_tables
 from geomirror.volume.new_contents import plan_chunks, write_runs
 from geomirror.volume.store import Buffer
 from geomirror.volume.undo import UndoStore
-from geomirror.volume.undo_file import UndoWriter
+from geomirror.volume.undo_file import PassLabel, UndoWriter
 
 __all__ = ["ApplyImage", "ApplyJob", "merge_tables"]
 
@@ -100,18 +100,21 @@ class ApplyJob:
         self.table = merge_tables([epoch.table for epoch in epochs])
         self.chain_hash = epochs[-1].chain_hash
         if self.with_undo:
-            self._save_old(epochs[-1].generation)
+            self._save_old(epochs[-1])
         self._write_zeros()
         self._write_data()
         for volume, _ in _by_volume(self.table):
             self._images[volume].fdatasync()
 
-    def _save_old(self, generation: bytes) -> None:
+    def _save_old(self, last: Epoch) -> None:
         pending = self._undo.pending_pass(self.from_epoch)
         assert pending in (None, (self.from_epoch, self.to_epoch)), "a half-applied pass is first"
-        found = self._undo.find(self.from_epoch, self.to_epoch, generation)
+        found = self._undo.find(self.from_epoch, self.to_epoch, last.generation)
         if found is None:
-            found = self._undo.write(generation, self.from_epoch, self.to_epoch, self._fill_undo)
+            label = PassLabel(
+                last.generation, self.from_epoch, self.to_epoch, last.wall_ns, last.chain_hash
+            )
+            found = self._undo.write(label, self._fill_undo)
         self.undo_bytes = found.stored_bytes
 
     def _fill_undo(self, writer: UndoWriter) -> None:

@@ -14,12 +14,12 @@ Deliberately not here: the format of a file (`undo_file`) and reading the old co
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from geomirror.errors import FencedError, IntegrityError, NoSpaceError, NotFoundError
 from geomirror.limits import Limits
 from geomirror.volume.store import File, Store
-from geomirror.volume.undo_file import PassInfo, UndoReader, UndoWriter, read_header
+from geomirror.volume.undo_file import PassInfo, PassLabel, UndoReader, UndoWriter, read_header
 
 DIRECTORY = "undo"
 _TEMPORARY = f"{DIRECTORY}/pass.new"
@@ -104,13 +104,7 @@ class UndoStore:
             oldest = each.from_epoch
         return oldest
 
-    def write(
-        self,
-        generation: bytes,
-        from_epoch: int,
-        to_epoch: int,
-        fill: Callable[[UndoWriter], None],
-    ) -> PassInfo:
+    def write(self, label: PassLabel, fill: Callable[[UndoWriter], None]) -> PassInfo:
         """Write the undo of one pass; when this returns it is durable, file and name.
 
         On a full disk older passes make room, the oldest first. When that is not enough, or `fill`
@@ -120,10 +114,10 @@ class UndoStore:
         :param fill: adds the before-images to the writer, ascending.
         :raises StorageError: writing failed; the image must not be changed.
         """
-        assert self.find(from_epoch, to_epoch, generation) is None
+        assert self.find(label.from_epoch, label.to_epoch, label.generation) is None
         while True:
             try:
-                return self._write(generation, from_epoch, to_epoch, fill, is_gap=False)
+                return self._write(label, fill, is_gap=False)
             except UndoOverflowError:
                 break
             except NoSpaceError:
@@ -134,7 +128,7 @@ class UndoStore:
                     self._drop(each.name)
         # What lies beyond a gap can never be restored again.
         self.drop_all()
-        return self._write(generation, from_epoch, to_epoch, lambda _: None, is_gap=True)
+        return self._write(label, lambda _: None, is_gap=True)
 
     def block_at(self, volume: int, block: int, epoch: int) -> bytes | None:
         """What a block held at `epoch`, 4096 bytes (a short last block padded), or None.
@@ -200,20 +194,14 @@ class UndoStore:
         return max([each.name for each in self._passes] + list(self._damaged), default="")
 
     def _write(
-        self,
-        generation: bytes,
-        from_epoch: int,
-        to_epoch: int,
-        fill: Callable[[UndoWriter], None],
-        *,
-        is_gap: bool,
+        self, label: PassLabel, fill: Callable[[UndoWriter], None], *, is_gap: bool
     ) -> PassInfo:
         self._store.unlink(_TEMPORARY)
         file = self._store.create(_TEMPORARY, 0)
         try:
             writer = UndoWriter(file)
             fill(writer)
-            stored_bytes = writer.finish(generation, from_epoch, to_epoch, is_gap=is_gap)
+            stored_bytes = writer.finish(label, is_gap=is_gap)
         finally:
             file.close()
         name = f"{DIRECTORY}/{self._next:016x}.und"
@@ -222,9 +210,14 @@ class UndoStore:
         self._enforce_budget(stored_bytes)
         self._store.sync_directory(DIRECTORY)
         info = PassInfo(
-            name, generation, from_epoch, to_epoch, is_gap, writer.raw_bytes, stored_bytes
+            **asdict(label),
+            name=name,
+            is_gap=is_gap,
+            raw_bytes=writer.raw_bytes,
+            stored_bytes=stored_bytes,
         )
-        self._passes.append(info)
+        # Replaced, never changed: views on other threads look at it without a lock.
+        self._passes = [*self._passes, info]
         return info
 
     def _enforce_budget(self, added_bytes: int) -> None:

@@ -1,7 +1,7 @@
 """One undo file: the old contents of every block that an apply pass changes.
 
 ```
- header 64 │ chunk │ chunk │ … │ table, 24 bytes an entry │ chunk table, 16 │ footer 32
+ header 128 │ chunk │ chunk │ … │ table, 24 bytes an entry │ chunk table, 16 │ footer 32
 ```
 Chunks are zstd frames of at most 256 KiB raw; a DATA entry of n blocks points at n × 4096 bytes in
 the concatenation of all raw chunks, and may span chunks. The format is in `docs/disk_format.md`.
@@ -33,11 +33,12 @@ COMPRESSION_LEVEL = 1
 KIND_DATA = 0
 KIND_ZERO = 1
 FLAG_GAP = 1
-VERSION = 1
+VERSION = 2
 
 _MAGIC = b"GMUNDO1\0"
 _FOOTER_MAGIC = b"GMUNDOE\0"
-_HEADER = struct.Struct("<8sII16sQQIIQ")
+_HEADER = struct.Struct("<8sII16sQQIIQ32s24xQ")
+_VERSION_AT = struct.Struct("<8sI")
 _FOOTER = struct.Struct("<QQQ8s")
 _ENTRY = np.dtype(
     [
@@ -50,7 +51,7 @@ _ENTRY = np.dtype(
     ]
 )
 _CHUNK = np.dtype([("raw", "<u4"), ("stored", "<u4"), ("check", "<u8")])
-assert _HEADER.size == 64
+assert _HEADER.size == 128
 assert _FOOTER.size == 32
 assert _ENTRY.itemsize == 24
 assert _CHUNK.itemsize == 16
@@ -59,21 +60,31 @@ _Array = npt.NDArray[np.void]
 
 
 @dataclass(frozen=True)
-class PassInfo:
-    """One apply pass of which undo is kept: it led from `from_epoch` to `to_epoch`."""
+class PassLabel:
+    """Which apply pass an undo file is of: it led from `from_epoch` to `to_epoch`."""
 
-    name: str
     generation: bytes
     """Of `to_epoch`; 16 bytes."""
     from_epoch: int
     """Exclusive: the state that the file restores."""
     to_epoch: int
     """Inclusive."""
-    is_gap: bool
+    wall_ns: int = 0
+    """When `to_epoch` was cut at the primary, Unix ns: for rewind points only."""
+    chain_hash: bytes = bytes(32)
+    """H(to_epoch)."""
+
+
+@dataclass(frozen=True)
+class PassInfo(PassLabel):
+    """One undo file."""
+
+    name: str = ""
+    is_gap: bool = False
     """The before-images were not kept: nothing before `to_epoch` can be restored any more."""
-    raw_bytes: int
+    raw_bytes: int = 0
     """Old contents held, uncompressed; zeros count nothing."""
-    stored_bytes: int
+    stored_bytes: int = 0
     """Size of the file."""
 
 
@@ -137,15 +148,14 @@ class UndoWriter:
             self._chunks.append((len(raw), len(stored), xxhash.xxh3_64_intdigest(raw)))
             self._end += len(stored)
 
-    def finish(
-        self, generation: bytes, from_epoch: int, to_epoch: int, *, is_gap: bool = False
-    ) -> int:
+    def finish(self, label: PassLabel, *, is_gap: bool = False) -> int:
         """Write what is pending, both tables, footer and header, and fdatasync.
 
         :returns: size of the file in bytes.
         """
-        assert len(generation) == 16
-        assert from_epoch < to_epoch
+        assert len(label.generation) == 16
+        assert len(label.chain_hash) == 32
+        assert label.from_epoch < label.to_epoch
         self._write_chunks(memoryview(self._pending))
         table = _joined(joined(self._tables, _ENTRY))
         held = np.where(table["kind"] == KIND_DATA, table["count"].astype(np.uint64), 0)
@@ -159,8 +169,10 @@ class UndoWriter:
             _FOOTER_MAGIC,
         )
         flags = FLAG_GAP if is_gap else 0
-        counts = (len(self._chunks), len(table))
-        fields = (_MAGIC, VERSION, flags, generation, from_epoch, to_epoch, *counts)
+        fields = (
+            *(_MAGIC, VERSION, flags, label.generation, label.from_epoch, label.to_epoch),
+            *(len(self._chunks), len(table), label.wall_ns, label.chain_hash),
+        )
         check = xxhash.xxh3_64_intdigest(_HEADER.pack(*fields, 0)[:-8])
         self._file.pwritev([tables, footer], self._end)
         self._file.pwritev([_HEADER.pack(*fields, check)], 0)
@@ -295,13 +307,15 @@ def read_header(file: File, name: str) -> PassInfo:
     :raises IntegrityError: the header is damaged.
     """
     header = file.pread(_HEADER.size, 0)
-    magic, version, flags, generation, from_epoch, to_epoch, _, _, check = _HEADER.unpack(header)
-    if magic != _MAGIC or version != VERSION:
+    if _VERSION_AT.unpack_from(header) != (_MAGIC, VERSION):
         raise _damage(name, "has an unknown header")
+    fields = _HEADER.unpack(header)
+    flags, generation, from_epoch, to_epoch = fields[2:6]
+    wall_ns, chain_hash, check = fields[8:11]
     if check != xxhash.xxh3_64_intdigest(header[:-8]) or from_epoch >= to_epoch:
         raise _damage(name, "has a damaged header")
-    is_gap = bool(flags & FLAG_GAP)
-    return PassInfo(name, generation, from_epoch, to_epoch, is_gap, 0, file.size())
+    label = (generation, from_epoch, to_epoch, wall_ns, chain_hash)
+    return PassInfo(*label, name, bool(flags & FLAG_GAP), 0, file.size())
 
 
 def _damage(name: str, what: str) -> IntegrityError:

@@ -12,13 +12,15 @@ import pytest
 from geomirror.errors import FencedError, IntegrityError, NotFoundError, StorageError
 from geomirror.limits import BLOCK_BYTES, KIB
 from geomirror.volume.undo import UndoOverflowError, UndoStore
-from geomirror.volume.undo_file import UndoReader, UndoWriter
+from geomirror.volume.undo_file import PassLabel, UndoReader, UndoWriter
 from geomirror.volume.zero_blocks import ZERO_BLOCK
 from tests.sim.disk import SimStore
 from tests.volume.apply_support import GENERATION, LIMITS
 from tests.volume.hexdump import VECTORS, dump, load
 
 FIRST = "undo/0000000000000001.und"
+WALL_NS = 1_700_000_000_000_000_000
+HASH = bytes(range(32))
 Fill = Callable[[UndoWriter], None]
 
 
@@ -37,7 +39,8 @@ def noise(numbers: int) -> Fill:
 
 
 def write(undo: UndoStore, from_epoch: int, to_epoch: int, fill: Fill) -> None:
-    undo.write(GENERATION, from_epoch, to_epoch, fill)
+    label = PassLabel(GENERATION, from_epoch, to_epoch, WALL_NS + to_epoch, HASH)
+    undo.write(label, fill)
 
 
 def test_the_state_at_an_epoch_is_the_oldest_pass_after_it_that_holds_the_block() -> None:
@@ -172,7 +175,7 @@ def test_damage_is_a_gap_or_a_fence_never_a_second_undo() -> None:
         copy.flip_bit(FIRST, bit)
         return UndoStore(copy, LIMITS)
 
-    for bit in range(64 * 8):
+    for bit in range(128 * 8):
         with pytest.raises(FencedError, match="may be half applied"):
             damaged(bit).pending_pass(0)
     for bit in range(size_bits - 8 * (32 + 24 + 32), size_bits):
@@ -180,7 +183,7 @@ def test_damage_is_a_gap_or_a_fence_never_a_second_undo() -> None:
         assert found.pending_pass(0) == (0, 1)
         assert found.find(0, 1) is not None, "half-applied or not, it is not made again"
         assert found.passes()[0].is_gap
-    for bit in range(64 * 8, size_bits - 8 * 88, 4999):
+    for bit in range(128 * 8, size_bits - 8 * 88, 4999):
         found = damaged(bit)
         reader = found.reader(0, 1)
         with closing(reader), pytest.raises(IntegrityError, match="damaged chunk"):
@@ -192,7 +195,7 @@ def test_a_truncated_file_is_a_gap() -> None:
     undo = UndoStore(store, LIMITS)
     write(undo, 0, 1, noise(3))
     content = store.content(FIRST)
-    for size in (64, 100, len(content) - 1):
+    for size in (128, 150, len(content) - 1):
         copy = SimStore()
         with closing(copy.create(FIRST, 0)) as file:
             file.pwritev([content[:size]], 0)
@@ -214,13 +217,14 @@ def test_forgetting_everything_is_durable() -> None:
 
 def test_the_golden_file_reads_as_documented() -> None:
     store = SimStore()
-    content = load((VECTORS / "undo_v1.hex").read_text())
+    content = load((VECTORS / "undo_v2.hex").read_text())
     with closing(store.create(FIRST, 0)) as file:
         file.pwritev([content], 0)
         reader = UndoReader(file, FIRST)
         reader.verify()
         assert (reader.info.from_epoch, reader.info.to_epoch) == (17, 19)
         assert reader.info.generation == GENERATION
+        assert (reader.info.wall_ns, reader.info.chain_hash) == (WALL_NS + 19, HASH)
         assert reader.entries() == [(0, 0, 5, 2), (0, 1, 7, 1), (2, 1, 100, 4096), (2, 0, 4196, 1)]
         assert reader.read_block(0, 6) == block_of(6)
         assert reader.read_block(2, 4196) == block_of(1)
@@ -230,6 +234,14 @@ def test_the_golden_file_reads_as_documented() -> None:
     assert (written.entries(), written.info) == (reader.entries(), reader.info)
     assert dump(load(dump(content))) == dump(content)
     undo.close()
+
+
+def test_a_file_of_the_first_format_is_named_not_guessed() -> None:
+    store = SimStore()
+    with closing(store.create(FIRST, 0)) as file:
+        file.pwritev([load((VECTORS / "undo_v1.hex").read_text())], 0)
+    with pytest.raises(FencedError, match="unknown header"):
+        UndoStore(store, LIMITS).pending_pass(17)
 
 
 def golden(writer: UndoWriter) -> None:
