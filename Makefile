@@ -33,11 +33,13 @@ check: $(VENV)/.ready  ## quick: lint, types and the tests that start no process
 sim: $(VENV)/.ready  ## SEEDS=n fresh simulation seeds
 	$(BIN)/python -m tests.sim --seeds $(SEEDS)
 
-bench: $(VENV)/.ready  ## the numbers of docs/measurements.md, short rounds
-	$(BIN)/python -m bench --short
+bench: $(VENV)/.ready  ## every benchmark in a short form that shows that it works; under half an hour
+	sh deploy/setup_test_tools.sh
+	$(BIN)/python -m bench --short --again
 
-bench-full: $(VENV)/.ready  ## the same with all rounds
-	$(BIN)/python -m bench
+bench-full: $(VENV)/.ready  ## the numbers of docs/measurements.md; hours, goes on where it was interrupted
+	sh deploy/setup_test_tools.sh
+	$(BIN)/python -m bench --document
 
 soak: $(VENV)/.ready  ## simulation and lab for an hour
 	$(BIN)/python -m tests.sim --seconds 3600

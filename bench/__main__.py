@@ -1,14 +1,13 @@
-"""`python -m bench`: run benchmarks, print their tables, write their documents."""
+"""`python -m bench`: run benchmarks, print their tables, keep their results."""
 
 from __future__ import annotations
 
 import asyncio
 import datetime
-import shlex
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,99 +15,154 @@ import rich_click as click
 from rich.console import Console
 
 from bench import link_dead, link_use, local_writes, memory, restart, simulator, synchronous
+from bench.cells import RESULTS, ROOT, Cell, code_digest, commit, is_done, load, parameters, verdict
 from bench.document import update
 from bench.machine import describe, versions
 from bench.options import Options
-from bench.report import Result, show, write
+from bench.quiet import Disturbance, await_quiet
+from bench.report import show, write
 from geomirror.errors import GeomirrorError
 
-BENCHMARKS: dict[str, Callable[[Options], Awaitable[Result]]] = {
-    module.NAME: module.run
-    for module in (
-        local_writes,
-        link_dead,
-        link_use,
-        synchronous,
-        restart,
-        memory,
-        simulator,
-    )
+BENCHMARKS: dict[str, list[Cell]] = {
+    local_writes.NAME: local_writes.CELLS,
+    **{
+        module.NAME: [Cell(module.NAME, module.run)]
+        for module in (link_dead, link_use, synchronous, restart, memory, simulator)
+    },
 }
-MEASUREMENTS = Path(__file__).parent.parent / "docs" / "measurements.md"
+MEASUREMENTS = ROOT / "docs" / "measurements.md"
+SHORT_RESULTS = Path("build/bench")
+QUIET_S_MAX = 60.0
+"""How long a full run waits before a cell for a quiet machine."""
 
 
 @click.command()
 @click.option("--short", "is_short", is_flag=True, help="Small sizes, few rounds: does it work?")
 @click.option(
     *("--only", "names"),
-    type=click.Choice(list(BENCHMARKS)),
+    type=click.Choice([*BENCHMARKS, *(c.label for cells in BENCHMARKS.values() for c in cells)]),
+    metavar="NAME",
     multiple=True,
-    help="Just this one; may be given more than once.",
+    help="Just this benchmark or cell (see --list); may be given more than once.",
 )
 @click.option(
     *("--out", "out"),
     type=click.Path(file_okay=False, path_type=Path),
-    default=Path("build/bench"),
-    show_default=True,
-    help="Directory of the documents NAME.json.",
+    help="Directory of the results, one NAME.json a cell. Default: bench/results, or build/bench "
+    "with --short.",
 )
 @click.option(
     *("--directory", "where"),
     type=click.Path(file_okay=False, exists=True, path_type=Path),
-    help="File system to measure. Default: that of --out.",
+    help="File system to measure. Default: build/bench.",
 )
 @click.option("--rounds", type=click.IntRange(1), help="Instead of each benchmark's own number.")
 @click.option("--seconds", type=click.FloatRange(0.2), help="Length of a slot.")
-@click.option("--document", is_flag=True, help="Put what counts into docs/measurements.md.")
+@click.option(
+    "--again", "is_again", is_flag=True, help="Also cells that have a result that counts."
+)
+@click.option("--list", "is_list", is_flag=True, help="Say which cells there are, and which count.")
+@click.option("--document", is_flag=True, help="Make docs/measurements.md from bench/results.")
 def main(
     is_short: bool,
     names: tuple[str, ...],
-    out: Path,
+    out: Path | None,
     where: Path | None,
     rounds: int | None,
     seconds: float | None,
+    is_again: bool,
+    is_list: bool,
     document: bool,
 ) -> None:
-    """Measure geomirror on this machine.
+    """Measure geomirror on this machine, cell by cell.
 
-    Exit code 0 if all ran and count, whatever the figures; 1 if one failed or does not count.
+    A cell whose result counts and was made by the same code with the same options is not measured
+    again, so an interrupted run goes on where it ended. Exit code 0 if all results count, whatever
+    the figures; 1 if a cell failed or does not count. A machine that was not quiet is marked.
     """
     console = Console(width=None if sys.stdout.isatty() else 120)
-    out.mkdir(parents=True, exist_ok=True)
-    is_good = True
-    for name in names or tuple(BENCHMARKS):
-        with tempfile.TemporaryDirectory(prefix="work-", dir=(where or out).absolute()) as work:
-            options = Options(Path(work), is_short, rounds, seconds)
-            try:
-                found = asyncio.run(_measure(name, options))
-            except GeomirrorError as error:
-                console.print(f"[red]{name} failed:[/red] {error}", highlight=False)
-                is_good = False
-                continue
-        write(out / f"{name}.json", found)
-        show(console, found)
-        is_good = is_good and (found["is_valid"] or bool(found["skipped_because"]))
-        if document and found["is_valid"] and not is_short:
-            update(MEASUREMENTS, found)
+    out = out or (SHORT_RESULTS if is_short else RESULTS)
+    work = where or SHORT_RESULTS
+    for directory in (out, work):
+        directory.mkdir(parents=True, exist_ok=True)
+    cells = [
+        cell
+        for name, found in BENCHMARKS.items()
+        for cell in found
+        if not names or name in names or cell.label in names
+    ]
+    code, is_good = code_digest(), True
+    for cell in cells:
+        options = Options(work, is_short, rounds, seconds)
+        has_result = is_done(cell.path(out), options, code)
+        if is_list:
+            console.print(f"{cell.label}: {_describe(load(cell.path(out)), has_result)}")
+        elif has_result and not is_again:
+            console.print(f"{cell.label}: has a result of this code; --again measures it again")
+        else:
+            is_good = _run(console, cell, options, out) and is_good
+    if document:
+        for name in dict.fromkeys(cell.benchmark for cell in cells):
+            update_page(name)
     sys.exit(0 if is_good else 1)
 
 
-async def _measure(name: str, options: Options) -> dict[str, Any]:
+def _describe(found: dict[str, Any] | None, is_current: bool) -> str:
+    if found is None:
+        return "no result"
+    return f"{found['verdict']}, {found['began_utc'][:16]}" + (
+        "" if is_current else ", of old code"
+    )
+
+
+def published(name: str) -> list[dict[str, Any]]:
+    """Results of a benchmark's cells that may be shown."""
+    found = (load(cell.path(RESULTS)) for cell in BENCHMARKS[name])
+    return [each for each in found if each and each["verdict"] in ("ok", "not quiet")]
+
+
+def update_page(name: str) -> None:
+    """Make a benchmark's section of the page, if there are results."""
+    if documents := published(name):
+        update(MEASUREMENTS, documents)
+
+
+def _run(console: Console, cell: Cell, options: Options, out: Path) -> bool:
+    """Measure, show and keep; whether it counts, or could not be measured here."""
+    with tempfile.TemporaryDirectory(prefix="work-", dir=options.directory.absolute()) as work:
+        inside = Options(Path(work), options.is_short, options.rounds, options.seconds)
+        try:
+            found = measure(cell, inside)
+        # One that fails must not end a run of hours.
+        except (GeomirrorError, OSError, subprocess.SubprocessError, AssertionError) as error:
+            console.print(f"[red]{cell.label} failed:[/red] {error!r}", highlight=False)
+            return False
+    write(cell.path(out), found)
+    show(console, found)
+    return bool(found["verdict"] != "does not count")
+
+
+def measure(cell: Cell, options: Options) -> dict[str, Any]:
+    """Run a cell and complete its result."""
     machine = describe(options.directory)
+    disturbance = Disturbance(await_quiet(0 if options.is_short else QUIET_S_MAX))
+    began_utc = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     began = time.monotonic()
-    result = await BENCHMARKS[name](options)
-    flags = " --short" if options.is_short else ""
-    flags += f" --rounds {options.rounds}" if options.rounds else ""
-    flags += f" --seconds {options.seconds:g}" if options.seconds else ""
-    return {
+    result = asyncio.run(cell.run(options))
+    seconds = time.monotonic() - began
+    disturbance.end()
+    found = {
         **result.to_json(),
-        "command": f"python -m bench --only {shlex.quote(name)}{flags}",
-        "is_short": options.is_short,
-        "began_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "seconds": time.monotonic() - began,
-        "machine": machine,
+        "cell": cell.name,
+        "options": parameters(options),
+        "commit": commit(),
+        "code": code_digest(),
+        "began_utc": began_utc,
+        "seconds": seconds,
+        "machine": {**machine, **disturbance.to_json()},
         "versions": versions(),
     }
+    return {**found, "verdict": verdict(found)}
 
 
 if __name__ == "__main__":

@@ -15,10 +15,13 @@ daemon is idle again, that of destaging them too.
 from __future__ import annotations
 
 import asyncio
+import functools
 import statistics
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from bench.cells import Cell
 from bench.fio import Load, Outcome, run_fio
 from bench.machine import cpu_seconds, missing_tools, sync_file_system
 from bench.options import Options
@@ -55,7 +58,7 @@ class Case:
         return "read" in self.load.pattern
 
 
-def cases(options: Options) -> list[Case]:
+def cases(options: Options) -> dict[str, Case]:
     """All loads. The area is large against what destaging gathers, small against the cache."""
     seconds = options.choose_seconds(5.0, 1.0)
     area = options.choose(4 * GIB, 64 * MIB)
@@ -64,7 +67,7 @@ def cases(options: Options) -> list[Case]:
     flushed = replace(small, depth=1, has_flush_each=True)
     large = replace(small, pattern="write", block_bytes=MIB, depth=4)
     unbound = replace(small, io_bytes=0)
-    return [
+    found = (
         Case("4k_write_qd32", LIMITED, small, 0.8, 2.0, counts_cpu=True),
         Case("4k_write_qd32_unlimited_link", UNLIMITED, small, counts_cpu=True),
         Case("4k_write_flush_qd1", LIMITED, flushed, 1.0),
@@ -72,7 +75,8 @@ def cases(options: Options) -> list[Case]:
         Case("1m_write_qd4", LIMITED, large, 0.5),
         Case("4k_read_qd32", LIMITED, replace(unbound, pattern="randread"), 1.0),
         Case("1m_read_qd4", LIMITED, replace(large, pattern="read", io_bytes=0), 0.6),
-    ]
+    )
+    return {case.name: case for case in found}
 
 
 @dataclass
@@ -101,37 +105,34 @@ class Slot:
         }
 
 
-async def run(options: Options) -> Result:
-    """Run all cases in one lab."""
-    title = "A client's view: geomirror while it replicates, nbdkit file, qemu-nbd"
+async def _run(options: Options, name: str) -> Result:
+    """Run a case in a lab of its own."""
+    title = f"A client's view, {name}: geomirror while it replicates, nbdkit file, qemu-nbd"
     result = Result(NAME, title)
     missing = missing_tools("fio", "nbdkit", "qemu-nbd")
     if missing:
         result.skipped_because = f"not installed: {', '.join(missing)}"
         return result
+    case = cases(options)[name]
     size = options.choose(4 * GIB, 64 * MIB)
     journal = options.choose(12 * GIB, GIB)
     require_free(options.directory, 2 * journal + 4 * size)
     rounds = options.choose_rounds(7, 2)
     result.settings = {"rounds": rounds, "volume_bytes": size, "journal_bytes": journal}
     peers = [server(options.directory, size) for server in (nbdkit_file, qemu_nbd)]
-    async with rig(options.directory / "lab", LIMITED) as lab:
+    async with rig(options.directory / "lab", case.link) as lab:
         await lab.create(str(size), str(journal))
-        per_gib = await _shipping(lab, options, result)
-        is_filled = False
-        for case in cases(options):
-            if case.is_read and not is_filled:
-                await _fill(lab, peers, size)
-                is_filled = True
-            await lab.set_link(case.link)
-            bench = _Comparison(options, lab, peers, case, result, per_gib)
-            for number in range(rounds):
-                await bench.round(number)
-            bench.conclude()
+        per_gib = await _shipping(lab, options, case, result) if case.counts_cpu else 0.0
+        if case.is_read:
+            await _fill(lab, peers, size)
+        bench = _Comparison(options, lab, peers, case, result, per_gib)
+        for number in range(rounds):
+            await bench.round(number)
+        bench.conclude()
     return result
 
 
-async def _shipping(lab: Rig, options: Options, result: Result) -> float:
+async def _shipping(lab: Rig, options: Options, case: Case, result: Result) -> float:
     """CPU seconds per GiB of contents shipped, median of some rounds."""
     found: dict[str, list[float]] = {"primary": [], "secondary": []}
     area = options.choose(4 * GIB, 64 * MIB)
@@ -151,8 +152,9 @@ async def _shipping(lab: Rig, options: Options, result: Result) -> float:
         shipped = (await lab.peer())["logical_bytes"] / GIB
         for name, pid in pids.items():
             found[name].append((cpu_seconds(pid) - before[name]) / shipped)
-    result.at_most("CPU s per GiB shipped", found["primary"], CPU_SECONDS_PER_GIB_MAX, "s")
-    result.median("CPU s per GiB received, the secondary", found["secondary"], "s")
+    name = f"{case.name}: CPU s per GiB"
+    result.at_most(f"{name} shipped", found["primary"], CPU_SECONDS_PER_GIB_MAX, "s")
+    result.median(f"{name} received, the secondary", found["secondary"], "s")
     return statistics.median(found["primary"])
 
 
@@ -273,3 +275,6 @@ async def _measured(load: Load, uri: str, pid: int) -> Slot:
     before = cpu_seconds(pid)
     outcome = await run_fio(load, uri)
     return Slot(outcome, cpu_seconds(pid) - before)
+
+
+CELLS = [Cell(NAME, functools.partial(_run, name=name), name) for name in cases(Options(Path()))]

@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 LIBRARIES = ("aiohttp", "cryptography", "msgspec", "numpy", "uvloop", "xxhash", "zstandard")
+TOOLS = ("fio", "nbdkit", "qemu-nbd", "qemu-storage-daemon", "nbdcopy", "rsync", "pgbench")
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
 
@@ -49,7 +50,6 @@ def describe(directory: Path) -> dict[str, object]:
         "memory_bytes": int(memory or 0) * 1024,
         "kernel": platform.release(),
         "file_system": _first_line("stat", "-f", "-c", "%T", str(directory)),
-        "load_average_before": round(os.getloadavg()[0], 2),
     }
 
 
@@ -59,7 +59,7 @@ def versions() -> Mapping[str, str]:
     for name in LIBRARIES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-    for tool in ("fio", "nbdkit", "qemu-nbd"):
+    for tool in TOOLS:
         found[tool] = _first_line(tool, "--version") or "not installed"
     return found
 

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 GOOD_STATES = frozenset({"Stream", "Fold"})
 """States of a peer in which a run counts; a resync or a bitmap is another kind of work."""
 
@@ -83,7 +83,7 @@ class Result:
             self.invalid_because.append(f"the peer was in {', '.join(sorted(strange))}")
 
     def to_json(self) -> dict[str, Any]:
-        """The document; `machine`, `versions` and `command` are added by the runner."""
+        """The document; the runner adds who, when, where and the verdict."""
         return {
             "schema_version": SCHEMA_VERSION,
             "name": self.name,
@@ -106,6 +106,12 @@ def number(value: float) -> str:
     return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}"
 
 
+def disturbance(machine: dict[str, Any]) -> str:
+    """What other work there was, of all CPUs."""
+    others = machine["others_part"] + machine["stolen_part"]
+    return f"{machine['busy_before']:.0%} in use before, {others:.0%} by others meanwhile"
+
+
 def show(console: Console, document: dict[str, Any]) -> None:
     """Print a document as a table."""
     if document["table"]["rows"]:
@@ -126,6 +132,8 @@ def show(console: Console, document: dict[str, Any]) -> None:
         return
     for reason in document["invalid_because"]:
         console.print(f"  [red]does not count:[/red] {reason}")
+    if document["verdict"] == "not quiet":
+        console.print(f"  [red]not quiet:[/red] {disturbance(document['machine'])}")
     states = ", ".join(document["peer_states"]) or "not watched"
     console.print(f"  peer: {states}; {document['seconds']:.0f} s\n", highlight=False)
 
