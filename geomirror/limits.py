@@ -87,6 +87,10 @@ class Limits:
     undo_passes_max: int = 4096
     """Undo files kept per resource: bounds the start, which reads the table of each (50 us)."""
 
+    marks_max: int = 1024
+    """Marks of a resource. All of them travel in one message (120 bytes each) after each change; an
+    hourly one is kept for six weeks."""
+
     window_bytes_min: int = 16 * MIB
     """Smallest window of bytes sent and not yet received by a peer."""
     credit_bytes: int = 64 * MIB
@@ -169,6 +173,8 @@ class Limits:
         assert self.queue_bytes_max >= FRAME_RAW_BYTES_MAX
         # An EPOCH record (40 bytes an entry) must fit in one segment.
         assert self.epoch_entries_max * 40 + 16 * KIB <= self.segment_bytes
+        # Name, generation, three numbers and their framing.
+        assert self.marks_max * 160 <= self.message_bytes_max // 2
         assert self.window_bytes_min >= FRAME_RAW_BYTES_MAX
         assert self.hello_misses_max >= 3
         assert self.data_connections <= self.data_connections_max
@@ -199,6 +205,7 @@ SIMULATION = Limits(
     mode_dwell_ns_min=2 * SECOND,
     undo_bytes_max=4 * MIB,
     undo_pass_bytes_max=1 * MIB,
+    marks_max=12,
     window_bytes_min=128 * KIB,
     credit_bytes=512 * KIB,
     acknowledge_bytes=64 * KIB,

@@ -25,6 +25,7 @@ from geomirror.volume.engine_writes import WritePath
 from geomirror.volume.epoch_record import encode_epoch
 from geomirror.volume.epoch_table import Epoch
 from geomirror.volume.journal import Write
+from geomirror.volume.marks import Mark
 from geomirror.volume.open_epoch import EpochDraft, OpenEpoch, cut
 from geomirror.volume.record import HEADER_BYTES, RecordType
 from geomirror.volume.seal import SealJob
@@ -144,8 +145,10 @@ class Engine(WritePath):
             segment_bytes=self.limits.segment_bytes,
         )
 
-    def complete_seal(self, job: SealJob) -> None:
+    def complete_seal(self, job: SealJob, mark: Mark | None = None) -> None:
         """Append the draft's FILL and EPOCH records: committed, and sealed after a sync.
+
+        :param mark: names the epoch; it comes into force with it.
 
         :raises NoSpaceError: the disk is full; call again later with the same job.
         """
@@ -154,6 +157,8 @@ class Engine(WritePath):
         self._room_budget = 0
         assert self.applied_epoch < draft.number == self.committed_epoch + 1
         self._append_fills(job, draft.wall_ns)
+        if mark is not None:
+            self.marks.name_next(mark)
         epoch = Epoch(
             draft.number,
             draft.number,
@@ -239,10 +244,11 @@ class Engine(WritePath):
         else:
             self._spooled.clear()
 
-    def commit(self, epoch: Epoch, wall_ns: int) -> None:
+    def commit(self, epoch: Epoch, wall_ns: int, mark: Mark | None = None) -> None:
         """Append the EPOCH record of an epoch whose table has local addresses.
 
-        It is durable when a sync after this call has completed (`sealed_epoch`).
+        It is durable when a sync after this call has completed (`sealed_epoch`), and with it the
+        mark that names it.
 
         :raises JournalFullError, NoSpaceError: nothing changed.
         """
@@ -250,6 +256,8 @@ class Engine(WritePath):
         assert self._draft is None
         end_lsn = self.journal.end_lsn
         lowest = record_start(self._spooled, lowest_address(epoch, end_lsn))
+        if mark is not None:
+            self.marks.name_next(mark)
         self._append_epoch(
             epoch,
             cut_number=self._cut_number,

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import msgspec
 import numpy as np
@@ -27,43 +26,19 @@ from geomirror.volume.engine_jobs import CheckpointJob
 from geomirror.volume.engine_recovery import needed_after, read_epoch
 from geomirror.volume.epoch_directory import EpochDirectory, EpochInfo
 from geomirror.volume.epoch_table import Epoch
+from geomirror.volume.generations import ChainEntry, chain_records
 from geomirror.volume.image import Image
 from geomirror.volume.journal import Journal, SyncJob
+from geomirror.volume.mark_log import MarkLog
+from geomirror.volume.marks import MarkTable
 from geomirror.volume.open_epoch import EpochDraft, OpenEpoch
 from geomirror.volume.retention import Retention
 from geomirror.volume.store import Store
-from geomirror.volume.superblock import (
-    DataState,
-    GenerationRecord,
-    Superblock,
-    SuperblockFile,
-    copy_of,
-)
+from geomirror.volume.superblock import DataState, Superblock, SuperblockFile, copy_of
 from geomirror.volume.undo import UndoStore
 
 NO_GENERATION = bytes(16)
 """Generation of a secondary that no primary has spoken to yet."""
-
-
-class ChainEntry(Protocol):
-    """One entry of a generation chain as messages carry it."""
-
-    @property
-    def identity(self) -> bytes: ...
-    @property
-    def token(self) -> int: ...
-    @property
-    def parent(self) -> bytes: ...
-    @property
-    def parent_epoch(self) -> int: ...
-    @property
-    def parent_hash(self) -> bytes: ...
-    @property
-    def reason(self) -> str: ...
-    @property
-    def by(self) -> str: ...
-    @property
-    def wall_ns(self) -> int: ...
 
 
 @dataclass
@@ -84,6 +59,7 @@ class EngineParts:
     cut_number: int
     sealed_epoch: int
     sealed_hash: bytes
+    marks: MarkTable
     spooled: list[int] = field(default_factory=list)
     moved: list[tuple[int, int]] = field(default_factory=list)
 
@@ -101,6 +77,7 @@ class EngineBase:
         self.undo = parts.undo
         self.moved = parts.moved
         """(old LSN, new LSN) of records that recovery wrote again."""
+        self.marks = MarkLog(parts.journal, parts.store, parts.marks)
         self.sealed_epoch = parts.sealed_epoch
         self.sealed_hash = parts.sealed_hash
         self.committed_epoch = parts.sealed_epoch
@@ -218,6 +195,7 @@ class EngineBase:
         self.journal.complete_sync(job)
         while self._unsealed and self._unsealed[0][2] <= self.journal.durable_lsn:
             self.sealed_epoch, self.sealed_hash, _ = self._unsealed.popleft()
+        self.marks.complete_sync(self.journal.durable_lsn)
 
     # Apply.
 
@@ -277,6 +255,7 @@ class EngineBase:
         floor = self._directory.floor_after(self.applied_epoch)
         start = self._uncommitted_lsn
         scan_lsn = start if floor is None else min(floor, start)
+        scan_lsn = min(scan_lsn, self.marks.lowest_lsn or scan_lsn)
         # A floor is a lower bound; the position of an earlier checkpoint is one, too.
         superblock.scan_lsn = max(scan_lsn, self.scan_lsn)
         superblock.undo_next = self.undo.next_counter
@@ -287,11 +266,14 @@ class EngineBase:
         superblock.known_durable_lsn = self.journal.durable_lsn
         version = copy_of(superblock)
         undo = self.undo if self._is_undo_void else None
-        return CheckpointJob(version, self._superblock_file.write_job(version), undo)
+        write = self._superblock_file.write_job(version)
+        return CheckpointJob(version, write, undo, self.marks.save_job())
 
     def complete_checkpoint(self, job: CheckpointJob) -> None:
         """The checkpoint is durable: the journal below it is not needed by recovery any more."""
         self._written = job.superblock
+        if job.marks is not None:
+            self.marks.complete_save(job.marks)
         if job.drops_undo:
             self._is_undo_void = False
         self._retention.checkpointed(job.superblock.applied_epoch, job.superblock.scan_lsn)
@@ -325,22 +307,11 @@ class EngineBase:
         self.sealed_hash = self.committed_hash = chain_hash
         self._open.number = epoch + 1
         self._is_undo_void = True
+        self.marks.table.drop_boundaries()
 
     def adopt_chain(self, chain: Sequence[ChainEntry]) -> None:
         """Take over the primary's generation chain; persisted by the next checkpoint."""
-        self.superblock.chain = [
-            GenerationRecord(
-                entry.identity.hex(),
-                entry.token,
-                entry.parent.hex(),
-                entry.parent_epoch,
-                entry.parent_hash.hex(),
-                entry.reason,
-                entry.by,
-                entry.wall_ns,
-            )
-            for entry in chain
-        ]
+        self.superblock.chain = chain_records(chain)
 
     def close(self) -> None:
         """Close all files; nothing is synced."""
@@ -371,6 +342,7 @@ class EngineBase:
         """An EPOCH record was appended."""
         self._directory.append(info)
         self._unsealed.append((epoch.number, epoch.chain_hash, self.journal.end_lsn))
+        self.marks.epoch_appended(epoch, info.record_lsn, self.superblock)
         self.committed_epoch, self.committed_hash = epoch.number, epoch.chain_hash
 
     def _redo(self) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from geomirror.volume.dirty_index import IMAGE, ZERO, Piece
 from geomirror.volume.image import Image
 from geomirror.volume.journal import Pin
+from geomirror.volume.marks_file import SaveMarksJob
 from geomirror.volume.superblock import Superblock, SuperblockJob
 from geomirror.volume.undo import UndoStore
 
@@ -62,13 +63,18 @@ class ReadJob:
 
 
 class CheckpointJob:
-    """Makes one version of the superblock durable."""
+    """Makes one version of the superblock durable, and the marks that recovery then skips."""
 
     def __init__(
-        self, superblock: Superblock, write: SuperblockJob, undo_to_drop: UndoStore | None
+        self,
+        superblock: Superblock,
+        write: SuperblockJob,
+        undo_to_drop: UndoStore | None,
+        marks: SaveMarksJob | None,
     ) -> None:
         self.superblock = superblock
         """The version that is durable after `run`; does not change any more."""
+        self.marks = marks
         self._write = write
         self._undo_to_drop = undo_to_drop
 
@@ -79,6 +85,8 @@ class CheckpointJob:
 
     def run(self) -> None:
         """Write. :raises StorageError: the superblock is as before."""
+        if self.marks is not None:
+            self.marks.run()
         self._write.run()
         # Only now: undo may be what makes an image consistent that the old version speaks of.
         if self._undo_to_drop is not None:

@@ -73,6 +73,7 @@ def info_of(
         previous_lsn,
         cut_number & 0xFF,
         epoch.chain_hash,
+        epoch.is_mark,
     )
 
 
@@ -252,7 +253,9 @@ def _sealed(
                 hint="the journal is damaged; keep the data directory and make this copy anew",
             )
         epochs.append((record.lsn, epoch, previous_lsn))
+        # Marks cut epochs without any change: hundreds may come between two changes.
         cuts.append(later(cut_number, record.flags))
+        cut_number = max(cut_number, cuts[-1])
         number, previous_hash = epoch.number, epoch.chain_hash
     return epochs, cuts
 
@@ -280,6 +283,9 @@ def _assign(
     cut_number, sealed = applied_cut, 0
     owner, low_byte = -2, -1
     for record in records:
+        if record.kind == RecordType.EPOCH:
+            cut_number = max(cut_number, later(cut_number, record.flags))
+            low_byte = -1
         if record.kind not in _CHANGES:
             owners.append(-2)
             continue

@@ -21,6 +21,9 @@ from geomirror.volume.epoch_directory import EpochDirectory
 from geomirror.volume.epoch_table import HASH_ZERO
 from geomirror.volume.image import Image
 from geomirror.volume.journal import Journal
+from geomirror.volume.mark_log import replay_marks
+from geomirror.volume.marks import MarkTable
+from geomirror.volume.marks_file import load_marks
 from geomirror.volume.open_epoch import OpenEpoch
 from geomirror.volume.recovery import recover_journal
 from geomirror.volume.store import File, Store
@@ -101,6 +104,7 @@ def create_parts(store: Store, limits: Limits, entropy: Entropy, new: NewResourc
         cut_number=1,
         sealed_epoch=0,
         sealed_hash=HASH_ZERO,
+        marks=MarkTable(),
     )
 
 
@@ -168,6 +172,8 @@ def open_parts(
         if superblock.data_state != "consistent":
             undo.drop_all()
         indexes = _indexes(images, limits)
+        marks = load_marks(store)
+        replay_marks(marks, superblock, recovered.journal, recovered.records)
         replayed = replay(superblock, recovered.journal, recovered.records, indexes, limits)
         stack.pop_all()
     return EngineParts(
@@ -185,6 +191,7 @@ def open_parts(
         replayed.cut_number,
         replayed.sealed_epoch,
         replayed.sealed_hash,
+        marks,
         replayed.spooled,
         recovered.moved,
     )

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from geomirror.errors import NotFoundError
 
-_ROW = struct.Struct("<11QB32s")
+_ROW = struct.Struct("<11QB32s?")
 
 
 class EpochInfo(NamedTuple):
@@ -46,6 +46,8 @@ class EpochInfo(NamedTuple):
     cut: int
     """Low byte of its cut number."""
     chain_hash: bytes
+    is_mark: bool = False
+    """Cut by a mark: no pass and no fold goes on past it."""
 
 
 class EpochDirectory:

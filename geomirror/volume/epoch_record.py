@@ -43,6 +43,12 @@ def encode_epoch(epoch: Epoch, previous_lsn: int) -> bytes:
     return header + epoch.table.tobytes()
 
 
+def peek_epoch(payload: bytes) -> tuple[int, bool]:
+    """(number, whether a mark cut it) of a payload, or of its header alone."""
+    fields = _HEADER.unpack_from(payload)
+    return fields[0], bool(fields[9] & _FLAG_MARK)
+
+
 def decode_epoch(
     payload: bytes, *, entries_max: int = PRODUCTION.epoch_entries_max
 ) -> tuple[Epoch, int]:
