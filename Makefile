@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SEEDS ?= 100
+SECONDS ?=
+TARGET ?= all
 
 help:  ## show the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -33,6 +35,10 @@ check: $(VENV)/.ready  ## quick: lint, types and the tests that start no process
 sim: $(VENV)/.ready  ## SEEDS=n fresh simulation seeds
 	$(BIN)/python -m tests.sim --seeds $(SEEDS)
 
+fuzz: $(VENV)/.ready  ## TARGET=name SECONDS=n for each target, guided by coverage; corpus in build/fuzz
+	$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install -q -e '.[fuzz]'
+	$(BIN)/python -m tests.fuzz $(TARGET) --seconds $(or $(SECONDS),60)
+
 bench: $(VENV)/.ready  ## every benchmark in a short form that shows that it works; under half an hour
 	sh deploy/setup_test_tools.sh
 	$(BIN)/python -m bench --short --again
@@ -51,4 +57,4 @@ format: $(VENV)/.ready  ## rewrite the code in its one format
 clean:  ## remove .venv and build
 	rm -rf $(VENV) build
 
-.PHONY: help setup demo test check sim bench bench-full soak format clean
+.PHONY: help setup demo test check sim fuzz bench bench-full soak format clean

@@ -22,9 +22,10 @@ from geomirror.limits import MIB, PRODUCTION, Limits
 CONFIG_BYTES_MAX = 1 * MIB
 """Largest configuration file that is read."""
 
-Positive = Annotated[int, Meta(ge=1)]
-NotNegative = Annotated[int, Meta(ge=0)]
-Endpoint = Annotated[str, Meta(pattern=r"^(\[[0-9A-Fa-f:.%]+\]|[^:\s\[\]]+):\d{1,5}$")]
+Bytes = Annotated[int, Meta(ge=0, le=1 << 50)]
+"""Up to 1 PiB: far above any use, and far below what 64 bits count."""
+_PORT = "6553[0-5]|655[0-2][0-9]|65[0-4][0-9]{2}|6[0-4][0-9]{3}|[1-5][0-9]{4}|0?[0-9]{1,4}"
+Endpoint = Annotated[str, Meta(pattern=rf"^(\[[0-9A-Fa-f:.%]+\]|[^:\s\[\]]+):({_PORT})\Z")]
 """HOST:PORT; an IPv6 host stands in brackets."""
 
 
@@ -61,7 +62,7 @@ class NbdConfig(_Section, frozen=True):
 class LinksConfig(_Section, frozen=True):
     """`[links]`"""
 
-    rate_bits_per_second: NotNegative = 0
+    rate_bits_per_second: Annotated[int, Meta(ge=0, le=10**13)] = 0
     data_connections: Annotated[int, Meta(ge=1, le=PRODUCTION.data_connections_max)] = (
         PRODUCTION.data_connections
     )
@@ -85,9 +86,9 @@ class ReplicationConfig(_Section, frozen=True):
 class StorageConfig(_Section, frozen=True):
     """`[storage]`"""
 
-    dirty_bytes_max: Annotated[int, Meta(ge=16 * MIB)] = PRODUCTION.dirty_bytes_max
+    dirty_bytes_max: Annotated[int, Meta(ge=16 * MIB, le=1 << 50)] = PRODUCTION.dirty_bytes_max
     destage_age_s: Annotated[int, Meta(ge=1, le=3600)] = PRODUCTION.destage_age_ns_max // SECOND
-    undo_bytes_max: NotNegative = PRODUCTION.undo_bytes_max
+    undo_bytes_max: Bytes = PRODUCTION.undo_bytes_max
     full_disk_wait_s: Annotated[int, Meta(ge=0, le=3600)] = (
         PRODUCTION.full_disk_wait_ns_max // SECOND
     )
@@ -150,7 +151,8 @@ def parse_config(text: str, source: str) -> Config:
         raise ConfigError(f"{source}: over {CONFIG_BYTES_MAX} bytes")
     try:
         table = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
+        # An integer of thousands of digits is a plain ValueError.
         raise ConfigError(f"{source}: not TOML: {error}") from error
     _refuse_unknown_keys(table, Config, source, "")
     try:

@@ -78,6 +78,12 @@ def test_a_value_reaches_the_limits():
         ("[nbd]\ntls = 'off'", "nbd.tls"),
         ("[log", "not TOML"),
         ("a = " + "[" * 5000, "not TOML"),
+        ("a = " + "9" * 5000, "not TOML"),
+        ("[links]\nrate_bits_per_second = " + "9" * 30, "links.rate_bits_per_second"),
+        ("[storage]\ndirty_bytes_max = " + "9" * 30, "storage.dirty_bytes_max"),
+        ("[storage]\nundo_bytes_max = 18446744073709551615", "storage.undo_bytes_max"),
+        ("[node]\nlisten = 'host:65536'", "node.listen"),
+        ("[node]\nlisten = 'host:١'", "node.listen"),
         ("#" + "x" * (1 << 20), "over 1048576"),
     ],
 )

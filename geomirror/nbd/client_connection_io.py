@@ -174,6 +174,8 @@ class ClientConnection(asyncio.BufferedProtocol):
                 self._negotiate()
             else:
                 self._finish(self._parser.received(nbytes))
+                if self._parser.failure is not None:
+                    raise self._parser.failure
         except GeomirrorError as error:
             self._fail(error)
             self.abort()

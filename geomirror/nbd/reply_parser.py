@@ -74,6 +74,8 @@ class ReplyParser:
     def __init__(self) -> None:
         self.pending: dict[int, Pending] = {}
         """Requests in flight by cookie; the shell adds them."""
+        self.failure: RemoteProtocolError | None = None
+        """Why the stream makes no sense any more; look after each call of `received`."""
         self._view = memoryview(bytearray(_BUFFER_BYTES))
         self._start = 0
         self._end = 0
@@ -92,13 +94,23 @@ class ReplyParser:
     def received(self, count: int) -> list[Pending]:
         """`count` bytes of `writable()` have been filled; returns the requests now finished.
 
-        :raises RemoteProtocolError: this is not an answer to anything we asked.
+        :raises RemoteProtocolError: this is not an answer to anything we asked. When requests were
+            finished before it, they are returned, and the error is only in `failure`.
         """
         done: list[Pending] = []
+        try:
+            self._receive(count, done)
+        except RemoteProtocolError as error:
+            self.failure = error
+            if not done:
+                raise
+        return done
+
+    def _receive(self, count: int, done: list[Pending]) -> None:
         if self._rest is not None:
             self._rest = self._rest[count:]
             if len(self._rest):
-                return done
+                return
             self._end_payload(done)
         else:
             self._end += count
@@ -115,7 +127,6 @@ class ReplyParser:
         if rest:
             self._view[:rest] = bytes(self._view[self._start : self._end])
         self._start, self._end = 0, rest
-        return done
 
     def _request(self, cookie: int) -> Pending:
         request = self.pending.get(cookie)

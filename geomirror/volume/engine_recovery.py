@@ -319,12 +319,16 @@ def _fill_indexes(
     sealed_count: int,
     indexes: dict[int, DirtyIndex],
 ) -> OpenEpoch:
-    """Enter every change that is not applied; what no epoch holds is touched."""
+    """Enter every change that is not applied; what no epoch holds is touched.
+
+    :raises FencedError: a change that cannot be one of this resource.
+    """
     open_epoch = OpenEpoch(
         superblock.applied_epoch + 1,
         superblock.applied_end_lsn or superblock.scan_lsn,
         superblock.scan_lsn,
     )
+    sizes = {volume.index: volume.size_bytes for volume in superblock.volumes}
     is_open = False
     for record, owner in zip(records, owners, strict=True):
         if owner < 0:
@@ -333,8 +337,12 @@ def _fill_indexes(
             is_open = True
             _settle(indexes)
             open_epoch.since_wall_ns = record.wall_ns
+        if record.offset + record.length > sizes.get(record.volume, 0) or not record.length:
+            raise _impossible(superblock, record)
         index = indexes[record.volume]
         if record.kind == RecordType.WRITE:
+            if record.payload_length != record.length:
+                raise _impossible(superblock, record)
             index.write(record.offset, record.length, record.lsn + HEADER_BYTES)
         else:
             is_trim = record.kind == RecordType.TRIM
@@ -343,6 +351,15 @@ def _fill_indexes(
     if not is_open:
         _settle(indexes)
     return open_epoch
+
+
+def _impossible(superblock: Superblock, record: RecordInfo) -> FencedError:
+    """A record with right checks that no write of this resource can have made."""
+    return FencedError(
+        f'resource "{superblock.name}": the record at LSN {record.lsn} is about '
+        f"{record.offset}+{record.length} of volume {record.volume}, which is not there",
+        hint="was the data directory mixed with another one? keep it, and make this copy anew",
+    )
 
 
 def _settle(indexes: dict[int, DirtyIndex]) -> None:

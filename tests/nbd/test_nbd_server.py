@@ -729,3 +729,33 @@ def test_everything_works_on_uvloop_too(tmp_path: Path) -> None:
             await until(lambda: disk.open_count == 0)
 
     uvloop.run(story())
+
+
+async def test_requests_answered_before_a_bad_answer_are_answered_and_the_others_fail(
+    tmp_path: Path,
+):
+    """One read brings a good answer and nonsense behind it: nobody waits for ever."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(struct.pack(">QQH", c.HELLO_MAGIC, c.OPTION_MAGIC, 3))
+        await reader.readexactly(4)
+        _magic, option, length = struct.unpack(">QII", await reader.readexactly(16))
+        await reader.readexactly(length)
+        info = struct.pack(">HQH", c.INFO_EXPORT, 1 << 20, c.EXPORT_HAS_FLAGS)
+        for kind, body in ((c.REP_INFO, info), (c.REP_ACK, b"")):
+            writer.write(struct.pack(">QIII", c.OPTION_REPLY_MAGIC, option, kind, len(body)) + body)
+        cookies = [(await reader.readexactly(28))[8:16] for _ in range(2)]
+        writer.write(struct.pack(">II", c.SIMPLE_REPLY_MAGIC, 0) + cookies[0] + b"n" * 16)
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_unix_server(serve, tmp_path / "s")
+    uri = f"nbd+unix:///x?socket={tmp_path / 's'}"
+    client = await NbdClient.connect(uri, wants_structured=False)
+    async with asyncio.timeout(5):
+        waiters = [client.flush(), client.flush()]
+        results = await asyncio.gather(*waiters, return_exceptions=True)
+        await client.close()
+    assert results[0] is None
+    assert isinstance(results[1], RemoteProtocolError)
+    server.close()
