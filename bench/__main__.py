@@ -14,7 +14,7 @@ from typing import Any
 import rich_click as click
 from rich.console import Console
 
-from bench import link_dead, link_use, local_writes, memory, restart, simulator, synchronous
+from bench import link_dead, link_use, local_writes, memory, peers, restart, simulator, synchronous
 from bench.cells import RESULTS, ROOT, Cell, code_digest, commit, is_done, load, parameters, verdict
 from bench.document import update
 from bench.machine import describe, versions
@@ -25,6 +25,7 @@ from geomirror.errors import GeomirrorError
 
 BENCHMARKS: dict[str, list[Cell]] = {
     local_writes.NAME: local_writes.CELLS,
+    peers.NAME: peers.CELLS,
     **{
         module.NAME: [Cell(module.NAME, module.run)]
         for module in (link_dead, link_use, synchronous, restart, memory, simulator)
@@ -80,7 +81,7 @@ def main(
     again, so an interrupted run goes on where it ended. Exit code 0 if all results count, whatever
     the figures; 1 if a cell failed or does not count. A machine that was not quiet is marked.
     """
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 160)
     out = out or (SHORT_RESULTS if is_short else RESULTS)
     work = where or SHORT_RESULTS
     for directory in (out, work):
