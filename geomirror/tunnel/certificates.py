@@ -19,12 +19,11 @@ import ipaddress
 from dataclasses import dataclass
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from geomirror.environment import SECOND
 from geomirror.errors import AuthError
-from geomirror.tunnel.identity import node_id_of
+from geomirror.tunnel.identity import UNREADABLE, node_id_of
 from geomirror.tunnel.names import check_name
 
 ROLE_AUTHORITY = "authority"
@@ -83,7 +82,7 @@ def load_certificate(data: bytes) -> x509.Certificate:
         else:
             certificate = x509.load_der_x509_certificate(data)
         key = certificate.public_key()
-    except (ValueError, TypeError, UnsupportedAlgorithm):
+    except UNREADABLE:
         raise AuthError("a certificate cannot be read") from None
     if not isinstance(key, Ed25519PublicKey):
         raise AuthError("a certificate is not for an Ed25519 key")
@@ -104,7 +103,7 @@ def read_claims(certificate: x509.Certificate) -> Claims:
         # Anything but URIs is refused: a second kind of name is a second truth.
         uris = names.get_values_for_type(x509.UniformResourceIdentifier)
         count = len(list(names))
-    except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError):
+    except UNREADABLE:
         raise AuthError("a certificate is not one of a node") from None
     if not 1 <= len(uris) == count <= _URIS_MAX or not uris[0].startswith(_SCHEME):
         raise AuthError("a certificate is not one of a node")
@@ -142,7 +141,7 @@ def check_issued_by(certificate: x509.Certificate, authority: x509.Certificate) 
     """Check one signature. :raises AuthError: another key signed it."""
     try:
         certificate.verify_directly_issued_by(authority)
-    except (ValueError, TypeError, InvalidSignature):
+    except UNREADABLE:
         raise AuthError("a certificate is not signed by the authority of this network") from None
 
 

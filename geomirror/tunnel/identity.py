@@ -22,6 +22,19 @@ from cryptography.hazmat.primitives.serialization import (
 from geomirror.environment import Entropy
 from geomirror.errors import AuthError, GeomirrorError, IntegrityError
 
+UNREADABLE = (
+    ValueError,
+    TypeError,
+    InvalidSignature,
+    UnsupportedAlgorithm,
+    x509.DuplicateExtension,
+    x509.ExtensionNotFound,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
+"""All that `cryptography` raises over strangers' certificates, requests and keys; half of these are
+no ValueErrors, and some come only when a part is looked at."""
+
 NODE_ID_BYTES = 16
 """Half of a SHA-256: 2^64 keys before two nodes meet, and it fits on a line of a status table."""
 
@@ -115,7 +128,7 @@ def key_from_pem(pem: bytes, *, name: str) -> Ed25519PrivateKey:
     """
     try:
         key = load_pem_private_key(pem, None)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
+    except UNREADABLE:
         key = None
     if not isinstance(key, Ed25519PrivateKey):
         raise IntegrityError(f"{name} is not an Ed25519 private key", hint="restore it")
@@ -131,7 +144,7 @@ def read_request(pem: str, *, error: type[GeomirrorError] = AuthError) -> Ed2551
         request = x509.load_pem_x509_csr(pem.encode("ascii"))
         key = request.public_key()
         is_signed = request.is_signature_valid
-    except (ValueError, TypeError, UnsupportedAlgorithm, InvalidSignature):
+    except UNREADABLE:
         raise error("the certificate request cannot be read") from None
     if not isinstance(key, Ed25519PublicKey):
         raise error("the certificate request is not for an Ed25519 key")

@@ -42,7 +42,7 @@ def run_atheris(name: str, seconds: int) -> None:
     words = BUILD / name / "words"
     words.write_text("".join(f'"{_escaped(word)}"\n' for word in corpus.words(target)))
     options = [
-        f"-dict={words}",
+        *([f"-dict={words}"] if corpus.words(target) else []),
         f"-max_total_time={seconds}",
         f"-max_len={corpus.bytes_max(target)}",
         f"-artifact_prefix={BUILD / name}/",
