@@ -1,4 +1,4 @@
-"""Certificates, requests and keys of strangers: an AuthError, or claims that say what was signed."""
+"""Certificates, requests and keys of strangers: an AuthError, or claims that were signed."""
 
 from __future__ import annotations
 
