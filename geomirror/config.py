@@ -68,6 +68,11 @@ class LinksConfig(_Section, frozen=True):
     )
     hello_interval_ms: Annotated[int, Meta(ge=20, le=60_000)] = PRODUCTION.hello_interval_ns // MS
     hello_misses_max: Annotated[int, Meta(ge=3, le=100)] = PRODUCTION.hello_misses_max
+    tcp_segment_bytes: Annotated[int, Meta(ge=0, le=32_767)] = PRODUCTION.tcp_segment_bytes
+
+    def __post_init__(self) -> None:
+        if self.tcp_segment_bytes and not 88 <= self.tcp_segment_bytes <= 32_767:
+            raise ValueError("tcp_segment_bytes is 0 or from 88 to 32767, as the kernel takes it")
 
 
 class PeerConfig(_Section, frozen=True):
@@ -119,6 +124,7 @@ class Config(_Section, frozen=True):
             data_connections=self.links.data_connections,
             hello_interval_ns=self.links.hello_interval_ms * MS,
             hello_misses_max=self.links.hello_misses_max,
+            tcp_segment_bytes=self.links.tcp_segment_bytes,
             epoch_age_ns=self.replication.epoch_age_ms * MS,
             dirty_bytes_max=self.storage.dirty_bytes_max,
             destage_age_ns_max=self.storage.destage_age_s * SECOND,

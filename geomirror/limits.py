@@ -108,10 +108,10 @@ class Limits:
     """Heartbeat on the control connection; adaptive to the RTT."""
     hello_misses_max: int = 5
     """Silent intervals before a path counts as dead; with 3, 2 % loss alarms every 30 min."""
-    reconnect_interval_ns: int = 1 * SECOND
-    """Between attempts to connect beside a silent connection, with 20 % jitter."""
+    reconnect_interval_ns: int = 250 * MS
+    """Between attempts to connect in the first minute of an outage, with 20 % jitter."""
     reconnect_interval_ns_max: int = 15 * SECOND
-    """Between attempts after a minute of failures."""
+    """Between attempts after an hour of failures."""
     data_connections: int = 4
     """Data connections of a node pair."""
     data_connections_max: int = 8
@@ -130,6 +130,9 @@ class Limits:
     reader_pin_ns_max: int = 60 * SECOND
     """How long a reader of a secondary may hold back applying before it gets EIO."""
 
+    tcp_segment_bytes: int = 1220
+    """TCP segments of links, without IP and TCP header: 1280 bytes with IPv6, which every path
+    carries. 0: as the kernel finds."""
     handshake_ns_max: int = 5 * SECOND
     """TLS handshake of an accepted connection; a stranger cannot hold a socket longer."""
     handshakes_max: int = 128

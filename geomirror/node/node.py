@@ -1,6 +1,6 @@
 """One node: composes network, links, resources, NBD server and control socket, and runs them.
 
-Start: lock, control socket, NBD socket, links, resources, ready. Stop: the same backwards, within
+Start: lock, NBD socket, links, control socket, resources, ready. Stop: the same backwards, within
 ten seconds; after that the process ends anyway, and recovery does the rest.
 """
 
@@ -122,13 +122,14 @@ class Node:
         self._router.on_link_up = self._network.link_up
         sockets = self._data_dir.prepare_socket_dir()
         self._status.nbd_socket = str(sockets / "nbd.sock")
-        await self._control.start(str(sockets / "control.sock"))
         self._nbd.tls = load_nbd_tls(self._config.nbd, self._data_dir.root)
         path = self._status.nbd_socket
         self._nbd_addresses = await start_nbd(self._nbd, self._config.nbd, path, activated)
         self._nbd_tls_changed()
         self._set_peers()
         await self._links.start(self._config.node.listen or self._state.listen)
+        # After the links: a token that it makes can be used at once.
+        await self._control.start(str(sockets / "control.sock"))
         await self._open_resources()
         self._run_for_ever("certificate", self._network.keep_certificate())
         self._run_for_ever("enforcement", self._enforce())

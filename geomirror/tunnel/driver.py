@@ -34,10 +34,15 @@ class LinkDriver(Protocol):
     name: str
 
     async def dial(
-        self, peer: str, endpoint: str, factory: Callable[[], asyncio.BaseProtocol]
+        self,
+        peer: str,
+        endpoint: str,
+        factory: Callable[[], asyncio.BaseProtocol],
+        connected: Callable[[], None] = lambda: None,
     ) -> tuple[asyncio.Transport, asyncio.BaseProtocol]:
         """Connect and authenticate the other side as exactly `peer`, which has accepted us too.
 
+        :param connected: called when something there has answered at all, before it is known who.
         :raises AuthError: it is not `peer`, not of this network, or it refuses this node.
         :raises LinkError: unreachable, or it does not speak our protocol.
         """

@@ -6,7 +6,6 @@ Contexts and what OpenSSL checks: `tls_context_io`. The byte that accepts a link
 from __future__ import annotations
 
 import asyncio
-import errno
 import socket
 import ssl
 from collections.abc import Callable
@@ -15,17 +14,12 @@ from dataclasses import dataclass
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from geomirror.environment import SECOND, Clock, Entropy
-from geomirror.errors import (
-    AuthError,
-    ConfigError,
-    InUseError,
-    LinkError,
-    RemoteProtocolError,
-)
+from geomirror.errors import AuthError, LinkError, RemoteProtocolError
 from geomirror.tunnel.certificates import Claims, check_dates, load_certificate, read_claims
 from geomirror.tunnel.join_server_io import Joined, JoinService, Refused
 from geomirror.tunnel.names import join_endpoint, split_endpoint
 from geomirror.tunnel.network_state_io import NetworkState
+from geomirror.tunnel.tcp_io import bind_tcp, open_tcp
 from geomirror.tunnel.tls_context_io import (
     client_context,
     explain,
@@ -37,8 +31,6 @@ from geomirror.tunnel.tls_preface_io import AcceptPreface, DialPreface
 
 SHUTDOWN_SECONDS = 1.0
 """How long a closing connection waits for the other side's close."""
-BACKLOG = 128
-"""Connections that the kernel completes before we accept them."""
 
 
 @dataclass
@@ -136,7 +128,11 @@ class TlsDriver:
         return cut
 
     async def dial(
-        self, peer: str, endpoint: str, factory: Callable[[], asyncio.BaseProtocol]
+        self,
+        peer: str,
+        endpoint: str,
+        factory: Callable[[], asyncio.BaseProtocol],
+        connected: Callable[[], None] = lambda: None,
     ) -> tuple[asyncio.Transport, asyncio.BaseProtocol]:
         """See `LinkDriver.dial`."""
         host, port = split_endpoint(endpoint)
@@ -148,10 +144,11 @@ class TlsDriver:
         link = None
         try:
             async with asyncio.timeout(limits.dial_ns_max / SECOND):
+                sock = await open_tcp(host, port, limits.tcp_segment_bytes)
+                connected()
                 await loop.create_connection(
                     lambda: preface,
-                    host,
-                    port,
+                    sock=sock,
                     ssl=self._client,
                     server_hostname=network_label(self.state.authority_hash),
                     ssl_handshake_timeout=limits.dial_ns_max / SECOND,
@@ -171,7 +168,8 @@ class TlsDriver:
     ) -> TlsListener:
         """See `LinkDriver.listen`."""
         host, port = split_endpoint(endpoint)
-        listener = TlsListener(self, await _bind(host, port), factory)
+        sockets = await bind_tcp(host, port, self.state.limits.tcp_segment_bytes)
+        listener = TlsListener(self, sockets, factory)
         listener.start()
         return listener
 
@@ -243,33 +241,3 @@ class TlsListener:
         except OSError as error:
             cause = error.strerror or str(error) or "the connection was closed"
             driver.refused(source, RemoteProtocolError(f"a handshake failed: {cause}"))
-
-
-async def _bind(host: str, port: int) -> list[socket.socket]:
-    loop = asyncio.get_running_loop()
-    where = join_endpoint(host, port)
-    sockets: list[socket.socket] = []
-    try:
-        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        # Port 0 is a different port for each address; one is enough then.
-        for family, kind, protocol, _, address in found if port else found[:1]:
-            sock = socket.socket(family, kind, protocol)
-            sockets.append(sock)
-            sock.setblocking(False)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(host != "::"))
-            sock.bind(address)
-            sock.listen(BACKLOG)
-    except OSError as error:
-        for sock in sockets:
-            sock.close()
-        cause = error.strerror or str(error)
-        if error.errno == errno.EADDRINUSE:
-            raise InUseError(
-                f"cannot listen on {where}: {cause}", hint="another process listens there"
-            ) from None
-        raise ConfigError(
-            f"cannot listen on {where}: {cause}", hint="give an address of this machine"
-        ) from None
-    return sockets

@@ -1,7 +1,7 @@
 """Keeps one node pair connected: when to dial, when the peer is gone, which connections to use.
 
 ```
-            ┌ attempts: dialled, no control connection yet (at most 3, the oldest gives way)
+            ┌ attempts: dialled, no control connection yet (dial_attempts)
  LinkCore ──┼ sets: control connection up, data connections joining (connection_set)
             └ current: the one set that is used; None means the link is down
 ```
@@ -20,12 +20,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from geomirror.environment import SECOND, Entropy
 from geomirror.errors import RemoteProtocolError
 from geomirror.limits import Limits
 from geomirror.wan_protocol.connection_set import ConnectionSet, RoundTrip
+from geomirror.wan_protocol.dial_attempts import OPEN_NS_MAX, Attempts
 from geomirror.wan_protocol.link_decisions import (
     Close,
     Decision,
@@ -36,24 +36,15 @@ from geomirror.wan_protocol.link_decisions import (
     Up,
 )
 
-OPEN_NS_MAX = 10 * SECOND
-"""An attempt, or a set that never had a data connection, is given up after this time."""
 DATALESS_NS_MAX = 3 * SECOND
 """A set in use that lost all data connections is given up unless one is back after this time."""
-ATTEMPTS_MAX = 3
-"""Attempts under way at once: a SYN lost in the outage must not delay the next try by its timer."""
+DATA_RETRY_NS, DATA_RETRY_NS_MIN = 1 * SECOND, SECOND // 8
+"""A data connection that failed, or died as soon as it was up, is dialled again after the first
+time; one that was lost otherwise after the second."""
 SETS_MAX = 8
 """Sets of one node pair at once; a peer that opens more is turned away."""
 ECHO_NS_MAX = 30 * SECOND
 """An older answer to a ping is no measurement."""
-SLOW_AFTER_NS = 60 * SECOND
-"""After a minute of failures attempts come five times slower, after five minutes at the cap."""
-
-
-@dataclass(slots=True)
-class _Attempt:
-    endpoint: str
-    started_ns: int
 
 
 class LinkCore:
@@ -77,9 +68,7 @@ class LinkCore:
         self._is_leader = node < peer
         self._limits = limits
         self._entropy = entropy
-        self._endpoints = list(endpoints)
-        self._turn = 0
-        self._attempts: dict[bytes, _Attempt] = {}
+        self._attempts = Attempts(limits, entropy, endpoints, now_ns)
         self._sets: dict[bytes, ConnectionSet] = {}
         self._current: ConnectionSet | None = None
         self._use_number = 0
@@ -87,8 +76,6 @@ class LinkCore:
         self._use_incarnation = b""
         """Of the leader that sent it."""
         self._decisions: deque[Decision] = deque()
-        self._failing_since_ns = now_ns
-        self._dial_ns = now_ns
         self._due_ns: int | None = None
         """What `get_timer` said last: being called later means that this node did not run."""
         self.last_used = b""
@@ -106,21 +93,29 @@ class LinkCore:
 
     def set_endpoints(self, endpoints: Sequence[str], now_ns: int) -> None:
         """Use other endpoints for attempts from now on; sets stay."""
-        if list(endpoints) == self._endpoints:
-            return
-        self._endpoints, self._turn = list(endpoints), 0
-        self._dial_ns = min(self._dial_ns, now_ns)
-        self._settle(now_ns)
+        if self._attempts.set_endpoints(endpoints, now_ns):
+            self._settle(now_ns)
 
     # Events of connections.
+
+    def dial_answered(self, link: bytes, now_ns: int) -> None:
+        """The peer's host answers the attempt: time to dial the first data connection beside it,
+        which then needs no round trips of its own after the control connection's."""
+        attempt = self._attempts.answered(link, now_ns)
+        if attempt is not None:
+            attempt.is_data_dialled = True
+            self._decisions.append(Dial(link, attempt.endpoint, 0))
 
     def dial_failed(self, link: bytes, index: int, reason: str, now_ns: int) -> None:
         """A connection asked for by `Dial` could not be made, or its hello was refused."""
         self.last_error = reason
+        attempt = self._attempts.get(link)
         if index < 0:
-            self._attempts.pop(link, None)
+            self._attempts.end(link)
         elif link in self._sets:
-            self._sets[link].data_due_ns[index] = now_ns + self._jittered(self._retry_ns())
+            self._sets[link].data_due_ns[index] = now_ns + self._jittered(DATA_RETRY_NS)
+        elif attempt is not None:
+            attempt.is_data_dialled = False
         self._settle(now_ns)
 
     def control_up(
@@ -132,7 +127,7 @@ class LinkCore:
         :param after: the set that the peer used last: a dialling peer does not use it any more.
         """
         assert link not in self._sets
-        attempt = self._attempts.pop(link, None)
+        attempt = self._attempts.end(link)
         if is_dialled and attempt is None:
             self._decisions.append(Close(link, "given up before it came up"))
             return
@@ -152,10 +147,11 @@ class LinkCore:
             ping_ns=now_ns,
             moved_ns=now_ns,
         )
-        if is_dialled:
-            if item.endpoint in self._endpoints:
-                self._turn = self._endpoints.index(item.endpoint)
+        if attempt is not None:
+            self._attempts.succeeded(item.endpoint, now_ns)
             item.data_due_ns = dict.fromkeys(range(self.data_connections), now_ns)
+            if attempt.is_data_dialled:
+                del item.data_due_ns[0]
         self._sets[link] = item
         self._settle(now_ns)
 
@@ -175,8 +171,8 @@ class LinkCore:
         up_ns = item.data.pop(index, now_ns)
         if item.is_dialled and index < self.data_connections:
             # One that dies as soon as it is up must not be dialled in a loop.
-            is_short_lived = now_ns - up_ns < self._retry_ns()
-            pause_ns = self._retry_ns() if is_short_lived else self._retry_ns() // 8
+            is_short_lived = now_ns - up_ns < DATA_RETRY_NS
+            pause_ns = DATA_RETRY_NS if is_short_lived else DATA_RETRY_NS_MIN
             item.data_due_ns[index] = now_ns + self._jittered(pause_ns)
         if not item.data:
             item.opened_ns = now_ns
@@ -184,7 +180,7 @@ class LinkCore:
 
     def set_lost(self, link: bytes, reason: str, now_ns: int) -> None:
         """The control connection is gone, and with it the set."""
-        self._attempts.pop(link, None)
+        self._attempts.end(link)
         if link in self._sets:
             self._close(self._sets[link], reason, now_ns)
         self._settle(now_ns)
@@ -246,9 +242,9 @@ class LinkCore:
             due.append(item.echo_deadline_ns(self._limits))
             if not item.data:
                 due.append(self._dataless_deadline_ns(item))
-        due += [attempt.started_ns + OPEN_NS_MAX for attempt in self._attempts.values()]
+        due += self._attempts.deadlines_ns()
         if self._wants_dial():
-            due.append(self._dial_ns)
+            due.append(self._attempts.due_ns)
         self._due_ns = min(due, default=None)
         return self._due_ns
 
@@ -260,9 +256,8 @@ class LinkCore:
         self._due_ns = None
         for item in list(self._sets.values()):
             self._check_set(item, now_ns)
-        for link, attempt in list(self._attempts.items()):
-            if now_ns >= attempt.started_ns + OPEN_NS_MAX:
-                self._give_up(link, f"{attempt.endpoint}: no answer")
+        for attempt in self._attempts.expired(now_ns):
+            self._give_up(attempt.link, f"{attempt.endpoint}: no answer")
         self._settle(now_ns)
 
     def next_decision(self) -> Decision | None:
@@ -271,8 +266,8 @@ class LinkCore:
 
     def close(self, reason: str, now_ns: int) -> None:
         """Close everything; the core is finished afterwards."""
-        self._endpoints = []
-        for link in list(self._attempts):
+        self._attempts.set_endpoints([], now_ns)
+        for link in self._attempts.links:
             self._give_up(link, reason)
         for item in list(self._sets.values()):
             self._close(item, reason, now_ns)
@@ -301,7 +296,7 @@ class LinkCore:
             for index in [i for i, due in item.data_due_ns.items() if due <= now_ns]:
                 del item.data_due_ns[index]
                 self._decisions.append(Dial(item.link, item.endpoint, index))
-        if self._wants_dial() and now_ns >= self._dial_ns:
+        if self._wants_dial() and now_ns >= self._attempts.due_ns:
             self._dial(now_ns)
 
     def _may_be_used(self, item: ConnectionSet) -> bool:
@@ -320,7 +315,7 @@ class LinkCore:
         chosen.opened_ns = now_ns
         if chosen.has_echo:
             self.round_trip = chosen.round_trip
-        for link in list(self._attempts):
+        for link in self._attempts.links:
             self._give_up(link, "")
         for item in list(self._sets.values()):
             if item.is_dialled and item is not chosen:
@@ -331,41 +326,27 @@ class LinkCore:
         self._decisions.append(Up(chosen.link))
 
     def _wants_dial(self) -> bool:
-        return bool(self._endpoints) and not self._sets
+        return self._attempts.has_endpoints and not self._sets
 
     def _dial(self, now_ns: int) -> None:
-        if len(self._attempts) >= ATTEMPTS_MAX:
-            self._give_up(next(iter(self._attempts)), "no answer")
-        endpoint = self._endpoints[self._turn % len(self._endpoints)]
-        self._turn += 1
-        link = self._entropy.token_bytes(16)
-        self._attempts[link] = _Attempt(endpoint, now_ns)
-        self._dial_ns = now_ns + self._jittered(self._pause_ns(now_ns))
-        self._decisions.append(Dial(link, endpoint))
-
-    def _pause_ns(self, now_ns: int) -> int:
-        failing_ns = now_ns - self._failing_since_ns
-        if failing_ns < SLOW_AFTER_NS:
-            return self._retry_ns()
-        if failing_ns < 5 * SLOW_AFTER_NS:
-            return min(5 * self._retry_ns(), self._limits.reconnect_interval_ns_max)
-        return self._limits.reconnect_interval_ns_max
-
-    def _retry_ns(self) -> int:
-        return self._limits.reconnect_interval_ns
+        surplus = self._attempts.surplus()
+        if surplus is not None:
+            self._give_up(surplus.link, f"{surplus.endpoint}: no answer")
+        attempt = self._attempts.begin(now_ns)
+        self._decisions.append(Dial(attempt.link, attempt.endpoint))
 
     def _jittered(self, pause_ns: int) -> int:
         return int(pause_ns * self._entropy.uniform(0.8, 1.2))
 
     def _give_up(self, link: bytes, reason: str) -> None:
         self.last_error = reason or self.last_error
-        del self._attempts[link]
+        self._attempts.end(link)
         self._decisions.append(Close(link, reason or "another set came up"))
 
     def _close(self, item: ConnectionSet, reason: str, now_ns: int) -> None:
         del self._sets[item.link]
         if item is self._current:
-            self._current, self._failing_since_ns = None, now_ns
+            self._current, self._attempts.failing_since_ns = None, now_ns
             self._decisions.append(Down(reason))
         if self._current is None:
             self.last_error = reason

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import Coroutine, Iterator
+from typing import Any
 
 from geomirror.errors import RemoteProtocolError
 from geomirror.wan_protocol.messages import Hello
@@ -18,7 +21,15 @@ class LinkSet:
     def __init__(self) -> None:
         self.control: LinkConnection | None = None
         self.data: dict[int, LinkConnection] = {}
+        self.waiting: list[LinkConnection] = []
+        """Data connections that say hello as soon as the control connection has done."""
         self.dialling: set[asyncio.Task[None]] = set()
+
+    def begin(self, dialling: Coroutine[Any, Any, None]) -> None:
+        """Run an attempt, which `cancel_dialling` ends."""
+        task = asyncio.get_running_loop().create_task(dialling)
+        self.dialling.add(task)
+        task.add_done_callback(self.dialling.discard)
 
     def cancel_dialling(self) -> None:
         """Give up the attempts under way."""
@@ -38,6 +49,60 @@ class LinkSet:
     def remote_address(self) -> str:
         """`HOST:PORT` of the other end, if known."""
         return self.control.remote_address if self.control is not None else ""
+
+
+class OpenConnections:
+    """Every connection of a node pair whose transport is there, whatever it is good for."""
+
+    def __init__(self) -> None:
+        self._open: set[LinkConnection] = set()
+        self._closed_bytes_sent = 0
+        self._all_gone: asyncio.Event | None = None
+
+    def __iter__(self) -> Iterator[LinkConnection]:
+        return iter(self._open)
+
+    @property
+    def bytes_sent(self) -> int:
+        """In total, by those that are gone too."""
+        return self._closed_bytes_sent + sum(item.bytes_sent for item in self._open)
+
+    @property
+    def ungreeted(self) -> int:
+        """How many have not exchanged hellos."""
+        return sum(not item.is_greeted for item in self._open)
+
+    def add(self, connection: LinkConnection) -> None:
+        """Remember it until `forget`."""
+        self._open.add(connection)
+
+    def forget(self, connection: LinkConnection) -> None:
+        """Its transport is gone."""
+        self._open.discard(connection)
+        self._closed_bytes_sent += connection.bytes_sent
+        if not self._open and self._all_gone is not None:
+            self._all_gone.set()
+
+    def discard(self, link: bytes) -> None:
+        """Close those of a set without telling the owner."""
+        for connection in list(self._open):
+            if connection.link == link and not connection.is_closed:
+                connection.discard()
+
+    def drop(self) -> None:
+        """Close all; what was written goes out first where it is wanted so."""
+        for connection in list(self._open):
+            if not connection.is_closed:
+                connection.drop()
+
+    async def gone(self, seconds_max: float) -> None:
+        """Until every transport is gone, or the time is up; then those left are aborted."""
+        if self._open:
+            self._all_gone = asyncio.Event()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._all_gone.wait(), seconds_max)
+        for connection in list(self._open):
+            connection.drop()
 
 
 def check_place(item: LinkSet | None, hello: Hello) -> None:

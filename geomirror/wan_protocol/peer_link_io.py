@@ -6,7 +6,6 @@ Every callback is a direct call: no queue and no task per message or frame.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Awaitable
 from typing import Any
 
@@ -26,7 +25,7 @@ from geomirror.wan_protocol.link_decisions import (
     Up,
 )
 from geomirror.wan_protocol.link_events import LinkContext, LinkStatus
-from geomirror.wan_protocol.link_set_io import LinkSet, check_place
+from geomirror.wan_protocol.link_set_io import LinkSet, OpenConnections, check_place
 from geomirror.wan_protocol.messages import (
     Call,
     Goodbye,
@@ -73,15 +72,13 @@ class PeerLink:
         self._current: LinkSet | None = None
         self._since_ns = now_ns
         self._bytes_received = 0
-        self._closed_bytes_sent = 0
         self._peer_incarnation = b""
         self._rate_bytes_per_second: int | None = None
-        self._open: set[LinkConnection] = set()
+        self._open = OpenConnections()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_ns = -1
         self._is_executing = False
         self._is_stopped = False
-        self._all_gone: asyncio.Event | None = None
 
     # For PeerLinks.
 
@@ -101,7 +98,7 @@ class PeerLink:
             since_ns=self._since_ns,
             connections=len(connections),
             congestion=connections[0].congestion if connections else "",
-            bytes_sent=self._closed_bytes_sent + sum(item.bytes_sent for item in self._open),
+            bytes_sent=self._open.bytes_sent,
             bytes_received=self._bytes_received,
             last_error=self.core.last_error,
             endpoint=(chosen.endpoint or current.remote_address) if chosen and current else "",
@@ -127,7 +124,7 @@ class PeerLink:
     def accept(self) -> LinkConnection:
         """A connection of this peer has been authenticated."""
         connection = LinkConnection(self, self._context.limits)
-        if self._is_stopped or sum(not item.is_greeted for item in self._open) >= UNGREETED_MAX:
+        if self._is_stopped or self._open.ungreeted >= UNGREETED_MAX:
             connection.drop()
         return connection
 
@@ -147,16 +144,9 @@ class PeerLink:
         tasks = [task for item in self._sets.values() for task in item.dialling]
         self.core.close(reason, self._clock.now_ns())
         self._execute()
-        for connection in self._open:
-            if not connection.is_closed:
-                connection.drop()
+        self._open.drop()
         await asyncio.gather(*tasks, return_exceptions=True)
-        if self._open:
-            self._all_gone = asyncio.Event()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._all_gone.wait(), GOODBYE_SECONDS_MAX)
-        for connection in list(self._open):
-            connection.drop()
+        await self._open.gone(GOODBYE_SECONDS_MAX)
         await asyncio.sleep(0)
 
     # ConnectionOwner.
@@ -168,17 +158,18 @@ class PeerLink:
             connection.drop()
 
     def connection_ready(self, connection: LinkConnection) -> None:
-        """A dialled connection says hello first."""
+        """A dialled connection says hello first; a data connection when its set exists."""
         if connection.is_dialled:
             connection.tune()
-            self._send_hello(connection)
+            item = self._sets.get(connection.link)
+            if item is None or connection.index == CONTROL_INDEX or item.control is not None:
+                self._send_hello(connection)
+            else:
+                item.waiting.append(connection)
 
     def connection_gone(self, connection: LinkConnection) -> None:
         """Forget it."""
-        self._open.discard(connection)
-        self._closed_bytes_sent += connection.bytes_sent
-        if not self._open and self._all_gone is not None:
-            self._all_gone.set()
+        self._open.forget(connection)
 
     def connection_closed(self, connection: LinkConnection, reason: str) -> None:
         """Tell the core what is lost with it."""
@@ -254,6 +245,9 @@ class PeerLink:
         item = self._sets.setdefault(connection.link, LinkSet())
         if connection.index == CONTROL_INDEX:
             item.control = connection
+            for waiting in item.waiting:
+                self._send_hello(waiting)
+            item.waiting.clear()
             self.core.control_up(
                 connection.link,
                 now_ns,
@@ -333,9 +327,7 @@ class PeerLink:
                 elif link not in self._sets:
                     return  # lost while the decision waited; the core knows
                 item = self._sets[link]
-                task = asyncio.get_running_loop().create_task(self._dial(decision, item))
-                item.dialling.add(task)
-                task.add_done_callback(item.dialling.discard)
+                item.begin(self._dial(decision, item))
             case Close(link, _):
                 self._drop_set(link)
             case SendPing(link, now_ns) if link in self._sets:
@@ -364,8 +356,13 @@ class PeerLink:
                 self, self._context.limits, link=decision.link, index=decision.index
             )
 
+        def answered() -> None:
+            if decision.index == CONTROL_INDEX:
+                self.core.dial_answered(decision.link, self._clock.now_ns())
+                self._execute()
+
         try:
-            await self._context.driver.dial(self.peer, decision.endpoint, factory)
+            await self._context.driver.dial(self.peer, decision.endpoint, factory, answered)
         except (GeomirrorError, OSError) as error:
             if self._sets.get(decision.link) is item:
                 reason = f"{decision.endpoint}: {error}"
@@ -378,9 +375,7 @@ class PeerLink:
         item = self._sets.pop(link, None)
         if item is not None:
             item.cancel_dialling()
-        for connection in list(self._open):
-            if connection.link == link and not connection.is_closed:
-                connection.discard()
+        self._open.discard(link)
 
     def _arm(self) -> None:
         due_ns = None if self._is_stopped else self.core.get_timer()

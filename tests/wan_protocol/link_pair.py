@@ -19,6 +19,8 @@ from geomirror.limits import PRODUCTION
 from geomirror.wan_protocol.link import LinkCore
 from geomirror.wan_protocol.link_decisions import Close, Dial, Down, SendPing, SendUse, Up
 
+ANSWER_STEP = 2
+"""Of them the one that tells the dialling side that a host is there."""
 HANDSHAKE_STEPS = 4
 """Messages of TCP, TLS and the byte that accepts, before the dialling side says hello."""
 CONTROL = -1
@@ -159,6 +161,7 @@ class Node:
         self._sent: dict[bytes, int] = {}
         self._expected: dict[bytes, int] = {}
         self._control: dict[bytes, Connection] = {}
+        self._hello_waits: dict[bytes, list[Connection]] = {}
         self._mine: list[Connection] = []
         self._start()
 
@@ -183,6 +186,7 @@ class Node:
             self.changes.append(Down("killed"))
             self.up = None
         self._control.clear()
+        self._hello_waits.clear()
         self._start()
         self.settle()
 
@@ -246,10 +250,15 @@ class Node:
         self.network.send(connection, self.peer, payload)
 
     def _on_step(self, connection: Connection, step: int) -> None:
+        link, is_control = connection.link, connection.index == CONTROL
+        if step == ANSWER_STEP and is_control:
+            self.core.dial_answered(link, self.network.now_ns)
         if step < HANDSHAKE_STEPS:
             self._send(connection, "step", step + 1)
-        else:
+        elif is_control or link in self._control:
             self._send(connection, "hello", self.incarnation, self.core.last_used)
+        else:
+            self._hello_waits.setdefault(link, []).append(connection)
 
     def _on_hello(self, connection: Connection, incarnation: bytes, after: bytes) -> None:
         link, index, now_ns = connection.link, connection.index, self.network.now_ns
@@ -262,6 +271,8 @@ class Node:
         connection.greeted_at.add(self.name)
         if index == CONTROL:
             self._control[link] = connection
+            for waiting in self._hello_waits.pop(link, []):
+                self._send(waiting, "hello", self.incarnation, self.core.last_used)
             self.core.control_up(
                 link, now_ns, is_dialled=is_dialled, incarnation=incarnation, after=after
             )
@@ -297,7 +308,8 @@ class Node:
         while (decision := self.core.next_decision()) is not None:
             match decision:
                 case Dial(link, _, index):
-                    if index == CONTROL or link in self._control:
+                    is_attempt = any(c.link == link for c in self._mine)
+                    if index == CONTROL or is_attempt or link in self._control:
                         connection = Connection(link, index, self.name, self.peer)
                         self.network.connections.append(connection)
                         self._mine.append(connection)
@@ -329,6 +341,7 @@ class Node:
 
     def _close_set(self, link: bytes) -> None:
         self._control.pop(link, None)
+        self._hello_waits.pop(link, None)
         for connection in [item for item in self._mine if item.link == link]:
             self._close(connection)
 

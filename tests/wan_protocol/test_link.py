@@ -219,29 +219,79 @@ def test_a_peer_that_answers_stays_up_and_its_round_trip_is_known() -> None:
     assert len(world.dialled()) == 1
 
 
-def test_attempts_come_every_second_then_slower_and_never_end() -> None:
+def pauses(world: World, from_s: int, until_s: int) -> list[int]:
+    """Between attempts of a stretch of time."""
+    times = [at for at, _ in world.dialled() if from_s * SECOND <= at < until_s * SECOND]
+    return [later - earlier for earlier, later in itertools.pairwise(times)]
+
+
+def test_attempts_come_four_times_a_second_then_slower_and_never_end() -> None:
     world = World()
-    world.run(59 * SECOND)
-    times = [at for at, _ in world.dialled()]
-    pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
-    assert all(800 * MS <= pause <= 1200 * MS for pause in pauses)
-    assert len(set(pauses)) > 10  # jitter
-    world.run(299 * SECOND)
-    times = [at for at, _ in world.dialled() if at > 70 * SECOND]
-    pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
-    assert all(4 * SECOND <= pause <= 6 * SECOND for pause in pauses)
-    world.run(3600 * SECOND)
-    times = [at for at, _ in world.dialled() if at > 330 * SECOND]
-    pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
-    assert all(12 * SECOND <= pause <= 18 * SECOND for pause in pauses)
-    assert times[-1] > 3570 * SECOND
+    world.run(4000 * SECOND)
+    first = pauses(world, 0, 59)
+    assert all(200 * MS <= pause <= 300 * MS for pause in first)
+    assert len(set(first)) > 10  # jitter
+    assert all(800 * MS <= pause <= 1200 * MS for pause in pauses(world, 61, 299))
+    assert all(4 * SECOND <= pause <= 6 * SECOND for pause in pauses(world, 301, 3590))
+    assert all(12 * SECOND <= pause <= 18 * SECOND for pause in pauses(world, 3610, 4000))
+    assert world.dialled()[-1][0] > 3970 * SECOND
+
+
+def test_a_host_that_answers_without_its_daemon_is_dialled_once_a_second() -> None:
+    world = World()
+    while world.now_ns < 30 * SECOND:
+        world.run(world.now_ns + 50 * MS)
+        world.core.dial_answered(world.dialled()[-1][1].link, world.now_ns)
+        world.drain()
+    assert all(pause >= 800 * MS for pause in pauses(world, 1, 30))
+    assert len(world.dialled()) - len(world.closed()) <= 7
 
 
 def test_endpoints_are_tried_in_turn_and_few_attempts_hang_at_once() -> None:
     world = World(endpoints=("b:1", "b:2"))
     world.run(8 * SECOND)
     assert [d.endpoint for _, d in world.dialled()][:4] == ["b:1", "b:2", "b:1", "b:2"]
-    assert len(world.dialled()) - len(world.closed()) <= 3
+    assert len(world.dialled()) - len(world.closed()) <= 12
+
+
+def test_a_path_of_three_seconds_has_time_to_answer() -> None:
+    world = World()
+    first = world.dialled()[0][1].link
+    world.run(2500 * MS)
+    assert first not in world.closed()
+    world.core.dial_answered(first, world.now_ns)
+    world.drain()
+    world.run(7 * SECOND)
+    assert first not in world.closed()
+    world.run(20 * SECOND)
+    assert first in world.closed()
+
+
+def test_the_first_data_connection_is_dialled_beside_the_control_connection() -> None:
+    world = World()
+    link = world.dialled()[0][1].link
+    world.run(80 * MS)
+    world.core.dial_answered(link, world.now_ns)
+    world.drain()
+    assert world.log[-1][1] == Dial(link, "b:1", 0)
+    world.run(300 * MS)
+    world.control_up(link, is_dialled=True)
+    data = [d.index for _, d in world.log if isinstance(d, Dial) and d.index >= 0]
+    assert data == [0, 1, 2, 3]  # each once
+    world.core.data_up(link, 0, world.now_ns)
+    world.drain()
+    assert world.changes() == [Up(link)]
+
+
+def test_a_data_connection_that_failed_before_its_set_existed_is_dialled_again() -> None:
+    world = World()
+    link = world.dialled()[0][1].link
+    world.core.dial_answered(link, world.now_ns)
+    world.core.dial_failed(link, 0, "reset", world.now_ns)
+    world.drain()
+    world.control_up(link, is_dialled=True)
+    data = [d.index for _, d in world.log if isinstance(d, Dial) and d.index >= 0]
+    assert data == [0, 0, 1, 2, 3]
 
 
 def test_a_node_without_endpoints_of_its_peer_only_waits() -> None:

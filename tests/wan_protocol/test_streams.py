@@ -50,7 +50,11 @@ class PlainDriver:
         self.transports: list[asyncio.Transport] = []
 
     async def dial(
-        self, peer: str, endpoint: str, factory: Callable[[], asyncio.BaseProtocol]
+        self,
+        peer: str,
+        endpoint: str,
+        factory: Callable[[], asyncio.BaseProtocol],
+        connected: Callable[[], None] = lambda: None,
     ) -> tuple[asyncio.Transport, asyncio.BaseProtocol]:
         loop = asyncio.get_running_loop()
         host, _, port = endpoint.rpartition(":")
@@ -58,6 +62,7 @@ class PlainDriver:
         sock.setblocking(False)
         try:
             await loop.sock_connect(sock, (host, int(port)))
+            connected()
             await loop.sock_sendall(sock, self.node.encode().ljust(16))
             if await loop.sock_recv(sock, 1) != b"+":
                 raise LinkError(f"{endpoint} closed")

@@ -1,0 +1,97 @@
+"""TCP sockets of links: bound, connected, and kept to packets that every path carries.
+
+A path that loses large packets without a word (a tunnel in a tunnel, filtered ICMP) lets handshakes
+and heartbeats through and swallows the data. Hence packets are small from the beginning: 1220 bytes
+of TCP make 1280 with IPv6, which every path must carry, and cost 0.8 % of a link against 1460.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import socket
+
+from geomirror.errors import ConfigError, InUseError
+from geomirror.tunnel.names import join_endpoint
+
+BACKLOG = 128
+"""Connections that the kernel completes before we accept them."""
+_TCP_MAXSEG = getattr(socket, "TCP_MAXSEG", 2)
+
+
+def limit_segments(sock: socket.socket, segment_bytes: int) -> None:
+    """Send and ask for TCP segments of at most this size, options included; 0: the kernel's own.
+
+    Has to come before `connect` or `listen`: it is told to the other side in the handshake.
+    """
+    if segment_bytes:
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.IPPROTO_TCP, _TCP_MAXSEG, segment_bytes)
+
+
+async def open_tcp(host: str, port: int, segment_bytes: int) -> socket.socket:
+    """A connected socket, to the first address of the host that answers.
+
+    :param segment_bytes: see `limit_segments`.
+    :raises OSError: no address answers; of the last one.
+    """
+    loop = asyncio.get_running_loop()
+    failure = OSError(f"{host} has no address")
+    for family, kind, protocol, _, address in await loop.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM
+    ):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.setblocking(False)
+            limit_segments(sock, segment_bytes)
+            await loop.sock_connect(sock, address)
+        except OSError as error:
+            sock.close()
+            # The loop's own words for it name the call, not the cause.
+            code = error.errno or errno.EIO
+            failure = OSError(code, os.strerror(code))
+        except BaseException:
+            sock.close()
+            raise
+        else:
+            return sock
+    raise failure
+
+
+async def bind_tcp(host: str, port: int, segment_bytes: int) -> list[socket.socket]:
+    """Listening sockets on every address of the host.
+
+    :param segment_bytes: see `limit_segments`; connections inherit it, for both directions.
+    :raises InUseError: another process listens there.
+    :raises ConfigError: the endpoint is not an address of this machine.
+    """
+    loop = asyncio.get_running_loop()
+    where = join_endpoint(host, port)
+    sockets: list[socket.socket] = []
+    try:
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        # Port 0 is a different port for each address; one is enough then.
+        for family, kind, protocol, _, address in found if port else found[:1]:
+            sock = socket.socket(family, kind, protocol)
+            sockets.append(sock)
+            sock.setblocking(False)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(host != "::"))
+            limit_segments(sock, segment_bytes)
+            sock.bind(address)
+            sock.listen(BACKLOG)
+    except OSError as error:
+        for sock in sockets:
+            sock.close()
+        cause = error.strerror or str(error)
+        if error.errno == errno.EADDRINUSE:
+            raise InUseError(
+                f"cannot listen on {where}: {cause}", hint="another process listens there"
+            ) from None
+        raise ConfigError(
+            f"cannot listen on {where}: {cause}", hint="give an address of this machine"
+        ) from None
+    return sockets
