@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,9 +50,10 @@ from geomirror.tunnel.certificates import (
     read_claims,
 )
 from geomirror.tunnel.decoding import decode_json
+from geomirror.tunnel.dialable import dialable
 from geomirror.tunnel.identity import NodeIdentity, key_hash, node_id_of, read_request
 from geomirror.tunnel.membership import Member, Membership, Signed, sign_member
-from geomirror.tunnel.names import check_endpoints, check_name, join_endpoint, split_endpoint
+from geomirror.tunnel.names import check_name
 from geomirror.tunnel.token import ID_BYTES, SECRET_BYTES, Secret, Token, TokenBook
 
 VERSION = 1
@@ -305,7 +305,7 @@ class Desk:
             name=name,
             site=record.site,
             roles=(record.role,),
-            endpoints=_dialable(request.endpoints, observed_host),
+            endpoints=dialable(request.endpoints, observed_host),
             address=choose_address(key, self.range, self._taken()),
             serial="",
             version=self.membership.version + 1,
@@ -369,26 +369,3 @@ class Desk:
             range=self.range,
             members=self.membership.updates(),
         )
-
-
-def _dialable(texts: list[str], observed_host: str) -> tuple[str, ...]:
-    """What others will dial: "any address" becomes the one that the authority saw.
-
-    Link-local and multicast addresses are dropped: no peer is there, but a cloud's metadata service
-    may be (169.254.169.254), and members must not be sent to it.
-    """
-    found: list[str] = []
-    for text in texts:
-        host, port = split_endpoint(text, error=RefusedError)
-        is_any = host in ("0.0.0.0", "::")
-        if not _is_senseless(host):
-            found.append(join_endpoint(observed_host, port) if is_any else text)
-    return check_endpoints(found, error=RefusedError)
-
-
-def _is_senseless(host: str) -> bool:
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return address.is_link_local or address.is_multicast

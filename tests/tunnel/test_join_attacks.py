@@ -267,6 +267,7 @@ async def test_announced_endpoints_cannot_send_members_to_a_metadata_service(
     async with authority(tmp_path) as east:
         request = request_of(east, NodeIdentity.create(SeededEntropy(5)).request_pem())
         request.endpoints = ["169.254.169.254:80", "[fe80::1]:80", "224.0.0.1:9", "192.0.2.7:7701"]
+        request.endpoints.append("[::ffff:169.254.169.254]:80")
         enroll(
             east.state,
             request,
@@ -277,6 +278,17 @@ async def test_announced_endpoints_cannot_send_members_to_a_metadata_service(
         member = load_network(tmp_path / "east").membership.find("west-1")
         assert member is not None
         assert member.endpoints == ("192.0.2.7:7701",)
+
+
+@pytest.mark.parametrize("host", ["2852039166", "0xa9fea9fe", "169.254.43518", "169.254.0xa9fe"])
+async def test_an_address_that_is_spelt_like_a_name_is_refused(tmp_path: Path, host: str) -> None:
+    async with authority(tmp_path) as east:
+        request = request_of(east, NodeIdentity.create(SeededEntropy(5)).request_pem())
+        request.endpoints = [f"{host}:80"]
+        options = {"wall_ns": east.clock.wall_ns(), "entropy": east.entropy}
+        with pytest.raises(RefusedError, match="not written as usual"):
+            enroll(east.state, request, observed_host="127.0.0.1", **options)
+        assert load_network(tmp_path / "east").membership.find("west-1") is None
 
 
 async def test_a_silent_stranger_is_dropped_in_the_handshake_and_in_the_join_exchange(
