@@ -85,6 +85,13 @@ class InUseError(RefusedError):
     wire_code = 9
 
 
+class ChangedError(RefusedError):
+    """What was attached is not there any more: another history, role, epoch or size."""
+
+    wire_code = 25
+    nbd_errno = errno.EIO
+
+
 class WaitTimeoutError(GeomirrorError):
     """What was waited for did not happen in time."""
 

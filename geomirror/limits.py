@@ -130,6 +130,11 @@ class Limits:
     reader_pin_ns_max: int = 60 * SECOND
     """How long a reader of a secondary may hold back applying before it gets EIO."""
 
+    attach_retry_ns: int = 100 * MS
+    """Between attempts of an attachment to reach its daemon again; a start takes a second."""
+    attach_retry_ns_max: int = 1 * SECOND
+    """The same after some failures."""
+
     tcp_segment_bytes: int = 1220
     """TCP segments of links, without IP and TCP header: 1280 bytes with IPv6, which every path
     carries. 0: as the kernel finds."""

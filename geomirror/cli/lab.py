@@ -166,7 +166,7 @@ def down(app: App, directory: Path) -> None:
 def status(app: App, directory: Path) -> None:
     """Show the nodes and links of a running lab."""
     from geomirror.lab.lab_state_io import read_state
-    from geomirror.lab.process_io import start_time
+    from geomirror.node.process_identity import start_time
 
     state = read_state(directory.absolute())
     links = _call(directory, "status")

@@ -35,6 +35,8 @@ PANELS: dict[str, dict[str, str]] = {
         "wait": "geomirror.cli.replication",
     },
     "Volumes": {
+        "attach": "geomirror.cli.attach",
+        "detach": "geomirror.cli.attach",
         "nbd": "geomirror.cli.nbd",
     },
     "Observation": {
@@ -113,7 +115,7 @@ def root(context: click.Context, data_dir: str | None, debug: bool) -> None:
       geomirror token create --site west       [dim]# then there: geomirror join TOKEN[/dim]
       geomirror resource create pg --size 10G --primary east-1 --secondary west-1
 
-    Then attach the `nbd_uri` that `geomirror status` prints, with nbd-client, QEMU or nbdfuse.
+    Then `geomirror attach pg /srv/pg`, or give the `nbd_uri` of `geomirror status` to QEMU.
     """
     context.obj = App(DataDir.at(data_dir), is_debug=debug)
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from geomirror.errors import RefusedError, UnreachableError, WaitTimeoutError
 from geomirror.lab.lab_io import Lab
-from geomirror.lab.process_io import start_time, tail
+from geomirror.lab.process_io import tail
+from geomirror.node.process_identity import start_time
 
 STATE_FILE = "lab.json"
 LOG_FILE = "lab.log"

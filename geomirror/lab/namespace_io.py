@@ -19,7 +19,8 @@ from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
 from geomirror.errors import NotFoundError, RefusedError, StorageError
-from geomirror.lab.process_io import run, start_time
+from geomirror.lab.process_io import run
+from geomirror.node.process_identity import start_time
 
 NETNS_DIRECTORY = Path("/run/netns")
 CLONE_NEWNET = 0x40000000

@@ -1,50 +1,20 @@
-"""Child processes that never outlive the lab, each remembered by its pid and start time."""
+"""Child processes that never outlive the lab."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import signal
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from geomirror.errors import GeomirrorError, WaitTimeoutError
+from geomirror.node.process_identity import death_signal
 
-PR_SET_PDEATHSIG = 1
 LOG_TAIL_BYTES = 2000
 """Part of a child's log that goes into an error message."""
-
-
-def _death_signal() -> Callable[[], None] | None:
-    # Loaded before the fork: the child between fork and exec must not import or allocate much.
-    if not sys.platform.startswith("linux"):
-        return None
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-    parent = os.getpid()
-
-    def set_death_signal() -> None:
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:
-            os._exit(1)  # the parent died before the line above
-
-    return set_death_signal
-
-
-def start_time(pid: int) -> str:
-    """When a process began, as the kernel counts; empty when there is no such process.
-
-    A pid alone may have been given to somebody else since; a pid with its start time has not.
-    """
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return ""
-    fields = text.rpartition(")")[2].split()
-    return "" if fields[0] == "Z" else fields[19]
 
 
 def tail(path: Path) -> str:
@@ -74,7 +44,7 @@ async def run(command: Sequence[str], *, timeout_s: float, stdin: bytes | None =
         stdin=asyncio.subprocess.PIPE if stdin is not None else asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        preexec_fn=_death_signal(),
+        preexec_fn=death_signal(),
     )
     try:
         stdout, stderr = await asyncio.wait_for(process.communicate(stdin), timeout_s)
@@ -125,7 +95,7 @@ class Child:
                 # A group of its own: Ctrl-C at the terminal reaches the lab, which stops its
                 # children in order.
                 start_new_session=True,
-                preexec_fn=_death_signal(),
+                preexec_fn=death_signal(),
             )
         finally:
             os.close(descriptor)

@@ -146,6 +146,10 @@ class ClientConnection(asyncio.BufferedProtocol):
             transport.abort()
         await self._lost
 
+    async def wait_closed(self) -> None:
+        """Wait until the connection is over, whoever ended it."""
+        await asyncio.shield(self._lost)
+
     def abort(self) -> None:
         """Cut the connection, as a dying client would."""
         if self._transport is not None:

@@ -100,6 +100,12 @@ class NbdServer(Registry):
             server = await loop.create_server(self._tcp_connection, sock=listener)
         self._listeners.append(server)
 
+    async def serve(self, connected: socket.socket) -> None:
+        """Serve one client that is connected already, as over a pair of sockets."""
+        connected.setblocking(False)
+        loop = asyncio.get_running_loop()
+        await loop.connect_accepted_socket(self._connection, connected)
+
     def _connection(self) -> NbdConnection:
         return NbdConnection(self)
 

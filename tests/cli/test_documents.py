@@ -48,3 +48,19 @@ def test_the_socket_unit_names_its_socket_as_the_daemon_knows_it():
     assert found["FileDescriptorName"] in SOCKET_NAMES
     assert found["Service"] == "geomirror.service"
     assert found.get("Accept", "no") == "no"
+
+
+def test_the_attachments_unit_is_seen_by_everybody_and_outlives_the_daemon():
+    unit = configparser.ConfigParser(strict=False, interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment, method-assign]
+    unit.read(ROOT / "deploy/systemd/geomirror-attach@.service")
+    service = unit["Service"]
+    assert service["Type"] == "notify"
+    assert "attach %I ${TARGET} --foreground" in service["ExecStart"]
+    assert service["ExecStop"].endswith("detach %I")
+    assert service["KillMode"] == "mixed"
+    # A mount namespace of its own would keep the mount to itself.
+    hiding = ("PrivateTmp", "ProtectSystem", "ProtectHome", "PrivateMounts", "ReadOnlyPaths")
+    assert not any(name in service for name in hiding)
+    assert "Requires" not in unit["Unit"]
+    assert "BindsTo" not in unit["Unit"]

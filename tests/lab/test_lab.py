@@ -10,7 +10,8 @@ import pytest
 
 from geomirror.errors import GeomirrorError, NotFoundError, UsageError
 from geomirror.lab.lab_io import Lab
-from geomirror.lab.process_io import run, start_time
+from geomirror.lab.process_io import run
+from geomirror.node.process_identity import start_time
 
 pytestmark = pytest.mark.system
 

@@ -10,7 +10,8 @@ import pytest
 from geomirror.errors import GeomirrorError, UnreachableError, WaitTimeoutError
 from geomirror.lab.lab_state_io import read_state
 from geomirror.lab.ports_io import free_ports
-from geomirror.lab.process_io import Child, run, start_time
+from geomirror.lab.process_io import Child, run
+from geomirror.node.process_identity import start_time
 
 pytestmark = pytest.mark.system
 
