@@ -6,7 +6,7 @@
 set -eu
 missing=
 for pair in nbdinfo:libnbd-bin nbdcopy:libnbd-bin qemu-io:qemu-utils fio:fio nbdkit:nbdkit \
-            mke2fs:e2fsprogs nbd-client:nbd-client cc:gcc ip:iproute2 \
+            mke2fs:e2fsprogs nbd-client:nbd-client nbdsh:python3-libnbd cc:gcc ip:iproute2 \
             qemu-storage-daemon:qemu-system-common rsync:rsync losetup:mount nsenter:util-linux; do
     PATH=$PATH:/usr/sbin:/sbin command -v "${pair%%:*}" >/dev/null 2>&1 || missing="$missing ${pair#*:}"
 done

@@ -10,6 +10,7 @@ import asyncio
 import socket
 import struct
 from collections import deque
+from collections.abc import Sequence
 from typing import cast
 
 from geomirror.errors import GeomirrorError, RemoteProtocolError, UnreachableError
@@ -29,11 +30,18 @@ _SEND_BUFFER_BYTES_MAX = 8 << 20
 class ClientConnection(asyncio.BufferedProtocol):
     """Protocol of one connection to a server; `NbdClient` adds the requests."""
 
-    def __init__(self, name: str, *, depth: int, wants_structured: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        depth: int,
+        wants_structured: bool,
+        contexts: Sequence[str] = (c.ALLOCATION_CONTEXT,),
+    ) -> None:
         assert depth >= 1
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
-        self._dialogue = handshake(name, wants_structured=wants_structured)
+        self._dialogue = handshake(name, wants_structured=wants_structured, contexts=contexts)
         self._input = bytearray()
         self._wanted = 0
         self._scratch = memoryview(bytearray(4096))

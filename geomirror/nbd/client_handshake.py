@@ -7,8 +7,8 @@ and returns what the server told. So it reads like the dialogue and knows no soc
 from __future__ import annotations
 
 import struct
-from collections.abc import Generator
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from geomirror.errors import (
@@ -59,10 +59,16 @@ class ServerExport:
     flags: int = 0
     """`constants.EXPORT_*`."""
     is_structured: bool = False
-    has_allocation_context: bool = False
+    contexts: dict[int, str] = field(default_factory=dict)
+    """Metadata contexts that were granted, by id."""
     minimum_block: int = 1
     preferred_block: int = 4096
     maximum_payload: int = _PAYLOAD_BYTES_MAX
+
+    @property
+    def has_allocation_context(self) -> bool:
+        """True when the server tells what is allocated."""
+        return c.ALLOCATION_CONTEXT in self.contexts.values()
 
     @property
     def is_read_only(self) -> bool:
@@ -102,9 +108,12 @@ def parse_uri(uri: str) -> Address:
     )
 
 
-def handshake(name: str, *, wants_structured: bool) -> Dialogue:
+def handshake(
+    name: str, *, wants_structured: bool, contexts: Sequence[str] = (c.ALLOCATION_CONTEXT,)
+) -> Dialogue:
     """Attach to export `name`.
 
+    :param contexts: metadata contexts to ask for.
     :raises RefusedError, NotFoundError, UnreachableError: what the server answered.
     :raises RemoteProtocolError: it is no fixed newstyle NBD server.
     """
@@ -122,10 +131,15 @@ def handshake(name: str, *, wants_structured: bool) -> Dialogue:
         first = b""
         export.is_structured = replies[-1][0] == c.REP_ACK
     if export.is_structured:
-        context = c.ALLOCATION_CONTEXT.encode()
-        query = encoded + struct.pack(">II", 1, len(context)) + context
+        query = encoded + struct.pack(">I", len(contexts))
+        for context in contexts:
+            query += struct.pack(">I", len(context.encode())) + context.encode()
         replies = yield from _option(b"", c.OPT_SET_META_CONTEXT, query)
-        export.has_allocation_context = any(kind == c.REP_META_CONTEXT for kind, _ in replies)
+        export.contexts = {
+            int.from_bytes(data[:4], "big"): data[4:].decode(errors="replace")
+            for kind, data in replies
+            if kind == c.REP_META_CONTEXT
+        }
     wanted = struct.pack(">HHHH", 3, c.INFO_NAME, c.INFO_DESCRIPTION, c.INFO_BLOCK_SIZE)
     replies = yield from _option(first, c.OPT_GO, encoded + wanted)
     kind, text = replies[-1]

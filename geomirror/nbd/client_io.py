@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 
 from geomirror.errors import RefusedError, RemoteProtocolError, UnreachableError
@@ -37,19 +37,23 @@ class NbdClient(ClientConnection):
         *,
         depth: int = 64,
         wants_structured: bool = True,
+        contexts: Sequence[str] = (c.ALLOCATION_CONTEXT,),
         timeout_s: float = 10.0,
     ) -> NbdClient:
         """Connect and attach.
 
         :param uri: `nbd+unix:///EXPORT?socket=PATH` or `nbd://HOST[:PORT]/EXPORT`.
         :param depth: requests in flight at most; further ones wait.
+        :param contexts: metadata contexts to ask for; the server grants those that it has.
         :raises UsageError: the URI is malformed.
         :raises UnreachableError: nobody answers there, or not within `timeout_s`.
         :raises RefusedError, NotFoundError: the server's answer.
         """
         address = parse_uri(uri)
         loop = asyncio.get_running_loop()
-        client = cls(address.export, depth=depth, wants_structured=wants_structured)
+        client = cls(
+            address.export, depth=depth, wants_structured=wants_structured, contexts=contexts
+        )
         is_attached = False
         try:
             async with asyncio.timeout(timeout_s):
@@ -123,19 +127,24 @@ class NbdClient(ClientConnection):
         flags = (c.CMD_FLAG_FUA if is_fua else 0) | (0 if may_punch else c.CMD_FLAG_NO_HOLE)
         await self._ranges(c.CMD_WRITE_ZEROES, offset, length, flags)
 
-    async def block_status(self, offset: int, length: int) -> list[tuple[int, int]]:
-        """`base:allocation` of a range as (length, `constants.STATE_*`), complete and ascending.
+    async def block_status(
+        self, offset: int, length: int, context: str = c.ALLOCATION_CONTEXT
+    ) -> list[tuple[int, int]]:
+        """What a metadata context says of a range, as (length, flags), complete and ascending.
 
+        :param context: one of those asked for when connecting.
         :raises RefusedError: the server did not grant the context.
         """
-        if not self.export.has_allocation_context:
-            raise RefusedError(f'export "{self.export.name}" grants no base:allocation')
+        ids = [number for number, name in self.export.contexts.items() if name == context]
+        if not ids:
+            raise RefusedError(f'export "{self.export.name}" grants no {context}')
         found: list[tuple[int, int]] = []
         end = offset + length
         while offset < end:
             await self.wait_for_room()
             part = min(end - offset, _LENGTH_MAX)
-            extents = (await self.start(c.CMD_BLOCK_STATUS, offset, part)).extents
+            reply = await self.start(c.CMD_BLOCK_STATUS, offset, part)
+            extents = reply.extents.get(ids[0], [])
             for extent_bytes, flags in extents:
                 extent_bytes = min(extent_bytes, end - offset)
                 offset += extent_bytes

@@ -19,19 +19,22 @@ from typing import cast
 from geomirror.errors import AuthError, RefusedError, RemoteProtocolError
 from geomirror.nbd import structured
 from geomirror.nbd.asides import answer_aside
+from geomirror.nbd.constants import CMD_BLOCK_STATUS
 from geomirror.nbd.negotiation import BUFFER_BYTES, Negotiation, Phase, TlsMode
-from geomirror.nbd.protocol import Buffer, Export
+from geomirror.nbd.protocol import Buffer, Export, Request
 from geomirror.nbd.registry import Registry
+from geomirror.nbd.reply_output_io import write_replies
 from geomirror.nbd.request_parser import RequestParser, buffer_bytes
 from geomirror.nbd.socket_options_io import tune_socket
+from geomirror.nbd.status_desk import StatusDesk
 from geomirror.nbd.tls_io import ServerTls, upgrade
 
 HANDSHAKE_S_MAX = 30.0
 """A client that has not attached by then is dropped: it holds one of the connection slots."""
 DRAIN_S_MAX = 10.0
 """How long an ending connection waits for its replies to be made and to be taken."""
-_JOIN_BYTES_MAX = 64 << 10
-"""Larger buffers are written by themselves: copying them costs more than a system call."""
+_STATUS_BYTES_MAX = 256 << 10
+"""Block status replies of one turn of the loop; then they are written, or wait for the client."""
 
 
 class _Hold(enum.IntFlag):
@@ -62,6 +65,8 @@ class NbdConnection(asyncio.BufferedProtocol):
         self._handshake = memoryview(bytearray(BUFFER_BYTES))
         self._handshake_used = 0
         self._parser: RequestParser | None = None
+        self._statuses: StatusDesk | None = None
+        self._status_bytes = 0
         self._is_structured = False
         self._handle: object = None
         self._holds = 0
@@ -114,6 +119,8 @@ class NbdConnection(asyncio.BufferedProtocol):
         if self._timer is not None:
             self._timer.cancel()
         export, self._parser = self.export, None
+        if self._statuses is not None:
+            self._statuses.close()
         if export is not None:
             export.close(self._handle)
         self._registry.disconnected(self, self._error or exc)
@@ -125,6 +132,7 @@ class NbdConnection(asyncio.BufferedProtocol):
     def resume_writing(self) -> None:
         """The client takes its replies again."""
         self._release(_Hold.REPLIES)
+        self._schedule()  # Other holds may end only by replies that waited for this.
 
     # ---- handshake
 
@@ -190,7 +198,10 @@ class NbdConnection(asyncio.BufferedProtocol):
             minimum_block=export.minimum_block,
             is_read_only=export.is_read_only,
             is_structured=negotiation.is_structured,
-            has_allocation_context=negotiation.has_allocation_context,
+            has_contexts=bool(negotiation.contexts),
+        )
+        self._statuses = StatusDesk(
+            export, negotiation.contexts, self._may_answer_status, self._reply_status
         )
         self._is_structured = negotiation.is_structured
         self._negotiation = None
@@ -214,7 +225,7 @@ class NbdConnection(asyncio.BufferedProtocol):
                 requests = parser.take(self._read_bytes_max, self._in_flight_max - self._in_flight)
                 asides, parser.asides = parser.asides, []
                 for aside, error in asides:
-                    self._out.append(answer_aside(aside, error, export, self._is_structured))
+                    self._answer_aside(aside, error, export)
                 if requests:
                     self._in_flight += len(requests)
                     export.submit(self._handle, requests, self)
@@ -231,6 +242,28 @@ class NbdConnection(asyncio.BufferedProtocol):
             self._is_batching = False
         if parser.is_disconnected:
             self.end()
+
+    def _answer_aside(self, aside: Request, error: int, export: Export) -> None:
+        if aside.command == CMD_BLOCK_STATUS and not error:
+            assert self._statuses is not None
+            self._in_flight += 1
+            self._statuses.take(aside)
+            self._statuses.pump()
+        else:
+            self._out.append(answer_aside(aside, error, export, self._is_structured))
+
+    def _may_answer_status(self) -> bool:
+        """Each may have half a MiB: few a turn of the loop, while the client takes them."""
+        is_room = self._status_bytes < _STATUS_BYTES_MAX and not self._holds & _Hold.REPLIES
+        return is_room and not self.is_closed
+
+    def _reply_status(self, data: bytes) -> None:
+        self._in_flight -= 1
+        if self._parser is None:
+            return
+        self._out.append(data)
+        self._status_bytes += len(data)
+        self._schedule()
 
     def _is_full(self) -> bool:
         parser = self._parser
@@ -249,7 +282,10 @@ class NbdConnection(asyncio.BufferedProtocol):
             return
         if error:
             parser.finish_read(request_cookie)
-            self._out.append(self._error_reply(request_cookie, error, message))
+            refusal = structured.error_chunk(request_cookie, error, message)
+            if not self._is_structured:
+                refusal = structured.simple_error(request_cookie, error)
+            self._out.append(refusal)
         else:
             assert request_cookie not in parser.reads, "a READ was answered without its data"
             self._out.append(structured.success_reply(request_cookie))
@@ -296,14 +332,10 @@ class NbdConnection(asyncio.BufferedProtocol):
         """The export takes requests again."""
         self._release(_Hold.EXPORT)
 
-    def _error_reply(self, cookie: int, error: int, message: str) -> bytes:
-        if self._is_structured:
-            return structured.error_chunk(cookie, error, message)
-        return structured.simple_error(cookie, error)
-
     def _schedule(self) -> None:
-        self._is_scheduled = True
-        self._loop.call_soon(self._later)
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            self._loop.call_soon(self._later)
 
     def _later(self) -> None:
         """The turn after replies were made outside a batch, or after a hold was released."""
@@ -312,6 +344,9 @@ class NbdConnection(asyncio.BufferedProtocol):
             return
         if self._out:
             self._write_out()
+        self._status_bytes = 0
+        if self._statuses is not None:
+            self._statuses.pump()
         if self._holds & _Hold.IN_FLIGHT and not self._is_full():
             self._release(_Hold.IN_FLIGHT)
         if self._holds & _Hold.ENDING:
@@ -320,24 +355,10 @@ class NbdConnection(asyncio.BufferedProtocol):
             self._process()
 
     def _write_out(self) -> None:
-        """Hand all gathered replies to the transport, small ones joined."""
-        out, transport = self._out, self._transport
-        assert transport is not None
-        self._out = []
-        if max(map(len, out)) < _JOIN_BYTES_MAX:
-            transport.write(b"".join(out))
-            return
-        small: list[Buffer] = []
-        for buffer in out:
-            if len(buffer) < _JOIN_BYTES_MAX:
-                small.append(buffer)
-                continue
-            if small:
-                transport.write(b"".join(small))
-                small = []
-            transport.write(memoryview(buffer))  # The standard loop would slice a copy of bytes.
-        if small:
-            transport.write(b"".join(small))
+        """Hand all gathered replies to the transport."""
+        assert self._transport is not None
+        out, self._out = self._out, []
+        write_replies(self._transport, out)
 
     # ---- holds and the end
 
@@ -354,8 +375,7 @@ class NbdConnection(asyncio.BufferedProtocol):
         if not self._transport.is_closing():
             self._transport.resume_reading()
         # Requests that are already in the buffer would wait for the next received byte.
-        if not self._is_scheduled:
-            self._schedule()
+        self._schedule()
 
     def end(self) -> None:
         """Take no further requests, finish those in flight, then close. Safe to call again."""

@@ -106,7 +106,8 @@ ALLOCATION_CONTEXT_ID: Final = 1
 STATE_HOLE: Final = 1 << 0
 STATE_ZERO: Final = 1 << 1
 EXTENTS_MAX: Final = 1 << 16
-"""Extents in one block status reply; the protocol allows 2^20, but half a MiB is enough a time."""
+"""Extents in one block status reply, of all contexts together; the protocol allows 2^20 each, but
+half a MiB is enough a time."""
 
 ESHUTDOWN: Final = errno.ESHUTDOWN
 _ALLOWED_ERRORS: Final = frozenset(

@@ -20,6 +20,7 @@ from collections.abc import Callable
 
 from geomirror.errors import GeomirrorError, LimitExceededError, RefusedError, RemoteProtocolError
 from geomirror.nbd import constants as c
+from geomirror.nbd.contexts import available, select, with_ids
 from geomirror.nbd.protocol import Export
 
 _HELLO = struct.pack(
@@ -96,7 +97,8 @@ class Negotiation:
         self.size_bytes = 0
         """The export's size as this client was told; fixed for the connection."""
         self.is_structured = False
-        self.has_allocation_context = False
+        self.contexts: dict[str, int] = {}
+        """Metadata contexts that were set, name → id; for BLOCK_STATUS on `export`."""
         self.is_secure = False
         """TLS is up."""
 
@@ -104,7 +106,8 @@ class Negotiation:
         """TLS is up: begin with the options again, as if nothing had been negotiated."""
         assert self.phase is Phase.UPGRADING
         self.is_secure = True
-        self.is_structured = self.has_allocation_context = False
+        self.is_structured = False
+        self.contexts = {}
         self._context_export = self._only = None
         self.phase = Phase.OPTIONS
 
@@ -221,7 +224,7 @@ class Negotiation:
         export = self._find(name)
         if option == c.OPT_GO:
             self._open(export)
-            self.has_allocation_context &= name == self._context_export
+            self._keep_contexts(name)
         self.size_bytes = export.size_bytes
         head = struct.pack(">HQH", c.INFO_EXPORT, export.size_bytes, self._export_flags(export))
         self._reply(option, c.REP_INFO, head)
@@ -239,7 +242,7 @@ class Negotiation:
             raise RemoteProtocolError(f'NBD client wants the unknown export "{body[:100]!r}"')
         self._attach(export)
         self.export = export
-        self.has_allocation_context &= name == self._context_export
+        self._keep_contexts(name)
         self.size_bytes = export.size_bytes
         self.output += struct.pack(">QH", export.size_bytes, self._export_flags(export))
         if self._wants_zeroes:
@@ -250,7 +253,7 @@ class Negotiation:
         is_set = option == c.OPT_SET_META_CONTEXT
         if is_set:
             # A SET that fails also undoes the one before it.
-            self.has_allocation_context = False
+            self.contexts = {}
             if not self.is_structured:
                 raise _RefusedOption(c.REP_ERR_INVALID, "structured replies come first")
         name, at = _take_string(body, 0)
@@ -262,17 +265,20 @@ class Negotiation:
             queries.append(query)
         if at != len(body) or len(queries) != count:
             raise _RefusedOption(c.REP_ERR_INVALID, "query count does not fit")
-        self._find(name)
-        matches = c.ALLOCATION_CONTEXT in queries
-        if not is_set:
-            matches = matches or not queries or "base:" in queries
-        if matches:
+        export = self._find(name)
+        chosen = with_ids(select(available(export), queries, is_list=not is_set))
+        for context, number in chosen.items():
             # In LIST the id is reserved and must be 0.
-            number = struct.pack(">I", c.ALLOCATION_CONTEXT_ID if is_set else 0)
-            self._reply(option, c.REP_META_CONTEXT, number + c.ALLOCATION_CONTEXT.encode())
+            shown = struct.pack(">I", number if is_set else 0)
+            self._reply(option, c.REP_META_CONTEXT, shown + context.encode())
         self._reply(option, c.REP_ACK)
         if is_set:
-            self.has_allocation_context, self._context_export = matches, name
+            self.contexts, self._context_export = chosen, name
+
+    def _keep_contexts(self, name: str | None) -> None:
+        """Attached: contexts that were set for another name are void."""
+        if name != self._context_export:
+            self.contexts = {}
 
     def _confine(self, body: bytes) -> None:
         if self._only is not None:

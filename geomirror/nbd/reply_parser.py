@@ -53,7 +53,8 @@ class Pending:
     """Where a READ's `length` bytes go."""
     error: int = 0
     message: str = ""
-    extents: list[tuple[int, int]] = field(default_factory=list)
+    extents: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    """Of a BLOCK_STATUS: (length, flags), by context id."""
 
     def to_error(self) -> GeomirrorError:
         """The typed error; its `__cause__` is an `OSError` with the server's errno."""
@@ -208,6 +209,9 @@ class ReplyParser:
             offset, length = struct.unpack(">QI", body)
             self._slice(request, offset, length)[:] = bytes(min(length, request.length))
         elif kind == c.REPLY_BLOCK_STATUS and len(body) >= 12 and len(body) % 8 == 4:
-            request.extents.extend(struct.iter_unpack(">II", body[4:]))
+            context = int.from_bytes(body[:4], "big")
+            if context in request.extents:
+                raise RemoteProtocolError(f"NBD block status tells context {context} twice")
+            request.extents[context] = list(struct.iter_unpack(">II", body[4:]))
         elif kind != c.REPLY_NONE or body:
             raise RemoteProtocolError(f"NBD reply chunk {kind} of {len(body)} bytes is malformed")

@@ -80,7 +80,7 @@ class RequestParser:
         minimum_block: int = 1,
         is_read_only: bool = False,
         is_structured: bool = False,
-        has_allocation_context: bool = False,
+        has_contexts: bool = False,
     ) -> None:
         assert len(buffer) >= buffer_bytes(payload_bytes_max)
         assert minimum_block & (minimum_block - 1) == 0
@@ -93,7 +93,7 @@ class RequestParser:
         self._payload_bytes_max = payload_bytes_max
         self._unaligned_mask = minimum_block - 1
         self._read_flags = CMD_FLAG_FUA | (CMD_FLAG_DF if is_structured else 0)
-        self._has_allocation_context = has_allocation_context
+        self._has_contexts = has_contexts
         self.reads: dict[int, int] = {}
         """Unanswered READs: cookie → length."""
         self.read_bytes = 0
@@ -206,7 +206,7 @@ class RequestParser:
             return errno.EINVAL
         if command in (CMD_READ, CMD_WRITE) and length > self._payload_bytes_max:
             return errno.EINVAL
-        if command == CMD_BLOCK_STATUS and not (self._has_allocation_context and length):
+        if command == CMD_BLOCK_STATUS and not (self._has_contexts and length):
             return errno.EINVAL
         if command == CMD_READ and request.cookie in self.reads:
             return errno.EINVAL  # Two replies with one cookie could not be told apart.

@@ -9,8 +9,6 @@ import struct
 from collections.abc import Sequence
 
 from geomirror.nbd.constants import (
-    ALLOCATION_CONTEXT_ID,
-    EXTENTS_MAX,
     NAME_BYTES_MAX,
     REPLY_BLOCK_STATUS,
     REPLY_ERROR,
@@ -26,6 +24,7 @@ _SIMPLE = struct.Struct(">IIQ")
 _CHUNK = struct.Struct(">IHHQI")
 _DATA_CHUNK = struct.Struct(">IHHQIQ")
 _ERROR = struct.Struct(">IH")
+_CONTEXT = struct.Struct(">I")
 _SUCCESS_PREFIX = struct.pack(">II", SIMPLE_REPLY_MAGIC, 0)
 _COOKIE = struct.Struct(">Q")
 
@@ -70,23 +69,31 @@ def error_chunk(cookie: int, error: int, message: str = "") -> bytes:
     return head + _ERROR.pack(wire_error(error), len(text)) + text
 
 
-def block_status_chunk(cookie: int, extents: Sequence[tuple[int, int]]) -> bytes:
-    """`base:allocation` extents of `fit_extents`, DONE included."""
+def block_status_chunk(cookie: int, context: int, extents: bytes, *, is_last: bool = True) -> bytes:
+    """What one context says, DONE included in the last one of a reply.
+
+    :param extents: of `encode_extents`, at least one.
+    """
+    assert extents
+    flags = REPLY_FLAG_DONE if is_last else 0
+    length = _CONTEXT.size + len(extents)
+    head = _CHUNK.pack(STRUCTURED_REPLY_MAGIC, flags, REPLY_BLOCK_STATUS, cookie, length)
+    return head + _CONTEXT.pack(context) + extents
+
+
+def encode_extents(extents: Sequence[tuple[int, int]]) -> bytes:
+    """(length, flags) pairs as they are in a block status chunk."""
     flat = [number for extent in extents for number in extent]
-    body = struct.pack(f">I{len(flat)}I", ALLOCATION_CONTEXT_ID, *flat)
-    return (
-        _CHUNK.pack(STRUCTURED_REPLY_MAGIC, REPLY_FLAG_DONE, REPLY_BLOCK_STATUS, cookie, len(body))
-        + body
-    )
+    return struct.pack(f">{len(flat)}I", *flat)
 
 
 def fit_extents(
-    extents: Sequence[tuple[int, int]], length: int, *, is_one: bool
+    extents: Sequence[tuple[int, int]], length: int, count_max: int
 ) -> list[tuple[int, int]]:
     """Bring an export's (length, flags) list into what the protocol allows.
 
-    Equal neighbours are merged, empty extents dropped, the rest is cut at `length`, at
-    `EXTENTS_MAX` extents, or after the first when the client asked for one only.
+    Equal neighbours are merged, empty extents dropped, the rest is cut at `length` bytes or at
+    `count_max` extents.
     """
     fitted: list[tuple[int, int]] = []
     left = length
@@ -97,7 +104,7 @@ def fit_extents(
         left -= taken
         if fitted and fitted[-1][1] == flags:
             fitted[-1] = (fitted[-1][0] + taken, flags)
-        elif len(fitted) == (1 if is_one else EXTENTS_MAX):
+        elif len(fitted) == count_max:
             break
         else:
             fitted.append((taken, flags))

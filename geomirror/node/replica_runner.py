@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import structlog
 
@@ -16,11 +16,11 @@ from geomirror.environment import SECOND
 from geomirror.errors import GeomirrorError
 from geomirror.node.context import NodeContext
 from geomirror.node.job_pace import SyncPace, is_small_sync, run_job
-from geomirror.volume.engine_jobs import ReadJob
 from geomirror.wan_protocol.decisions import (
     Decision,
     Emit,
     FlushDone,
+    Job,
     RoomAvailable,
     RunJob,
     SendFrame,
@@ -33,6 +33,16 @@ if TYPE_CHECKING:
     from geomirror.wan_protocol.streams_io import PeerLinks
 
 _log = structlog.get_logger(component="replica")
+
+
+class ReleasedJob(Job, Protocol):
+    """A job that holds something back from the journal while it exists."""
+
+    def release(self) -> None:
+        """It has run."""
+
+
+_Reading = TypeVar("_Reading", bound=ReleasedJob)
 
 REPEATING = frozenset({"bad_frame", "spool_full", "storage_full"})
 """Events that a lasting trouble causes again and again: they must not push others out."""
@@ -123,8 +133,13 @@ class ReplicaRunner:
             self.core.flush(token, now_ns)
         self.drive()
 
+    @property
+    def is_stopped(self) -> bool:
+        """Nothing new is to be started."""
+        return self._is_stopped
+
     def run_read(
-        self, job: ReadJob, answer: Callable[[ReadJob, GeomirrorError | None], None]
+        self, job: _Reading, answer: Callable[[_Reading, GeomirrorError | None], None]
     ) -> None:
         """Run a read on a worker thread, then `answer` on the loop."""
         self._jobs += 1

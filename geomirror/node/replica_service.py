@@ -15,6 +15,7 @@ from geomirror.node.replica_status import PrimaryStatus, SecondaryStatus
 from geomirror.node.replica_storage import create_engine, open_engine
 from geomirror.node.resource_definition import ResourceDefinition
 from geomirror.node.secondary_export import ReaderPins, SecondaryExport
+from geomirror.node.status_contexts import StatusContexts
 from geomirror.volume.engine import Engine
 from geomirror.volume.store_io import DirectoryStore
 from geomirror.wan_protocol.messages import AnyMessage
@@ -292,22 +293,27 @@ class ReplicaService:
 
     def _make_exports(self) -> None:
         name = self.definition.name
+        core, contexts = self._core, None
+        if isinstance(core, Primary):
+            contexts = StatusContexts(self._runner, core)
         for volume in self._engine.superblock.volumes:
             full = f"{name}/{volume.name}"
             export: Export
-            if self._pins is None:
+            if contexts is not None:
                 text = f"primary of {full}"
                 export = PrimaryExport(
                     full,
                     volume.index,
                     self._runner,
                     self._held,
+                    contexts,
                     is_single_writer=self._node.is_single_writer,
                     description=text,
                     is_read_only=self._node.is_read_only,
                     is_multi_conn=not self._node.is_single_writer,
                 )
             else:
+                assert self._pins is not None
                 text = f"read-only secondary of {full}"
                 export = SecondaryExport(full, volume.index, self._pins, description=text)
             self._exports[full] = export

@@ -35,6 +35,7 @@ from geomirror.volume.bitmap_file import (
     write_new_file,
     write_pages,
 )
+from geomirror.volume.block_runs import BlockRuns
 from geomirror.volume.epoch_table import Table
 from geomirror.volume.region_bits import RegionBits
 from geomirror.volume.store import Store
@@ -164,6 +165,22 @@ class DirtyBitmap:
     def is_dirty(self, volume: int, region: int) -> bool:
         """Whether the peer lacks the region."""
         return self._bits[volume].is_set(region)
+
+    def blocks_within(self, volume: int, first: int, end: int) -> BlockRuns:
+        """Blocks of [first, end), widened to regions, that the peer lacks; 8 KiB of bits a 4 GiB.
+
+        Regions beyond those known count as dirty. May be asked for while another thread runs
+        `set_table`: what that adds may be missing yet, nothing else.
+        """
+        low, high = first >> _REGION_SHIFT, ((end - 1) >> _REGION_SHIFT) + 1
+        bits = self._bits.get(volume)
+        known = max(low, min(high, bits.regions)) if bits is not None else low
+        flags = np.zeros(high - low + 2, dtype=np.int8)
+        if bits is not None and known > low:
+            flags[1 : 1 + known - low] = bits.flags_of(low, known)
+        flags[1 + known - low : -1] = 1
+        edges = np.flatnonzero(flags[1:] != flags[:-1]) + low
+        return BlockRuns(edges[::2] << _REGION_SHIFT, edges[1::2] << _REGION_SHIFT)
 
     def next_run(
         self, volume: int, from_region: int = 0, count_max: int = 1 << 62

@@ -19,14 +19,22 @@ from collections.abc import Callable, Sequence
 from geomirror.environment import Entropy
 from geomirror.errors import GeomirrorError
 from geomirror.limits import BLOCK_BYTES, Limits
-from geomirror.volume.engine_recovery import info_of, lowest_address, record_start
+from geomirror.volume.block_runs import BlockRuns
+from geomirror.volume.engine_recovery import info_of, lowest_address, read_epoch, record_start
 from geomirror.volume.engine_setup import NewResource, VolumeSpec, create_parts, open_parts
 from geomirror.volume.engine_writes import WritePath
+from geomirror.volume.epoch_directory import EpochInfo
 from geomirror.volume.epoch_record import encode_epoch
-from geomirror.volume.epoch_table import Epoch
+from geomirror.volume.epoch_table import Epoch, Table
 from geomirror.volume.journal import Write
 from geomirror.volume.marks import Mark
-from geomirror.volume.open_epoch import EpochDraft, OpenEpoch, cut
+from geomirror.volume.open_epoch import (
+    EpochDraft,
+    OpenEpoch,
+    cut,
+    draft_changes,
+    open_changes,
+)
 from geomirror.volume.record import HEADER_BYTES, RecordType
 from geomirror.volume.seal import SealJob
 from geomirror.volume.store import Buffer, File, Store
@@ -222,6 +230,27 @@ class Engine(WritePath):
                 cut_number=cut_number,
             ),
         )
+
+    # What changed since when, for block status.
+
+    def epochs_after(self, epoch: int, count_max: int) -> list[EpochInfo]:
+        """The oldest committed epochs > `epoch` that are in the journal."""
+        return self._directory.after(epoch, count_max)
+
+    def table_of(self, info: EpochInfo) -> Table:
+        """The table of an epoch whose EPOCH record is pinned. Blocking; for any thread.
+
+        :raises IntegrityError: it is damaged. :raises StorageError: the device failed.
+        """
+        return read_epoch(self.journal, self.limits, info.record_lsn)[0].table
+
+    def uncommitted_changes(self, volume: int) -> list[BlockRuns]:
+        """Blocks that the open epoch and the draft change: what is in no epoch record yet."""
+        found = open_changes(self.indexes[volume], self._open.boundary_lsn)
+        if self._draft is not None:
+            drafts = [each for each in self._draft.volumes if each.volume == volume]
+            found += [runs for draft in drafts for runs in draft_changes(draft)]
+        return found
 
     # Secondary.
 

@@ -97,10 +97,13 @@ class EpochDirectory:
         """The newest epoch."""
         return self._at(-1) if self._numbers else None
 
-    def after(self, number: int) -> list[EpochInfo]:
-        """All epochs > `number`, ascending."""
+    def after(self, number: int, count_max: int | None = None) -> list[EpochInfo]:
+        """All epochs > `number`, ascending, or the first `count_max` of them."""
         at = bisect_right(self._numbers, number)
-        return [self._at(i) for i in range(at, len(self._numbers))]
+        end = len(self._numbers)
+        if count_max is not None:
+            end = min(end, at + count_max)
+        return [self._at(i) for i in range(at, end)]
 
     def first_after(self, number: int) -> EpochInfo | None:
         """The oldest epoch > `number`."""

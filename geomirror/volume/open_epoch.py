@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from geomirror.limits import BLOCK_BYTES
+from geomirror.volume.block_runs import BlockRuns, indices
 from geomirror.volume.dirty_index import DirtyIndex, Parts, source_lsn
 from geomirror.volume.epoch_table import ENTRY
 
@@ -119,3 +120,23 @@ def cut(
     """The draft of everything since the last cut; the caller opens the next epoch at `end_lsn`."""
     volumes = [cut_volume(i, index, epoch.boundary_lsn) for i, index in sorted(indexes.items())]
     return EpochDraft(epoch.number, epoch.first_lsn, end_lsn, end_lsn, wall_ns, is_mark, volumes)
+
+
+def open_changes(index: DirtyIndex, boundary_lsn: int) -> list[BlockRuns]:
+    """What the open epoch has changed in a volume so far: to be united, the index may go on."""
+    touched = index.touched
+    blocks = np.fromiter(touched.keys(), dtype=np.int64, count=len(touched))
+    extents = [each for each in index.extents if source_lsn(each[2]) >= boundary_lsn]
+    return _runs_of(blocks, extents)
+
+
+def draft_changes(draft: VolumeDraft) -> list[BlockRuns]:
+    """What a draft changes in a volume: to be united."""
+    parts = indices([block for block, _ in draft.parts])
+    return [BlockRuns(parts, parts + 1), *_runs_of(draft.blocks, draft.extents)]
+
+
+def _runs_of(blocks: Column, extents: list[tuple[int, int, int]]) -> list[BlockRuns]:
+    starts = indices([start for start, _, _ in extents])
+    ends = indices([end for _, end, _ in extents])
+    return [BlockRuns(blocks, blocks + 1), BlockRuns(starts, ends)]

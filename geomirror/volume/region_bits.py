@@ -140,6 +140,15 @@ class RegionBits:
             page, offset = page + 1, 0
         return (first, min(page * PAGE_REGIONS - first, count_max)) if first >= 0 else None
 
+    def flags_of(self, first: int, end: int) -> npt.NDArray[np.bool_]:
+        """Whether each of the regions first…end - 1 is set.
+
+        While another thread adds regions, some of those that it adds may be among them.
+        """
+        assert 0 <= first <= end <= self.regions
+        flags = np.unpackbits(self._bits[first >> 3 : (end + 7) >> 3], bitorder="little")
+        return flags[first & 7 : (first & 7) + end - first].astype(np.bool_)
+
     def take_pages(self, volume: int, *, everything: bool) -> list[BitmapPage]:
         """Copies of the pages to write; they count as written from here on.
 

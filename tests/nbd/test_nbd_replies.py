@@ -63,7 +63,10 @@ CONTENT = bytes(range(100))
 def test_what_the_server_encodes_the_client_understands(step: int) -> None:
     for head in (structured.success_reply(1), structured.data_header(1, 1000, 100)):
         parser, data = asked()
-        stream = structured.block_status_chunk(3, [(4000, 0), (96, 3)])
+        first = structured.encode_extents([(4000, 0), (96, 3)])
+        second = structured.encode_extents([(4096, 1)])
+        stream = structured.block_status_chunk(3, 1, first, is_last=False)
+        stream += structured.block_status_chunk(3, 7, second)
         stream += head + CONTENT + structured.error_chunk(2, errno.ENOSPC, "journal is full")
         done = feed(parser, stream, step)
         assert [request.command for request in done] == [
@@ -71,7 +74,7 @@ def test_what_the_server_encodes_the_client_understands(step: int) -> None:
             c.CMD_READ,
             c.CMD_WRITE,
         ]
-        assert done[0].extents == [(4000, 0), (96, 3)]
+        assert done[0].extents == {1: [(4000, 0), (96, 3)], 7: [(4096, 1)]}
         assert data == CONTENT
         assert (done[2].error, done[2].message) == (errno.ENOSPC, "journal is full")
         assert parser.pending == {}
@@ -102,6 +105,7 @@ def test_a_read_may_come_in_chunks_in_any_order_with_holes() -> None:
         chunk(c.REPLY_OFFSET_HOLE, 1, struct.pack(">QI", 1000, 101)),
         chunk(c.REPLY_OFFSET_HOLE, 1, b"short"),
         chunk(c.REPLY_BLOCK_STATUS, 3, b"short"),
+        structured.block_status_chunk(3, 1, bytes(8), is_last=False) * 2,
         chunk(c.REPLY_NONE, 1, b"x", 1),
         chunk(77, 1, b"x"),
     ],
@@ -167,12 +171,12 @@ def test_only_defined_errnos_reach_the_wire() -> None:
 def test_extents_are_brought_into_what_the_protocol_allows(
     extents: list[tuple[int, int]], length: int, is_one: bool, expected: list[tuple[int, int]]
 ) -> None:
-    assert structured.fit_extents(extents, length, is_one=is_one) == expected
+    assert structured.fit_extents(extents, length, 1 if is_one else 100) == expected
 
 
 def test_extents_are_bounded() -> None:
     many = [(1, number % 2) for number in range(c.EXTENTS_MAX + 10)]
-    assert len(structured.fit_extents(many, len(many), is_one=False)) == c.EXTENTS_MAX
+    assert len(structured.fit_extents(many, len(many), c.EXTENTS_MAX)) == c.EXTENTS_MAX
 
 
 # ---- the client's handshake against the server's
@@ -205,7 +209,7 @@ def test_client_and_server_agree_on_the_export(wants_structured: bool) -> None:
     told, server = dialogue("disk", wants_structured)
     assert (told.name, told.description, told.size_bytes) == ("disk", "the disk", 12345)
     assert told.is_structured is wants_structured is server.is_structured
-    assert told.has_allocation_context is wants_structured is server.has_allocation_context
+    assert told.has_allocation_context is wants_structured is bool(server.contexts)
     assert (told.minimum_block, told.preferred_block) == (1, 4096)
     assert told.is_multi_conn
     assert not told.is_read_only

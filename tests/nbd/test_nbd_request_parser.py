@@ -195,11 +195,11 @@ def test_a_read_only_export_refuses_every_change(command: int) -> None:
 
 def test_df_and_block_status_need_their_negotiation() -> None:
     stream = request(c.CMD_READ, 1, 0, 8, DF) + request(c.CMD_BLOCK_STATUS, 2, 0, 8, ONE)
-    requests, asides = feed(parser(is_structured=True, has_allocation_context=True), stream)
+    requests, asides = feed(parser(is_structured=True, has_contexts=True), stream)
     assert requests == [(c.CMD_READ, DF, 1, 0, 8, None)]
     assert asides == [(c.CMD_BLOCK_STATUS, 2, 0)]
     empty = request(c.CMD_BLOCK_STATUS, 3, 0, 0)
-    _, asides = feed(parser(is_structured=True, has_allocation_context=True), empty)
+    _, asides = feed(parser(is_structured=True, has_contexts=True), empty)
     assert asides == [(c.CMD_BLOCK_STATUS, 3, errno.EINVAL)]
 
 

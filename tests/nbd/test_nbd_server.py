@@ -296,7 +296,7 @@ async def test_block_status(tmp_path: Path) -> None:
             assert await client.block_status(0, 65536) == expected
             assert await client.block_status(8190, 4) == [(2, both), (2, 0)]
             one = await client.start(c.CMD_BLOCK_STATUS, 0, 65536, c.CMD_FLAG_REQ_ONE)
-            assert one.extents == [(8192, both)]
+            assert one.extents == {1: [(8192, both)]}
             disk.fail_errno = 1
             with pytest.raises(RefusedError, match="no status"):
                 await client.block_status(0, 10)

@@ -19,6 +19,7 @@ from geomirror.node.context import NodeContext
 from geomirror.node.job_pace import SyncPace
 from geomirror.node.primary_export import HeldWriters, PrimaryExport
 from geomirror.node.replica_runner import ReplicaRunner
+from geomirror.node.status_contexts import StatusContexts
 from geomirror.volume.engine import Engine, VolumeSpec
 from geomirror.volume.store_io import DirectoryStore
 from geomirror.volume.superblock import GenerationRecord
@@ -149,7 +150,8 @@ def make(engine: Engine, executor: ThreadPoolExecutor) -> tuple[PrimaryExport, P
         on_flush=lambda token, error: cast(Any, token).answer(error),
         on_progress=lambda: None,
     )
-    return PrimaryExport("pg/data", 0, runner, held), core
+    contexts = StatusContexts(runner, core)
+    return PrimaryExport("pg/data", 0, runner, held, contexts), core
 
 
 async def test_flushes_of_one_turn_share_a_sync(engine: Engine, monkeypatch: pytest.MonkeyPatch):

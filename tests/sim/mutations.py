@@ -15,14 +15,17 @@ from unittest import mock
 from geomirror.limits import BLOCK_BYTES, REGION_BYTES
 from geomirror.volume import recovery
 from geomirror.volume.apply import ApplyJob
+from geomirror.volume.block_runs import EMPTY
 from geomirror.volume.dirty_bitmap import DirtyBitmap
 from geomirror.volume.engine import Engine
 from geomirror.volume.epoch_table import chain_hash
 from geomirror.volume.image import Image
 from geomirror.volume.journal import Journal
+from geomirror.volume.open_epoch import open_changes
 from geomirror.volume.seal import SealJob
 from geomirror.volume.superblock import SuperblockFile
 from geomirror.volume.undo_file import UndoWriter
+from geomirror.wan_protocol.block_status import BlockStatus
 from geomirror.wan_protocol.decisions import FlushDone
 from geomirror.wan_protocol.epoch_intake import EpochIntake
 from geomirror.wan_protocol.peer_flushes import PeerFlushes
@@ -291,6 +294,38 @@ def degraded_before_saved() -> list[Patch]:
     return [(PeerFlushes, "_required", required)]
 
 
+def status_of_what_was_received() -> list[Patch]:
+    """Block status counts what a peer has in memory as held."""
+    real = BlockStatus._stand
+
+    def stand(self: BlockStatus, name: str, *rest: Any) -> Any:
+        standing = real(self, name, *rest)
+        sender = self._primary.senders.get(name)
+        if sender is not None and standing.position == sender.durable_epoch:
+            standing.position = max(sender.received_epoch, sender.durable_epoch)
+        return standing
+
+    return [(BlockStatus, "_stand", stand)]
+
+
+def status_without_the_draft() -> list[Patch]:
+    """Block status forgets the epoch that is being sealed."""
+
+    def uncommitted_changes(self: Engine, volume: int) -> list[Any]:
+        return open_changes(self.indexes[volume], self._open.boundary_lsn)
+
+    return [(Engine, "uncommitted_changes", uncommitted_changes)]
+
+
+def status_without_the_bitmap() -> list[Patch]:
+    """Block status looks into the journal only."""
+
+    def blocks_within(self: DirtyBitmap, volume: int, first: int, end: int) -> Any:
+        return EMPTY
+
+    return [(DirtyBitmap, "blocks_within", blocks_within)]
+
+
 MUTATIONS: dict[str, Callable[[], list[Patch]]] = {
     make.__name__: make
     for make in (
@@ -313,6 +348,9 @@ MUTATIONS: dict[str, Callable[[], list[Patch]]] = {
         superblock_not_synced,
         apply_while_held,
         index_forgets_newer,
+        status_of_what_was_received,
+        status_without_the_draft,
+        status_without_the_bitmap,
     )
 }
 

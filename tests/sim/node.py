@@ -76,6 +76,8 @@ class Setup:
     on_fenced: Callable[[SimNode], None]
     on_promise: Callable[[SimNode], None]
     """Something was said to be durable: a good moment for the power to go away."""
+    node: Callable[[str], SimNode]
+    """A machine by its name."""
 
 
 class SimNode:

@@ -3,7 +3,7 @@
 S(p) is the content after the first p operations of the log. O1: a mirror equals S(p) for exactly
 the epoch it reports. O2: that never falls. O3: it is at least what was last reported durable. O4:
 local recovery is at least the last flush reply and at least every mirror. O5: undo gives the blocks
-of an earlier epoch. O7 is the runner's.
+of an earlier epoch. O7 is the runner's, O8 is in `sync_check`, O9 in `status_check`.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Oracle:
     def __post_init__(self) -> None:
         self.content = self.blank()
         self.epoch_prefix[0] = 0
-        self._touched: set[tuple[int, int]] = set()
+        self.touched: set[tuple[int, int]] = set()
 
     def blank(self) -> dict[int, bytearray]:
         """All volumes as zeros."""
@@ -90,7 +90,7 @@ class Oracle:
         self.undo.append(entry.apply(self.content))
         self.log.append(entry)
         for block in entry.blocks():
-            self._touched.add((entry.volume, block))
+            self.touched.add((entry.volume, block))
 
     def forget_last(self, count: int) -> None:
         """The last operations were refused: they never happened."""
@@ -102,8 +102,8 @@ class Oracle:
     def cut(self, epoch: int) -> None:
         """The primary ended an epoch after the last operation."""
         self.epoch_prefix[epoch] = len(self.log)
-        changed = sorted(self._touched)
-        self._touched.clear()
+        changed = sorted(self.touched)
+        self.touched.clear()
         self.changes[epoch] = changed
         for volume, block in changed:
             history = self.history.get((volume, block))
@@ -136,7 +136,7 @@ class Oracle:
         for epoch in sorted((e for e in self.epoch_prefix if e > sealed_epoch), reverse=True):
             self._forget_epoch(epoch)
         start = self.epoch_prefix[sealed_epoch]
-        self._touched = {(e.volume, b) for e in self.log[start:] for b in e.blocks()}
+        self.touched = {(e.volume, b) for e in self.log[start:] for b in e.blocks()}
         self.checks += 1
         return total - len(self.log)
 

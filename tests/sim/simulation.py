@@ -92,6 +92,7 @@ class Simulation:
             on_recovered=self._check_recovered,
             on_fenced=self._fenced,
             on_promise=lambda node: self.faults.promised(node),
+            node=lambda name: self.nodes[name],
         )
         self.nodes = {name: SimNode(name, setup, seed) for name in NAMES}
         self.network.is_alive = lambda name: self.nodes[name].is_alive

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from geomirror.wan_protocol.secondary import CONSISTENT, Secondary
+from tests.sim.status_check import StatusCheck
 
 if TYPE_CHECKING:
     from tests.sim.node import SimNode
@@ -22,9 +23,11 @@ class Watch:
         self._node = node
         self._sealed_seen = 0
         self._applied_seen = -1
+        self._status: StatusCheck | None = None
 
     def begin(self) -> None:
         """A new life."""
+        self._status = StatusCheck(self._node) if self._node.is_primary else None
         self._sealed_seen = self._node.engine.sealed_epoch
         self._applied_seen = -1
 
@@ -61,6 +64,9 @@ class Watch:
                 oracle.sealed(self._sealed_seen, engine.epoch_info(self._sealed_seen).chain_hash)
             else:
                 oracle.sealed_epoch = max(oracle.sealed_epoch, self._sealed_seen)
+
+        if self._status is not None:
+            self._status.sealed()
 
     def check_image(self) -> None:
         """O1 for this secondary."""

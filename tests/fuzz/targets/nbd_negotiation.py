@@ -101,7 +101,7 @@ class Client:
     def state(self) -> tuple[object, ...]:
         """All that must not depend on how the stream was cut."""
         n = self.negotiation
-        flags = (n.is_structured, n.has_allocation_context, n.is_secure, n.size_bytes)
+        flags = (n.is_structured, tuple(n.contexts.items()), n.is_secure, n.size_bytes)
         return n.phase, self.output, self.error, self.opened, flags, self.error or self.rest
 
 
@@ -136,7 +136,7 @@ def _check(client: Client, mode: TlsMode) -> None:
     if mode is TlsMode.REQUIRE and not negotiation.is_secure:
         assert not is_attached, "attached before TLS"
         assert b"ram" not in client.output[18:], "told a name before TLS"
-    if negotiation.has_allocation_context:
+    if negotiation.contexts:
         assert negotiation.is_structured
     output = client.output
     assert output[:16] == struct.pack(">QQ", c.HELLO_MAGIC, c.OPTION_MAGIC)

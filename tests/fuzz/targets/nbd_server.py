@@ -167,7 +167,7 @@ def _parsed(pieces: list[bytes], kind: int) -> tuple[list[Any], list[Any], str]:
         minimum_block=512 if kind & 4 else 1,
         is_read_only=bool(kind & 1),
         is_structured=bool(kind & 2),
-        has_allocation_context=bool(kind & 2),
+        has_contexts=bool(kind & 2),
     )
     requests: list[Any] = []
     asides: list[Any] = []
