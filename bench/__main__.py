@@ -14,7 +14,18 @@ from typing import Any
 import rich_click as click
 from rich.console import Console
 
-from bench import link_dead, link_use, local_writes, memory, peers, restart, simulator, synchronous
+from bench import (
+    link_dead,
+    link_use,
+    local_writes,
+    memory,
+    peers,
+    postgres,
+    restart,
+    simulator,
+    sustained,
+    synchronous,
+)
 from bench.cells import RESULTS, ROOT, Cell, code_digest, commit, is_done, load, parameters, verdict
 from bench.document import update
 from bench.machine import describe, versions
@@ -25,6 +36,8 @@ from geomirror.errors import GeomirrorError
 
 BENCHMARKS: dict[str, list[Cell]] = {
     local_writes.NAME: local_writes.CELLS,
+    sustained.NAME: sustained.CELLS,
+    postgres.NAME: postgres.CELLS,
     peers.NAME: peers.CELLS,
     **{
         module.NAME: [Cell(module.NAME, module.run)]

@@ -32,7 +32,7 @@ async def run(options: Options) -> Result:
         return result
     rounds = options.choose_rounds(10, 2)
     journal = options.choose(16 * GIB, GIB)
-    size = options.choose(4 * GIB, 64 * MIB)
+    size = options.choose(4 * GIB, 32 * MIB)
     require_free(options.directory, 2 * journal + 3 * size)
     share = int(journal * JOURNAL_PART / (2 * rounds))
     seconds = options.choose_seconds(5.0, 1.0)

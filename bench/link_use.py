@@ -33,7 +33,7 @@ async def run(options: Options) -> Result:
     if missing_tools("fio"):
         result.skipped_because = "not installed: fio"
         return result
-    size, journal = options.choose(4 * GIB, 256 * MIB), options.choose(4 * GIB, GIB)
+    size, journal = options.choose(4 * GIB, 128 * MIB), options.choose(4 * GIB, GIB)
     require_free(options.directory, 2 * journal + 2 * size)
     seconds = options.choose_seconds(10.0, 2.0)
     rounds = options.choose_rounds(3, 1)

@@ -61,9 +61,9 @@ class Case:
 def cases(options: Options) -> dict[str, Case]:
     """All loads. The area is large against what destaging gathers, small against the cache."""
     seconds = options.choose_seconds(5.0, 1.0)
-    area = options.choose(4 * GIB, 64 * MIB)
+    area = options.choose(4 * GIB, 32 * MIB)
     # A slot's writes must fit in the journal beside an earlier slot's tail, whatever the speed.
-    small = Load("randwrite", BLOCK_BYTES, 32, seconds, area, options.choose(3 * GIB, 128 * MIB))
+    small = Load("randwrite", BLOCK_BYTES, 32, seconds, area, options.choose(3 * GIB, 64 * MIB))
     flushed = replace(small, depth=1, has_flush_each=True)
     large = replace(small, pattern="write", block_bytes=MIB, depth=4)
     unbound = replace(small, io_bytes=0)
@@ -114,7 +114,7 @@ async def _run(options: Options, name: str) -> Result:
         result.skipped_because = f"not installed: {', '.join(missing)}"
         return result
     case = cases(options)[name]
-    size = options.choose(4 * GIB, 64 * MIB)
+    size = options.choose(4 * GIB, 32 * MIB)
     journal = options.choose(12 * GIB, GIB)
     require_free(options.directory, 2 * journal + 4 * size)
     rounds = options.choose_rounds(7, 2)
@@ -135,7 +135,7 @@ async def _run(options: Options, name: str) -> Result:
 async def _shipping(lab: Rig, options: Options, case: Case, result: Result) -> float:
     """CPU seconds per GiB of contents shipped, median of some rounds."""
     found: dict[str, list[float]] = {"primary": [], "secondary": []}
-    area = options.choose(4 * GIB, 64 * MIB)
+    area = options.choose(4 * GIB, 32 * MIB)
     load = Load("randwrite", BLOCK_BYTES, 32, 0, area, options.choose(GIB, 64 * MIB))
     for number in range(options.choose_rounds(3, 1)):
         await lab.link.down()

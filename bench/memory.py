@@ -26,7 +26,7 @@ async def run(options: Options) -> Result:
     if missing_tools("fio"):
         result.skipped_because = "not installed: fio"
         return result
-    size, journal = options.choose(4 * GIB, 256 * MIB), options.choose(16 * GIB, GIB)
+    size, journal = options.choose(4 * GIB, 64 * MIB), options.choose(16 * GIB, GIB)
     require_free(options.directory, 2 * journal + 3 * size)
     rounds = options.choose_rounds(3, 1)
     result.settings = {"rounds": rounds, "volume_bytes": size, "huge_bytes": HUGE_BYTES}

@@ -19,6 +19,7 @@ BEFORE_MAX = 0.15
 OTHERS_MAX = 0.10
 """Of all CPUs, during the cell: other processes and stolen time."""
 LOOK_S = 2.0
+INIT = 1
 KERNEL_THREADS = 2
 """Pid of their parent."""
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
@@ -80,7 +81,8 @@ def others_ticks(
 ) -> int:
     """What processes spent between two moments that are neither the kernel's nor descend from us.
 
-    One that came and went between them counts with the parent that reaped it.
+    One that came and went between them counts with the parent that reaped it; not with init, which
+    also reaps daemons of ours, such as a database.
     """
     parents = {pid: process.parent for (pid, _), process in after.items()}
 
@@ -91,7 +93,8 @@ def others_ticks(
 
     total = 0
     for key, process in after.items():
-        if process.parent != KERNEL_THREADS and not is_ours(key[0]):
+        is_kernel = process.parent == KERNEL_THREADS
+        if not is_kernel and key[0] != INIT and not is_ours(key[0]):
             total += process.ticks - (before[key].ticks if key in before else 0)
     return max(0, total)
 

@@ -32,7 +32,7 @@ async def run(options: Options) -> Result:
         result.skipped_because = "not installed: fio"
         return result
     backlog = options.choose(GIB, 64 * MIB)
-    size, journal = options.choose(4 * GIB, 256 * MIB), options.choose(8 * GIB, GIB)
+    size, journal = options.choose(4 * GIB, 64 * MIB), options.choose(8 * GIB, GIB)
     require_free(options.directory, 2 * journal + 2 * size)
     rounds = options.choose_rounds(3, 1)
     result.settings = {"rounds": rounds, "backlog_bytes": backlog, "volume_bytes": size}

@@ -61,6 +61,7 @@ class Rig:
         self.lab = lab
         self.settings = link
         self.uri = ""
+        self.has_secondary = False
 
     @property
     def primary(self) -> LabNode:
@@ -83,14 +84,17 @@ class Rig:
         """The link of the two nodes."""
         return self.lab.link(self.primary.name, self.secondary.name)
 
-    async def create(self, size: str, journal: str) -> None:
-        """Create the resource and wait until the peer streams."""
+    async def create(self, size: str, journal: str, *, has_secondary: bool = True) -> None:
+        """Create the resource; return when the peer streams, if there is to be one."""
+        peers = ("--secondary", self.secondary.name) if has_secondary else ()
+        self.has_secondary = has_secondary
         await self.primary.cli(
             *("resource", "create", RESOURCE, "--size", size, "--journal-size", journal),
-            *("--primary", self.primary.name, "--secondary", self.secondary.name, "--json"),
+            *("--primary", self.primary.name, *peers, "--json"),
         )
         self.uri = (await self.status())["volumes"][0]["nbd_uri"]
-        await self.wait_for("Stream")
+        if has_secondary:
+            await self.wait_for("Stream")
 
     async def delete(self) -> None:
         """Delete the resource on both nodes."""

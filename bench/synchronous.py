@@ -31,7 +31,7 @@ async def run(options: Options) -> Result:
     if missing_tools("fio"):
         result.skipped_because = "not installed: fio"
         return result
-    size, journal = options.choose(GIB, 64 * MIB), options.choose(4 * GIB, GIB)
+    size, journal = options.choose(GIB, 32 * MIB), options.choose(4 * GIB, GIB)
     require_free(options.directory, 2 * journal + 2 * size)
     rounds = options.choose_rounds(5, 1)
     seconds = options.choose_seconds(5.0, 1.0)

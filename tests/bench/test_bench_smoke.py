@@ -184,7 +184,7 @@ def test_work_of_others_is_told_from_our_own_and_the_kernels() -> None:
         (80, "8"): Process(60, 40),  # ends
     }
     after = {
-        (1, "0"): Process(0, 10),
+        (1, "0"): Process(0, 500),  # reaped a daemon of ours
         (50, "5"): Process(1, 900),
         (51, "9"): Process(50, 300),  # our child
         (52, "9"): Process(51, 300),  # and its child
