@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEEDS ?= 100
 SECONDS ?=
+ROUNDS ?=
 TARGET ?= all
 
 help:  ## show the commands
@@ -47,8 +48,8 @@ bench-full: $(VENV)/.ready  ## the numbers of docs/measurements.md; hours, goes 
 	sh deploy/setup_test_tools.sh
 	$(BIN)/python -m bench --document
 
-soak: $(VENV)/.ready  ## simulation and lab for an hour
-	$(BIN)/python -m tests.sim --seconds 3600
+soak: $(VENV)/.ready  ## SECONDS=n or ROUNDS=n of random faults: simulator, labs, power cuts; can be interrupted
+	$(BIN)/python -m tests.soak $(if $(SECONDS),--seconds $(SECONDS)) $(if $(ROUNDS),--rounds $(ROUNDS))
 
 format: $(VENV)/.ready  ## rewrite the code in its one format
 	$(BIN)/ruff check --fix .

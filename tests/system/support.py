@@ -23,6 +23,8 @@ from geomirror.node.control_client_io import ControlClient
 from geomirror.node.paths import DataDir
 
 MIB = 1 << 20
+SEED = int(os.environ.get("GEOMIRROR_SEED", "0"))
+"""Added to what chance is drawn from: a soak repeats these tests with others."""
 POLL_S = 0.05
 
 

@@ -16,6 +16,7 @@ from geomirror.errors import NoSpaceError
 from geomirror.nbd.client_io import NbdClient
 from tests.system.support import (
     MIB,
+    SEED,
     Site,
     create,
     is_root,
@@ -85,7 +86,7 @@ class Writer:
         self.client = client
         self.completed: dict[int, bytes] = {}
         self.under_way: dict[int, bytes] = {}
-        self._chance = random.Random(1)
+        self._chance = random.Random(1 + SEED)
 
     async def write(self, number: int) -> None:
         chunk = self._chance.randbytes(MIB)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.system.power import Load, PowerDisk, PowerSite, require_power
-from tests.system.support import Site, count_links, create, make_network, some_sites, until
+from tests.system.support import SEED, Site, count_links, create, make_network, some_sites, until
 
 ROUNDS = int(os.environ.get("GEOMIRROR_POWER_CUTS", "2"))
 pytestmark = [pytest.mark.system, pytest.mark.timeout(120 + 60 * ROUNDS)]
@@ -68,7 +68,7 @@ def alone(disk: PowerDisk, tmp_path: Path) -> Iterator[PowerSite]:
 
 
 def test_what_a_flush_confirmed_outlives_the_power(alone: PowerSite, disk: PowerDisk):
-    load, chance = Load(1), random.Random(1)
+    load, chance = Load(1 + SEED), random.Random(1 + SEED)
     for _ in range(ROUNDS):
         after_s = chance.uniform(0.5, 2.5)
         asyncio.run(load_until_the_cut(load, alone.uri(), lambda: cut(alone, disk), after_s))
@@ -82,7 +82,7 @@ def test_a_node_that_does_not_sync_is_caught(alone: PowerSite, disk: PowerDisk):
     alone.stop()
     alone.has_no_sync = True
     alone.restart()
-    load, chance = Load(2), random.Random(2)
+    load, chance = Load(2 + SEED), random.Random(2 + SEED)
     for _ in range(10):
         after_s = chance.uniform(0.5, 1.5)
         asyncio.run(load_until_the_cut(load, alone.uri(), lambda: cut(alone, disk), after_s))
@@ -105,7 +105,7 @@ def test_what_a_mirror_reported_outlives_its_power(disk: PowerDisk, tmp_path: Pa
         b.data_dir = disk.mount / "b"
         make_network(a, b)
         create(a, "pg")
-        load, chance = Load(3), random.Random(3)
+        load, chance = Load(3 + SEED), random.Random(3 + SEED)
         for _ in range(ROUNDS):
             until(lambda: a.peer()["state"] in ("Stream", "Fold"))
             stop_at = time.monotonic() + chance.uniform(1.0, 2.5)

@@ -23,7 +23,16 @@ import pytest
 
 from geomirror.errors import GeomirrorError
 from geomirror.nbd.client_io import NbdClient
-from tests.system.support import MIB, Site, create, make_network, some_sites, until, wait_applied
+from tests.system.support import (
+    MIB,
+    SEED,
+    Site,
+    create,
+    make_network,
+    some_sites,
+    until,
+    wait_applied,
+)
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(120)]
 KILL_ROUNDS = int(os.environ.get("GEOMIRROR_KILLS", "2"))
@@ -101,7 +110,7 @@ async def wait_for_progress(load: Load, writes: int) -> None:
 async def test_kills_on_both_sides_under_load_lose_no_answered_write(pair):
     a, b = pair
     await asyncio.to_thread(create, a, "pg")
-    load = Load(a, seed=1)
+    load = Load(a, seed=1 + SEED)
     for round_number in range(KILL_ROUNDS):
         writing = asyncio.ensure_future(load.run())
         await wait_for_progress(load, 500)

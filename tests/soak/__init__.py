@@ -1,0 +1,1 @@
+"""Hours of random faults, resumable; `python -m tests.soak` and CONTRIBUTING.md."""
