@@ -36,7 +36,7 @@ def _listed(result: dict[str, Any]) -> str:
             format_bytes(found["bytes_sent"]),
             format_bytes(found["bytes_received"]),
             found["endpoint"] or "-",
-            "" if found["is_established"] else found["last_error"],
+            found["trouble"],
         ]
         for found in result["links"]
     ]

@@ -71,6 +71,10 @@ class LinkRouter:
         for service in self._host.with_peer(peer):
             service.link_down(peer)
 
+    def link_stalled(self, peer: str, reason: str, now_ns: int) -> None:
+        """A link is up, but data does not get through."""
+        self._host.context.emit("link_stalled", {"peer": peer, "reason": reason})
+
     def message(self, peer: str, session: int, message: Message) -> None:
         """A control message of some session."""
         service = self._host.by_session(session, peer)

@@ -104,6 +104,7 @@ class NetworkCalls:
                     "bytes_received": link.bytes_received,
                     "endpoint": link.endpoint,
                     "last_error": link.last_error,
+                    "trouble": link.trouble,
                 }
             )
         return {"links": links}

@@ -100,7 +100,7 @@ class Node:
         self._push = DefinitionPush(self._store, self._host, self._links)
         self._router.bind(self._host, self._push, self._methods)
         self._status = StatusReport(
-            self._host, self._store, self._push.refusals, self._site_of, self._router.is_up
+            self._host, self._store, self._push.refusals, self._site_of, self._links.state
         )
         self._network = NetworkCalls(state, context, self._members_changed)
         self._nbd = NbdServer(self._host.exports, limits=limits)

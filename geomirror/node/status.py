@@ -10,6 +10,7 @@ from geomirror.errors import NotFoundError
 from geomirror.node.definition_store import DefinitionStore, ResourceEntry
 from geomirror.node.error_json import error_object
 from geomirror.node.resource_host import ResourceHost
+from geomirror.wan_protocol.link_events import LinkStatus
 
 
 class StatusReport:
@@ -21,13 +22,13 @@ class StatusReport:
         store: DefinitionStore,
         refusals: dict[tuple[str, str], str],
         site_of: Callable[[str], str],
-        is_up: Callable[[str], bool],
+        link_of: Callable[[str], LinkStatus],
     ) -> None:
         self._host = host
         self._store = store
         self._refusals = refusals
         self._site_of = site_of
-        self._is_up = is_up
+        self._link_of = link_of
         self.nbd_socket = ""
         self.nbd_tcp_base_uri: str | None = None
 
@@ -58,8 +59,10 @@ class StatusReport:
             volume.update(self._addresses(name, str(volume["name"])))
         here = self._host.context.name
         for peer in found["peers"]:
+            link = self._link_of(peer["node"])
+            peer["reason"] = peer["reason"] or link.trouble
             peer["site"] = self._site_of(peer["node"])
-            peer["path"] = [here, peer["node"]] if self._is_up(peer["node"]) else []
+            peer["path"] = [here, peer["node"]] if link.is_established else []
             peer["pending"] = self._refusals.get((name, peer["node"]))
             if entry.definition.primary == here and not entry.is_known_to(peer["node"]):
                 peer["state"] = "Pending"

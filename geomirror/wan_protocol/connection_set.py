@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from geomirror.environment import MS, SECOND
 from geomirror.limits import Limits
+from geomirror.wan_protocol.data_progress import DataProgress, Reading
 
 ECHO_FIRST_NS = 10 * SECOND
 """Patience for the first answer to a ping, while nothing is known about the round trip."""
@@ -54,12 +55,16 @@ class RoundTrip:
         """Time between heartbeats: not more than two per round trip."""
         return max(limits.hello_interval_ns, self.smoothed_ns // 2)
 
-    def patience_ns(self, limits: Limits) -> int:
-        """Silence after which the other side counts as gone; 750 ms on short paths."""
+    def patience_ns(self, limits: Limits, path_ns: int = 0) -> int:
+        """Silence after which the other side counts as gone; 750 ms on short paths.
+
+        :param path_ns: what bulk data needs for a round trip: pings wait in the same queues.
+        """
         interval_ns = self.interval_ns(limits)
         varying_ns = 3 * self.smoothed_ns + 4 * self.variation_ns
         measured_ns = max(varying_ns, 2 * self.worst_ns + interval_ns)
-        return max(limits.hello_misses_max * interval_ns, min(measured_ns, PATIENCE_NS_MAX))
+        least_ns = max(limits.hello_misses_max * interval_ns, 2 * path_ns + interval_ns)
+        return max(least_ns, min(measured_ns, PATIENCE_NS_MAX))
 
 
 @dataclass(eq=False)
@@ -81,11 +86,15 @@ class ConnectionSet:
     ping_ns: int
     """When the next ping is due."""
     moved_ns: int
-    """When the other side last took bulk data that waited for it."""
+    """When the other side last took bulk data: it acknowledged some."""
     round_trip: RoundTrip = field(default_factory=RoundTrip)
     has_echo: bool = False
     data: dict[int, int] = field(default_factory=dict)
     """Data connections that are up, and since when."""
+    progress: dict[int, DataProgress] = field(default_factory=dict)
+    """Of data connections, once there is a reading."""
+    path_ns: int = 0
+    """What data needed for a round trip lately."""
     data_due_ns: dict[int, int] = field(default_factory=dict)
     """Data connections to be dialled, and when."""
 
@@ -94,13 +103,25 @@ class ConnectionSet:
         self.heard_ns = min(now_ns, self.heard_ns + late_ns)
         self.echo_ns = min(now_ns, self.echo_ns + late_ns)
 
+    def sampled(self, index: int, reading: Reading, now_ns: int) -> DataProgress:
+        """A reading of a data connection."""
+        progress = self.progress.setdefault(index, DataProgress(now_ns))
+        if progress.sample(reading, now_ns):
+            self.moved_ns = now_ns
+        self.path_ns = max(item.path_ns(now_ns) for item in self.progress.values())
+        return progress
+
+    def patience_ns(self, limits: Limits) -> int:
+        """Silence after which the other side counts as gone."""
+        return self.round_trip.patience_ns(limits, self.path_ns)
+
     def heard_deadline_ns(self, limits: Limits) -> int:
         """When it counts as dead unless something is heard."""
-        return self._deadline_ns(self.heard_ns, self.round_trip.patience_ns(limits), limits)
+        return self._deadline_ns(self.heard_ns, self.patience_ns(limits), limits)
 
     def echo_deadline_ns(self, limits: Limits) -> int:
         """When it counts as dead unless a ping is answered: the way to the peer is dead."""
-        patience_ns = 2 * self.round_trip.patience_ns(limits)
+        patience_ns = 2 * self.patience_ns(limits)
         if not self.has_echo:
             patience_ns = max(patience_ns, ECHO_FIRST_NS)
         return self._deadline_ns(self.echo_ns, patience_ns, limits)
@@ -114,6 +135,10 @@ class ConnectionSet:
             return f"pings not answered for {echo_ms} ms, peer heard {heard_ms} ms ago"
         return ""
 
+    def is_answering(self, now_ns: int, limits: Limits) -> bool:
+        """Whether pings are answered at this time: the path and the peer's daemon are well."""
+        return self.has_echo and now_ns - self.echo_ns <= self.patience_ns(limits)
+
     def _deadline_ns(self, since_ns: int, patience_ns: int, limits: Limits) -> int:
-        moving_ns = self.moved_ns + self.round_trip.patience_ns(limits)
+        moving_ns = self.moved_ns + self.patience_ns(limits)
         return max(since_ns + patience_ns, min(moving_ns, since_ns + MOVING_FACTOR * patience_ns))

@@ -21,13 +21,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from geomirror.environment import SECOND, Entropy
+from geomirror.environment import MS, SECOND, Entropy
 from geomirror.errors import RemoteProtocolError
 from geomirror.limits import Limits
 from geomirror.wan_protocol.connection_set import ConnectionSet, RoundTrip
+from geomirror.wan_protocol.data_progress import Reading
 from geomirror.wan_protocol.dial_attempts import OPEN_NS_MAX, Attempts
 from geomirror.wan_protocol.link_decisions import (
     Close,
+    CloseData,
     Decision,
     Dial,
     Down,
@@ -169,6 +171,7 @@ class LinkCore:
             return
         self.last_error = reason
         up_ns = item.data.pop(index, now_ns)
+        item.progress.pop(index, None)
         if item.is_dialled and index < self.data_connections:
             # One that dies as soon as it is up must not be dialled in a loop.
             is_short_lived = now_ns - up_ns < DATA_RETRY_NS
@@ -219,6 +222,21 @@ class LinkCore:
         item = self._sets.get(link)
         if item is not None:
             item.moved_ns = now_ns
+
+    def data_sampled(self, link: bytes, index: int, reading: Reading, now_ns: int) -> None:
+        """What TCP says of a data connection; one that is stuck while pings are answered is given
+        up."""
+        item = self._sets.get(link)
+        if item is None or index not in item.data:
+            return
+        progress = item.sampled(index, reading, now_ns)
+        patience_ns = item.patience_ns(self._limits)
+        if progress.is_stuck(patience_ns, now_ns) and item.is_answering(now_ns, self._limits):
+            silent_ms = (now_ns - progress.since_ns) // MS
+            reason = f"data connection {index}: nothing gets through for {silent_ms} ms, "
+            reason += "while pings are answered"
+            self._decisions.append(CloseData(link, index, reason))
+            self.data_lost(link, index, reason, now_ns)
 
     def pong(self, link: bytes, sent_ns: int, now_ns: int) -> None:
         """The answer to the ping that carried `sent_ns`."""

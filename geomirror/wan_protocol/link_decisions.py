@@ -23,6 +23,15 @@ class Close:
 
 
 @dataclass(frozen=True, slots=True)
+class CloseData:
+    """Close one data connection, which gets nothing through; the core knows that it is lost."""
+
+    link: bytes
+    index: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class SendPing:
     """Send a ping on the control connection of this set."""
 
@@ -52,4 +61,4 @@ class Down:
     reason: str
 
 
-Decision = Dial | Close | SendPing | SendUse | Up | Down
+Decision = Dial | Close | CloseData | SendPing | SendUse | Up | Down

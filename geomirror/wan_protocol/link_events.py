@@ -41,6 +41,8 @@ class LinkStatus:
     """Address of the peer, dialled or seen; empty while down."""
     is_dialled: bool = False
     """By this node."""
+    trouble: str = ""
+    """Why nothing, or too little, gets through now; empty while all is well."""
     queued_bytes: int = 0
     """Frames that wait for a data connection."""
     incarnation: bytes = b""
@@ -55,6 +57,9 @@ class LinkEvents(Protocol):
 
     def link_down(self, peer: str, reason: str, now_ns: int) -> None:
         """What was sent last may be lost; always between two `link_up`."""
+
+    def link_stalled(self, peer: str, reason: str, now_ns: int) -> None:
+        """The link is up, but data does not get through; told once in a while, not each time."""
 
     def message(self, peer: str, session: int, message: Message) -> None:
         """A control message. May raise `ProtocolError`: the connections are closed."""

@@ -8,11 +8,12 @@ from collections.abc import Coroutine, Iterator
 from typing import Any
 
 from geomirror.errors import RemoteProtocolError
+from geomirror.wan_protocol.data_progress import Reading
 from geomirror.wan_protocol.messages import Hello
 from geomirror.wan_protocol.negotiation import CONTROL_INDEX
 from geomirror.wan_protocol.pacing import connection_rate
 from geomirror.wan_protocol.stream_connection_io import LinkConnection
-from geomirror.wan_protocol.stream_socket_io import UNPACED, set_pace
+from geomirror.wan_protocol.stream_socket_io import UNPACED, read_progress, set_pace
 
 
 class LinkSet:
@@ -35,6 +36,22 @@ class LinkSet:
         """Give up the attempts under way."""
         for task in self.dialling:
             task.cancel()
+
+    def progress(self) -> list[tuple[int, Reading]]:
+        """What TCP says of each data connection."""
+        found = []
+        for index, connection in self.data.items():
+            reading = read_progress(connection.socket)
+            if reading is not None:
+                found.append((index, reading))
+        return found
+
+    def give_up(self, index: int, bytes_per_second: int | None) -> None:
+        """Close a data connection and what it still has to send."""
+        connection = self.data.pop(index, None)
+        if connection is not None:
+            connection.discard()
+            self.pace(bytes_per_second)
 
     def pace(self, bytes_per_second: int | None) -> None:
         """Divide the configured rate of the link over the data connections that are up."""

@@ -12,11 +12,13 @@ from typing import Any
 import structlog
 
 from geomirror.errors import GeomirrorError, RemoteProtocolError
+from geomirror.wan_protocol.data_progress import StallRecord
 from geomirror.wan_protocol.frame import KIND_MESSAGE, KIND_PADDING, KIND_RESYNC_FRAME, Packet
 from geomirror.wan_protocol.frame_sender_io import FrameSender
 from geomirror.wan_protocol.link import LinkCore
 from geomirror.wan_protocol.link_decisions import (
     Close,
+    CloseData,
     Decision,
     Dial,
     Down,
@@ -26,6 +28,7 @@ from geomirror.wan_protocol.link_decisions import (
 )
 from geomirror.wan_protocol.link_events import LinkContext, LinkStatus
 from geomirror.wan_protocol.link_set_io import LinkSet, OpenConnections, check_place
+from geomirror.wan_protocol.loop_timer_io import LoopTimer
 from geomirror.wan_protocol.messages import (
     Call,
     Goodbye,
@@ -75,8 +78,8 @@ class PeerLink:
         self._peer_incarnation = b""
         self._rate_bytes_per_second: int | None = None
         self._open = OpenConnections()
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_ns = -1
+        self._stall = StallRecord()
+        self._timer = LoopTimer(context.clock, self._timer_due)
         self._is_executing = False
         self._is_stopped = False
 
@@ -103,6 +106,7 @@ class PeerLink:
             last_error=self.core.last_error,
             endpoint=(chosen.endpoint or current.remote_address) if chosen and current else "",
             is_dialled=chosen is not None and chosen.is_dialled,
+            trouble=self._stall.shown(self._clock.now_ns()) if is_up else self.core.last_error,
             queued_bytes=self.frames.queued_bytes,
             incarnation=self._peer_incarnation,
         )
@@ -317,7 +321,7 @@ class PeerLink:
                 self._run(decision)
         finally:
             self._is_executing = False
-        self._arm()
+        self._timer.arm(None if self._is_stopped else self.core.get_timer())
 
     def _run(self, decision: Decision) -> None:
         match decision:
@@ -330,10 +334,11 @@ class PeerLink:
                 item.begin(self._dial(decision, item))
             case Close(link, _):
                 self._drop_set(link)
+            case CloseData(link, index, reason) if link in self._sets:
+                self._sets[link].give_up(index, self._rate_bytes_per_second)
+                self._stalled(reason)
             case SendPing(link, now_ns) if link in self._sets:
-                control = self._sets[link].control
-                if control is not None:
-                    control.send(0, Ping(now_ns), is_followed=False)
+                self._ping(self._sets[link], link, now_ns)
             case SendUse(link, number) if link in self._sets:
                 control = self._sets[link].control
                 if control is not None:
@@ -349,6 +354,17 @@ class PeerLink:
                 self._since_ns = self._clock.now_ns()
                 self.calls.link_lost(reason)
                 self._events.link_down(self.peer, reason, self._since_ns)
+
+    def _ping(self, item: LinkSet, link: bytes, now_ns: int) -> None:
+        if item.control is not None:
+            item.control.send(0, Ping(now_ns), is_followed=False)
+        for index, reading in item.progress():
+            self.core.data_sampled(link, index, reading, now_ns)
+
+    def _stalled(self, reason: str) -> None:
+        now_ns = self._clock.now_ns()
+        if self._stall.note(reason, now_ns):
+            self._events.link_stalled(self.peer, reason, now_ns)
 
     async def _dial(self, decision: Dial, item: LinkSet) -> None:
         def factory() -> LinkConnection:
@@ -377,19 +393,6 @@ class PeerLink:
             item.cancel_dialling()
         self._open.discard(link)
 
-    def _arm(self) -> None:
-        due_ns = None if self._is_stopped else self.core.get_timer()
-        if self._timer is not None:
-            if due_ns == self._timer_ns:
-                return
-            self._timer.cancel()
-            self._timer = None
-        if due_ns is not None:
-            self._timer_ns = due_ns
-            delay_s = max(0, due_ns - self._clock.now_ns()) / 1e9
-            self._timer = asyncio.get_running_loop().call_later(delay_s, self._timer_due)
-
     def _timer_due(self) -> None:
-        self._timer = None
         self.core.handle_timer(self._clock.now_ns())
         self._execute()

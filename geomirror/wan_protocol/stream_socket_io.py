@@ -7,6 +7,9 @@ import socket
 import struct
 from typing import Any
 
+from geomirror.environment import US
+from geomirror.wan_protocol.data_progress import Reading
+
 USER_TIMEOUT_MS = 10_000
 """Keepalive never notices a dead busy connection (measured: not in 40 s); this does."""
 NOT_SENT_BYTES = 128 * 1024
@@ -16,6 +19,9 @@ UNPACED = 2**32 - 1
 _SO_MAX_PACING_RATE = 47
 _TCP_USER_TIMEOUT = getattr(socket, "TCP_USER_TIMEOUT", 18)
 _TCP_NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25)
+_TCP_INFO = getattr(socket, "TCP_INFO", 11)
+_INFO_UNACKED, _INFO_RTT, _INFO_BYTES_ACKED, _INFO_BYTES = 24, 68, 120, 128
+"""Places in Linux's `struct tcp_info`, which only ever grows at its end."""
 _TCP_CONGESTION = getattr(socket, "TCP_CONGESTION", 13)
 
 
@@ -41,6 +47,18 @@ def tune(sock: Any, *, is_data: bool) -> str:
     except OSError:
         return "unknown"
     return name.split(b"\0", 1)[0].decode("ascii", "replace")
+
+
+def read_progress(sock: Any) -> Reading | None:
+    """What TCP says of a connection; None if it is not known."""
+    try:
+        found: bytes = sock.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, _INFO_BYTES)
+        (unacked,) = struct.unpack_from("=I", found, _INFO_UNACKED)
+        (rtt_us,) = struct.unpack_from("=I", found, _INFO_RTT)
+        (acked_bytes,) = struct.unpack_from("=Q", found, _INFO_BYTES_ACKED)
+    except (OSError, AttributeError, struct.error):
+        return None
+    return Reading(acked_bytes, unacked > 0, rtt_us * US)
 
 
 def set_pace(sock: Any, bytes_per_second: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from geomirror.node.resource_changes import ResourceChanges
 from geomirror.node.resource_definition import ResourceDefinition
 from geomirror.node.resource_host import ResourceHost
 from geomirror.node.status import StatusReport
+from geomirror.wan_protocol.link_events import LinkStatus
+from geomirror.wan_protocol.streams_io import NO_LINK
 
 
 class FakeService:
@@ -131,6 +133,9 @@ class FakeLinks:
             Caller(self.node), method, parameters
         )
 
+    def state(self, peer: str) -> LinkStatus:
+        return replace(NO_LINK, is_established=peer in self.network.linked(self.node))
+
     def send_message(self, peer: str, session: int, message: object) -> None:
         self.sent.append((peer, session, message))
 
@@ -165,7 +170,7 @@ class FakeNode:
         self.router.bind(self.host, self.push, self.methods)
         self.host.on_started = self.router.service_started
         self.status = StatusReport(
-            self.host, self.store, self.push.refusals, lambda n: f"site-{n}", self.router.is_up
+            self.host, self.store, self.push.refusals, lambda n: f"site-{n}", self.links.state
         )
         self.disconnected: list[str] = []
         calls = ResourceCalls(

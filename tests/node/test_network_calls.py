@@ -42,6 +42,7 @@ class Links:
             bytes_sent=1,
             bytes_received=2,
             last_error="",
+            trouble="",
             endpoint="127.0.0.1:1",
         )
 

@@ -155,3 +155,33 @@ def test_a_rate_that_falls_to_a_tenth_and_comes_back_is_no_outage(pair: Pair) ->
     pair.wan.set("rate=100mbit,queue=512KiB")
     until(lambda: lag_s(pair) < 1, what="the lag goes back")
     assert (pair.a.downs(), pair.b.downs()) == downs
+
+
+def test_a_path_that_swallows_even_small_packets_is_named_and_used_again(pair: Pair) -> None:
+    """Below 1280 bytes no path may go; heartbeats get through nevertheless."""
+    pair.wan.set("mtu=800")
+    until(lambda: "while pings are answered" in pair.a.peer()["reason"], 15, "the stall is seen")
+    assert pair.a.events("link_stalled")
+    lag = lag_s(pair)
+    assert lag > 2  # and it is said, too
+    until(lambda: pair.a.peer()["state"] == "Disconnected", 30, "nothing goes through")
+    assert pair.a.peer()["reason"]
+    assert pair.writer.slowest_s() < WRITE_S_MAX
+    pair.wan.set("mtu=1500")
+    # An attempt may be in a handshake that began in the hole.
+    assert pair.seconds_to_data(time.monotonic()) < 2 * RETURN_S_MAX
+
+
+def test_pings_behind_seconds_of_data_in_a_deep_queue_are_waited_for(pair: Pair) -> None:
+    downs = pair.a.downs(), pair.b.downs()
+    pair.writer.pause_s = 0.002  # more than the line will take
+    pair.wan.set("rate=40mbit,loss=0")
+    time.sleep(2)
+    pair.wan.set("rate=4mbit,queue=4MiB")
+    time.sleep(5)
+    rtt_s = pair.a.link()["rtt_seconds"]
+    assert pair.writer.slowest_s() < WRITE_S_MAX
+    pair.writer.pause_s = 0.02
+    pair.wan.set("rate=100mbit,queue=512KiB")
+    until(lambda: lag_s(pair) < 1, what="the lag goes back")
+    assert (pair.a.downs(), pair.b.downs()) == downs, f"round trip {rtt_s:.1f} s"

@@ -11,10 +11,12 @@ from geomirror.environment import MS, SECOND, SeededEntropy
 from geomirror.errors import RemoteProtocolError
 from geomirror.limits import PRODUCTION
 from geomirror.wan_protocol.connection_set import RoundTrip
+from geomirror.wan_protocol.data_progress import Reading
 from geomirror.wan_protocol.frame_queue import FrameQueue
 from geomirror.wan_protocol.link import LinkCore
 from geomirror.wan_protocol.link_decisions import (
     Close,
+    CloseData,
     Decision,
     Dial,
     Down,
@@ -611,3 +613,84 @@ def iter_headers(queue: FrameQueue) -> list[bytes]:
     while queue.queued_bytes:
         headers += queue.pop(1)[::2]
     return headers
+
+
+def sample(world: World, link: bytes, readings: dict[int, Reading], seconds: int) -> None:
+    """TCP's word on data connections, at every heartbeat."""
+    until_ns = world.now_ns + seconds * SECOND
+    while world.now_ns < until_ns:
+        world.run(world.now_ns + 150 * MS)
+        for index, reading in readings.items():
+            world.core.data_sampled(link, index, reading, world.now_ns)
+        world.drain()
+
+
+def waiting(acked_bytes: int, rtt_ns: int = 40 * MS) -> Reading:
+    return Reading(acked_bytes, is_waiting=True, rtt_ns=rtt_ns)
+
+
+def test_a_data_connection_that_gets_nothing_through_is_replaced() -> None:
+    world = World()
+    link = world.join()
+    world.core.data_up(link, 1, world.now_ns)
+    world.run(5 * SECOND)
+    sample(world, link, {0: waiting(5000), 1: waiting(70_000)}, 1)
+    world.log.clear()
+    since_ns = world.now_ns
+    slow = 5000
+    while not world.log:
+        slow += 100  # a slow one is not stuck
+        sample(world, link, {0: waiting(slow), 1: waiting(70_000)}, 1)
+    at_ns, close = world.log[0]
+    assert isinstance(close, CloseData) and (close.link, close.index) == (link, 1)
+    assert "while pings are answered" in close.reason
+    assert at_ns - since_ns <= 4 * SECOND
+    assert world.core.last_error == close.reason
+    world.run(world.now_ns + 2 * SECOND)
+    assert [d for _, d in world.log[1:]] == [Dial(link, "b:1", 1)]  # and no change of the link
+
+
+def test_nothing_that_waits_is_not_stuck_and_a_dead_path_is_not_the_connections_fault() -> None:
+    world = World()
+    link = world.join()
+    sample(world, link, {0: Reading(5000, is_waiting=False, rtt_ns=40 * MS)}, 15)
+    del world.talking[link]
+    sample(world, link, {0: waiting(5000)}, 5)
+    assert not any(isinstance(d, CloseData) for _, d in world.log)
+    down = next(d for _, d in world.log if isinstance(d, Down))
+    assert down.reason == "nothing heard for 750 ms"
+
+
+def seconds_of_patience(rtt_ns: int) -> float:
+    """How long a set lives whose data goes on while nothing else does."""
+    world = World()
+    link = world.join(round_trip_ns=100 * MS)
+    world.run(5 * SECOND)
+    del world.talking[link]
+    acked_bytes = 0
+    while len(world.changes()) == 1:
+        acked_bytes += 1000
+        world.run(world.now_ns + 150 * MS)
+        world.core.data_sampled(link, 0, waiting(acked_bytes, rtt_ns), world.now_ns)
+        world.drain()
+    return (world.now_ns - 5 * SECOND) / SECOND
+
+
+def test_pings_that_wait_in_a_deep_queue_with_the_data_are_waited_for() -> None:
+    # The kernel of a hung daemon takes bytes at once: the path is short.
+    assert seconds_of_patience(40 * MS) < 3
+    # The same bytes through seconds of queue: the path is slow, the daemon may be well.
+    assert 6 < seconds_of_patience(2 * SECOND) < 15
+    assert seconds_of_patience(60 * SECOND) < 40
+
+
+def test_a_queue_of_the_past_asks_for_no_patience() -> None:
+    world = World()
+    link = world.join()
+    sample(world, link, {0: waiting(1000, 3 * SECOND)}, 1)
+    sample(world, link, {0: Reading(1000, is_waiting=False, rtt_ns=3 * SECOND)}, 10)
+    del world.talking[link]
+    since_ns = world.now_ns
+    sample(world, link, {0: Reading(1000, is_waiting=False, rtt_ns=3 * SECOND)}, 2)
+    at_ns = next(at for at, d in world.log if isinstance(d, Down))
+    assert at_ns - since_ns <= 900 * MS

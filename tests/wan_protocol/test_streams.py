@@ -128,6 +128,9 @@ class Events:
     def link_down(self, peer: str, reason: str, now_ns: int) -> None:
         self.log.append(f"down {peer}")
 
+    def link_stalled(self, peer: str, reason: str, now_ns: int) -> None:
+        self.log.append(f"stalled {peer}")
+
     def message(self, peer: str, session: int, message: Message) -> None:
         if self.is_message_refused:
             raise RemoteProtocolError("not now")

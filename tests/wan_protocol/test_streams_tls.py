@@ -46,6 +46,9 @@ class Node:
     def link_down(self, peer: str, reason: str, now_ns: int) -> None:
         self.changes.append("down")
 
+    def link_stalled(self, peer: str, reason: str, now_ns: int) -> None:
+        pass
+
     def message(self, peer: str, session: int, message: Message) -> None:
         self.messages.append(session)
 
