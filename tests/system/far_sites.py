@@ -181,11 +181,13 @@ class Writer:
         self.ledger.confirm(moment)
         self.latencies_s.append(time.monotonic() - began)
 
-    def slowest_s(self) -> float:
-        """Of the batches and flushes since the last call; at least 20 must have been answered."""
-        taken, self.latencies_s = self.latencies_s, []
+    def never_waited(self) -> None:
+        """Nothing since the last call was held up by more than this machine's own disk and load."""
+        taken, self.latencies_s = sorted(self.latencies_s), []
         assert len(taken) >= 20, f"the writer stood still: {len(taken)} answers"
-        return max(taken)
+        late, longest = taken[int(len(taken) * 0.95)], taken[-1]
+        # Held up by a link, it would be for as long as an outage lasts, 3 s at least.
+        assert late < 0.25 and longest < 2.5, f"95 % within {late:.3f} s, longest {longest:.3f} s"
 
     def look(self, mirror: Site) -> Verdict:
         """A legal cut of the history at one moment, and not older than the last one (O1, O2)."""

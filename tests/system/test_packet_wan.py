@@ -27,12 +27,10 @@ BASE = (
 IS_LONG = os.environ.get("GEOMIRROR_LONG") == "1"
 long = pytest.mark.skipif(not IS_LONG, reason="takes minutes: set GEOMIRROR_LONG=1")
 
-WRITE_S_MAX = 0.5
-"""A write that waited for a link would wait for as long as the outage; this is a busy machine."""
-RETURN_S_MAX = 2.0
+RETURN_S_MAX = 3.0
 """From the return of the link to a whole frame at the mirror: an attempt's pause, five round trips
-of handshakes, one and a half of the session, two or three of TCP's slow start; doubled, because
-the machine may be busy."""
+of handshakes, one and a half of the session, two or three of TCP's slow start are 0.8 s. The rest
+is for a machine that has other things to do; a TCP that waits for its timer takes 3 to 16 s."""
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +53,7 @@ def pair(shared: Pair) -> Iterator[Pair]:
     shared.wan.set(BASE)
     shared.writer.start()
     until(lambda: len(shared.writer.latencies_s) >= 20, what="the writer writes")
-    shared.writer.slowest_s()
+    shared.writer.never_waited()
     yield shared
     shared.wan.up()
     shared.wan.set(BASE)
@@ -74,7 +72,7 @@ def test_loss_reordering_duplicates_and_corruption_change_no_byte(pair: Pair) ->
         pair.writer.look(pair.b)
         lags.append(lag_s(pair))
     assert min(lags) < 3, lags
-    assert pair.writer.slowest_s() < WRITE_S_MAX
+    pair.writer.never_waited()
     seen = pair.wan.statistics("a")
     assert seen["lost"] and seen["reordered"] and seen["duplicated"] and seen["corrupted"]
 
@@ -89,7 +87,7 @@ def test_after_an_outage_data_flows_at_once(pair: Pair, seconds: float) -> None:
     took_s = pair.seconds_to_data(pair.wan.up())
     assert took_s < RETURN_S_MAX
     pair.writer.look(pair.b)
-    assert pair.writer.slowest_s() < WRITE_S_MAX
+    pair.writer.never_waited()
     until(lambda: lag_s(pair) < 2, what="the lag goes back")
 
 
@@ -100,7 +98,7 @@ def test_a_black_hole_of_one_direction_is_an_outage(pair: Pair, source: str) -> 
         until(lambda site=site: not site.link()["is_established"], 10, f"{site.name} sees it")
     assert pair.a.peer()["state"] == "Disconnected"
     assert pair.seconds_to_data(pair.wan.up(source)) < RETURN_S_MAX
-    assert pair.writer.slowest_s() < WRITE_S_MAX
+    pair.writer.never_waited()
 
 
 @pytest.mark.parametrize("source", ["a", "b", None])
@@ -137,7 +135,7 @@ def test_a_daemon_that_hangs_is_an_outage_for_the_other_one(
         assert other.peer()["state"] == "Disconnected"
         if other is pair.a:
             assert lag_s(pair) > seconds - 0.5
-            assert pair.writer.slowest_s() < WRITE_S_MAX
+            pair.writer.never_waited()
     finally:
         site.process.send_signal(signal.SIGCONT)
     since = time.monotonic()
@@ -151,7 +149,7 @@ def test_a_rate_that_falls_to_a_tenth_and_comes_back_is_no_outage(pair: Pair) ->
     downs = pair.a.downs(), pair.b.downs()
     pair.wan.set("rate=5mbit,queue=64KiB")
     time.sleep(4)
-    assert pair.writer.slowest_s() < WRITE_S_MAX
+    pair.writer.never_waited()
     pair.wan.set("rate=100mbit,queue=512KiB")
     until(lambda: lag_s(pair) < 1, what="the lag goes back")
     assert (pair.a.downs(), pair.b.downs()) == downs
@@ -166,7 +164,7 @@ def test_a_path_that_swallows_even_small_packets_is_named_and_used_again(pair: P
     assert lag > 2  # and it is said, too
     until(lambda: pair.a.peer()["state"] == "Disconnected", 30, "nothing goes through")
     assert pair.a.peer()["reason"]
-    assert pair.writer.slowest_s() < WRITE_S_MAX
+    pair.writer.never_waited()
     pair.wan.set("mtu=1500")
     # An attempt may be in a handshake that began in the hole.
     assert pair.seconds_to_data(time.monotonic()) < 2 * RETURN_S_MAX
@@ -175,13 +173,13 @@ def test_a_path_that_swallows_even_small_packets_is_named_and_used_again(pair: P
 def test_pings_behind_seconds_of_data_in_a_deep_queue_are_waited_for(pair: Pair) -> None:
     downs = pair.a.downs(), pair.b.downs()
     pair.writer.pause_s = 0.002  # more than the line will take
-    pair.wan.set("rate=40mbit,loss=0")
+    pair.wan.set("rate=10mbit,loss=0,reorder=0,duplicate=0")
     time.sleep(2)
-    pair.wan.set("rate=4mbit,queue=4MiB")
+    pair.wan.set("rate=1mbit,queue=1MiB")
     time.sleep(5)
     rtt_s = pair.a.link()["rtt_seconds"]
-    assert pair.writer.slowest_s() < WRITE_S_MAX
+    pair.writer.never_waited()
     pair.writer.pause_s = 0.02
-    pair.wan.set("rate=100mbit,queue=512KiB")
+    pair.wan.set("rate=100mbit")  # What is in the queue still leaves at its own pace.
     until(lambda: lag_s(pair) < 1, what="the lag goes back")
     assert (pair.a.downs(), pair.b.downs()) == downs, f"round trip {rtt_s:.1f} s"
