@@ -14,6 +14,7 @@ from bench.machine import missing_tools, sync_file_system
 from bench.options import Options
 from bench.report import Result
 from bench.rig import Rig, require_free, rig
+from bench.servers import fill as fill_volume
 from geomirror.limits import BLOCK_BYTES, GIB, MIB
 
 NAME = "link_dead"
@@ -41,6 +42,8 @@ async def run(options: Options) -> Result:
     fill = 0.0
     async with rig(options.directory / "lab", LINK) as lab:
         await lab.create(str(size), str(journal))
+        await fill_volume(lab.uri, size)
+        await lab.drain()
         for number in range(rounds):
             load = Load("randwrite", BLOCK_BYTES, 32, seconds, size, share, seed=number + 1)
             found: dict[str, Outcome] = {}

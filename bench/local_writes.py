@@ -27,7 +27,7 @@ from bench.machine import cpu_seconds, missing_tools, sync_file_system
 from bench.options import Options
 from bench.report import Result
 from bench.rig import Rig, require_free, rig
-from bench.servers import PeerServer, nbdkit_file, qemu_nbd
+from bench.servers import PeerServer, fill, fill_all, nbdkit_file, qemu_nbd
 from geomirror.limits import BLOCK_BYTES, GIB, MIB
 
 NAME = "local_writes"
@@ -122,9 +122,11 @@ async def _run(options: Options, name: str) -> Result:
     peers = [server(options.directory, size) for server in (nbdkit_file, qemu_nbd)]
     async with rig(options.directory / "lab", case.link) as lab:
         await lab.create(str(size), str(journal))
+        await fill_all(peers, size)
+        await fill(lab.uri, size)
+        await lab.drain()
+        await lab.restart()  # what is read is in the image then
         per_gib = await _shipping(lab, options, case, result) if case.counts_cpu else 0.0
-        if case.is_read:
-            await _fill(lab, peers, size)
         bench = _Comparison(options, lab, peers, case, result, per_gib)
         for number in range(rounds):
             await bench.round(number)
@@ -156,18 +158,6 @@ async def _shipping(lab: Rig, options: Options, case: Case, result: Result) -> f
     result.at_most(f"{name} shipped", found["primary"], CPU_SECONDS_PER_GIB_MAX, "s")
     result.median(f"{name} received, the secondary", found["secondary"], "s")
     return statistics.median(found["primary"])
-
-
-async def _fill(lab: Rig, peers: list[PeerServer], size: int) -> None:
-    """Write everything once, so that reads read something; ours has it in the image then."""
-    load = Load("write", MIB, 4, 0, size, io_bytes=size)
-    await run_fio(load, lab.uri)
-    await lab.drain()
-    await lab.restart()
-    for peer in peers:
-        await peer.start()
-        await run_fio(load, peer.uri)
-        await peer.stop()
 
 
 class _Comparison:

@@ -148,6 +148,8 @@ async def _run(options: Options, scenario: str) -> Result:
         for kind in (*MIRRORS[at:], *MIRRORS[:at]):
             row, more = await _turn(kind, options.directory, plan, times, SCENARIOS[scenario])
             rows[kind.name].append(row)
+            if kind is GeomirrorMirror and more["restarts"]:
+                result.invalid_because.append(f"{more['restarts']} resyncs")
             found = {key: _number(value) for key, value in vars(row).items()}
             result.rounds.append({"round": number, "mirror": kind.name, **found, **more})
     _conclude(result, scenario, rows)

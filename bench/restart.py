@@ -15,6 +15,7 @@ from bench.machine import memory_bytes, missing_tools
 from bench.options import Options
 from bench.report import Result
 from bench.rig import Rig, require_free, rig
+from bench.servers import fill
 from geomirror.errors import GeomirrorError, WaitTimeoutError
 from geomirror.limits import BLOCK_BYTES, GIB, MIB
 from geomirror.nbd.client_io import NbdClient
@@ -38,7 +39,7 @@ async def run(options: Options) -> Result:
     result.settings = {"rounds": rounds, "backlog_bytes": backlog, "volume_bytes": size}
     async with rig(options.directory / "lab", LINK) as lab:
         await lab.create(str(size), str(journal))
-        await run_fio(Load("write", MIB, 4, 0, size, io_bytes=min(size, 64 * MIB)), lab.uri)
+        await fill(lab.uri, size)
         await lab.drain()
         for number in range(rounds):
             load = Load("randwrite", BLOCK_BYTES, 32, 0, size, backlog, seed=number + 1)

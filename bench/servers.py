@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
+from bench.fio import Load, run_fio
 from geomirror.lab.process_io import Child
+from geomirror.limits import MIB
 
 
 class PeerServer:
@@ -53,3 +56,20 @@ def qemu_nbd(directory: Path, size_bytes: int) -> PeerServer:
     """`qemu-nbd` with its defaults (writeback cache) and room for eight clients."""
     command = ["qemu-nbd", "--format=raw", "--socket={socket}", "--shared=8", "--persistent"]
     return PeerServer("qemu-nbd", [*command, "{image}"], directory, size_bytes)
+
+
+async def fill(uri: str, size_bytes: int) -> None:
+    """Write all of a volume once, in order.
+
+    Random writes into a file with holes would measure how a file system finds room, and leave so
+    many fragments that removing the file can take minutes.
+    """
+    await run_fio(Load("write", MIB, 4, 0, size_bytes, io_bytes=size_bytes), uri)
+
+
+async def fill_all(peers: Sequence[PeerServer], size_bytes: int) -> None:
+    """The same with servers that do not run."""
+    for peer in peers:
+        await peer.start()
+        await fill(peer.uri, size_bytes)
+        await peer.stop()

@@ -23,7 +23,7 @@ from bench.machine import cpu_seconds, missing_tools, sync_file_system
 from bench.options import Options
 from bench.report import Result
 from bench.rig import SETTLE_S, Rig, require_free, rig
-from bench.servers import PeerServer, nbdkit_file, qemu_nbd
+from bench.servers import PeerServer, fill, fill_all, nbdkit_file, qemu_nbd
 from geomirror.limits import BLOCK_BYTES, GIB, MIB, PRODUCTION
 from geomirror.nbd.client_io import NbdClient
 
@@ -84,6 +84,11 @@ async def _run(options: Options, name: str) -> Result:
     found: list[dict[str, Slot]] = []
     async with rig(options.directory / "lab", LINK) as lab:
         await lab.create(str(size), str(journal), has_secondary=name == "replicating")
+        await fill_all(peers, size)
+        await fill(lab.uri, size)
+        if lab.has_secondary:
+            await lab.drain()
+        await lab.settle()
         for number in range(rounds):
             slots: dict[str, Slot] = {}
             turns: list[PeerServer | None] = [None, *peers]
