@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,16 @@ def control_socket(data_dir: Path) -> Path:
     except OSError:
         directory = data_dir
     return directory / "control.sock"
+
+
+def is_listening(data_dir: Path) -> bool:
+    """Whether somebody takes connections there: the socket's file appears a moment before that."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(control_socket(data_dir)))
+        except OSError:
+            return False
+    return True
 
 
 async def call(

@@ -107,7 +107,7 @@ class LabNode:
             path.unlink()  # left behind by a kill; the daemon makes a new one
         await self._child.start()
         await self._child.wait_until(
-            lambda: control_io.control_socket(self.data_dir).exists(),
+            lambda: control_io.is_listening(self.data_dir),
             what="listening on its control socket",
             timeout_s=START_TIMEOUT_S,
         )

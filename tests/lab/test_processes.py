@@ -2,12 +2,14 @@
 
 import asyncio
 import os
+import socket
 import sys
 from pathlib import Path
 
 import pytest
 
 from geomirror.errors import GeomirrorError, UnreachableError, WaitTimeoutError
+from geomirror.lab.control_io import is_listening
 from geomirror.lab.lab_state_io import read_state
 from geomirror.lab.ports_io import free_ports
 from geomirror.lab.process_io import Child, run
@@ -103,3 +105,15 @@ def test_a_state_file_of_a_dead_lab_counts_as_none(tmp_path: Path) -> None:
 def test_ports_differ() -> None:
     ports = free_ports(8)
     assert len(set(ports)) == 8
+
+
+def test_a_control_socket_counts_when_somebody_listens_not_when_its_file_appears(
+    tmp_path: Path,
+) -> None:
+    assert not is_listening(tmp_path)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "control.sock"))
+        assert not is_listening(tmp_path)
+        server.listen()
+        assert is_listening(tmp_path)
+    assert not is_listening(tmp_path)

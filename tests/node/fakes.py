@@ -50,7 +50,13 @@ class FakeService:
     def status(self) -> dict[str, Any]:
         volumes = [{"name": v.name, "size_bytes": v.size_bytes} for v in self.definition.volumes]
         peers = [
-            {"node": name, "state": "Stream", "disk_state": "UpToDate", "rpo_seconds": 0.0}
+            {
+                "node": name,
+                "state": "Stream",
+                "disk_state": "UpToDate",
+                "rpo_seconds": 0.0,
+                "reason": "",
+            }
             for name in self.definition.peers_of(self.node.name)
         ]
         return {
