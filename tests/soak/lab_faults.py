@@ -10,10 +10,14 @@ from collections.abc import Awaitable, Callable
 
 from geomirror.errors import GeomirrorError
 from geomirror.lab.lab_io import LabNode
+from geomirror.limits import BLOCK_BYTES
+from geomirror.nbd.client_io import NbdClient
 from tests.soak.scene import RESOURCE, Broken, Scene
 
 KILL_AWAY_S = (0.0, 0.0, 1.0, 4.0)
 READY_S_MAX = 60.0
+FLOOD_BYTES_MAX = 280 << 20
+"""More than the smallest journal, whatever is sent meanwhile."""
 
 
 class Faults:
@@ -34,6 +38,7 @@ class Faults:
             (2, self._pause),
             (2, self._change_mode),
             (1, self._remove_or_add),
+            (1, self._flood),
             (3, self._look),
             (2, self._look_in_sync),
         ]
@@ -223,6 +228,39 @@ class Faults:
         await scene.primary.cli(*command)
         self._removed = True
         scene.seen.pop(node.name, None)
+
+    async def _flood(self) -> None:
+        """More than the journal holds while a mirror is away: it is resynced afterwards."""
+        scene, node = self._scene, self._mirror()
+        await self._ready(scene.primary)
+        if await scene.peer(node) is None:
+            return
+        link = scene.lab.link(scene.primary.name, node.name)
+        scene.tell(f"{node.name} away until its journal is given up")
+        await link.down()
+        try:
+            await self._fill(node)
+        finally:
+            await link.up()
+
+    async def _fill(self, node: LabNode) -> None:
+        """Write what lies between the ledger's slots until the mirror is in bitmap mode."""
+        scene, written = self._scene, 0
+        resource = await scene.resource(scene.primary)
+        assert resource is not None
+        offsets = scene.ledger.offsets
+        room = offsets[1] - offsets[0] - BLOCK_BYTES
+        async with await NbdClient.connect(resource["volumes"][0]["nbd_uri"], depth=16) as client:
+            while written < FLOOD_BYTES_MAX:
+                data = scene.chance.randbytes(room)
+                chosen = scene.chance.choices(offsets, k=256)
+                writes = (client.write(at + BLOCK_BYTES, data) for at in chosen)
+                await asyncio.gather(*writes)
+                written += 256 * room
+                peer = await scene.peer(node)
+                if peer is not None and peer["state"] == "Bitmap":
+                    break
+        scene.tell(f"{written >> 20} MiB written, {peer['state'] if peer else 'gone'}")
 
     # Looking.
 
