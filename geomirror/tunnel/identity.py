@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InternalError, InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -25,6 +25,7 @@ from geomirror.errors import AuthError, GeomirrorError, IntegrityError
 UNREADABLE = (
     ValueError,
     TypeError,
+    InternalError,
     InvalidSignature,
     UnsupportedAlgorithm,
     x509.DuplicateExtension,
@@ -33,7 +34,8 @@ UNREADABLE = (
     x509.UnsupportedGeneralNameType,
 )
 """All that `cryptography` raises over strangers' certificates, requests and keys; half of these are
-no ValueErrors, and some come only when a part is looked at."""
+no ValueErrors, some come only when a part is looked at, and a key of a wrong length is called an
+internal error."""
 
 NODE_ID_BYTES = 16
 """Half of a SHA-256: 2^64 keys before two nodes meet, and it fits on a line of a status table."""

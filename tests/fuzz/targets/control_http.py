@@ -109,7 +109,7 @@ def run(data: bytes) -> None:
 
 async def _talk(path: str, pieces: list[bytes]) -> None:
     answer = await _exchange(path, pieces, is_ended=True)
-    assert not answer or answer.startswith(b"HTTP/1."), answer[:50]
+    assert not answer or answer.startswith(b"HTTP/"), answer[:50]
     assert b" 500 " not in answer.partition(b"\r\n")[0], answer[:300]
     good = await _exchange(path, [post("echo", b'{"text":"still"}', "Connection: close")])
     assert json.loads(good.partition(b"\r\n\r\n")[2])["result"] == {"text": "still"}
