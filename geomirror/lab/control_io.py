@@ -29,11 +29,11 @@ def control_socket(data_dir: Path) -> Path:
     return directory / "control.sock"
 
 
-def is_listening(data_dir: Path) -> bool:
-    """Whether somebody takes connections there: the socket's file appears a moment before that."""
+def is_listening(path: Path) -> bool:
+    """Whether a Unix socket takes connections: its file appears a moment before that."""
     with socket.socket(socket.AF_UNIX) as probe:
         try:
-            probe.connect(str(control_socket(data_dir)))
+            probe.connect(str(path))
         except OSError:
             return False
     return True

@@ -107,7 +107,7 @@ class LabNode:
             path.unlink()  # left behind by a kill; the daemon makes a new one
         await self._child.start()
         await self._child.wait_until(
-            lambda: control_io.is_listening(self.data_dir),
+            lambda: control_io.is_listening(control_io.control_socket(self.data_dir)),
             what="listening on its control socket",
             timeout_s=START_TIMEOUT_S,
         )
@@ -292,7 +292,9 @@ class Lab:
     async def _start_emulator(self) -> None:
         await self._emulator_child.start()
         await self._emulator_child.wait_until(
-            self.emulator_socket.exists, what="listening", timeout_s=START_TIMEOUT_S
+            lambda: control_io.is_listening(self.emulator_socket),
+            what="listening",
+            timeout_s=START_TIMEOUT_S,
         )
         for (first, second), settings in self._links.items():
             await self.emulator.call("add_link", link=[first, second], settings=settings.to_json())

@@ -110,10 +110,11 @@ def test_ports_differ() -> None:
 def test_a_control_socket_counts_when_somebody_listens_not_when_its_file_appears(
     tmp_path: Path,
 ) -> None:
-    assert not is_listening(tmp_path)
+    path = tmp_path / "control.sock"
+    assert not is_listening(path)
     with socket.socket(socket.AF_UNIX) as server:
-        server.bind(str(tmp_path / "control.sock"))
-        assert not is_listening(tmp_path)
+        server.bind(str(path))
+        assert not is_listening(path)
         server.listen()
-        assert is_listening(tmp_path)
-    assert not is_listening(tmp_path)
+        assert is_listening(path)
+    assert not is_listening(path)

@@ -48,8 +48,8 @@ async def play(directory: Path, seed: int, seconds: float, *, is_broken: bool) -
     faults = Faults(scene)
     try:
         async with asyncio.timeout(seconds + 2 * WAIT_S_MAX + 120):
-            await lab.start()
             scene.began = asyncio.get_running_loop().time()
+            await lab.start()
             uri = await _create(scene, maker)
             rate = chance.choice((1, 2, 4)) * MIB
             writer = Writer(uri, ledger, rate)
