@@ -86,6 +86,22 @@ class Limits:
     """Before-images of one pass; a larger pass leaves a labelled gap in the undo."""
     undo_passes_max: int = 4096
     """Undo files kept per resource: bounds the start, which reads the table of each (50 us)."""
+    undo_levels: tuple[tuple[int, int], ...] = (
+        (1 * SECOND, 3_600 * SECOND),
+        (30 * SECOND, 24 * 3_600 * SECOND),
+        (300 * SECOND, 7 * 24 * 3_600 * SECOND),
+        (3_600 * SECOND, 30 * 24 * 3_600 * SECOND),
+    )
+    """(step, age): one point in each step is kept up to the age; the first steps are Litestream's
+    sizes. Asserted: both grow."""
+    undo_settled_ns: int = 10 * SECOND
+    """Newer passes are not merged: a crash may have to repeat one of them exactly as it was."""
+    undo_merge_bytes_max: int = 64 * MIB
+    """Before-images of one merge of passes; applying waits for about a second meanwhile."""
+    view_entries_max: int = 1 << 20
+    """Blocks changed since a view's epoch that its index holds (48 bytes each)."""
+    views_max: int = 4
+    """Views of one resource on a node."""
 
     marks_max: int = 1024
     """Marks of a resource. All of them travel in one message (120 bytes each) after each change; an
@@ -183,6 +199,7 @@ class Limits:
         assert self.epoch_entries_max * 40 + 16 * KIB <= self.segment_bytes
         # Name, generation, three numbers and their framing.
         assert self.marks_max * 160 <= self.message_bytes_max // 2
+        assert self.undo_levels == tuple(sorted(self.undo_levels))
         assert self.window_bytes_min >= FRAME_RAW_BYTES_MAX
         assert self.hello_misses_max >= 3
         assert self.data_connections <= self.data_connections_max
@@ -214,6 +231,13 @@ SIMULATION = Limits(
     undo_bytes_max=4 * MIB,
     undo_pass_bytes_max=1 * MIB,
     marks_max=12,
+    undo_levels=(
+        (5 * SECOND, 60 * SECOND),
+        (20 * SECOND, 300 * SECOND),
+        (60 * SECOND, 540 * SECOND),
+    ),
+    undo_merge_bytes_max=512 * KIB,
+    view_entries_max=4096,
     window_bytes_min=128 * KIB,
     credit_bytes=512 * KIB,
     acknowledge_bytes=64 * KIB,

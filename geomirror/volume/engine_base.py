@@ -99,7 +99,6 @@ class EngineBase:
         for peer, record in self.superblock.peers.items():
             self.retain(peer, needed_after(record))
         self._retention.checkpointed(self.applied_epoch, self.superblock.scan_lsn)
-        self._is_undo_void = False
 
     # Positions.
 
@@ -261,11 +260,11 @@ class EngineBase:
         superblock.undo_next = self.undo.next_counter
         same = {"known_durable_lsn": superblock.known_durable_lsn, "sequence": superblock.sequence}
         is_same = msgspec.structs.replace(self._written, **same) == superblock
-        if is_same and not self._is_undo_void and not self._is_segment_unknown:
+        if is_same and not self.undo.is_void and not self._is_segment_unknown:
             return None
         superblock.known_durable_lsn = self.journal.durable_lsn
         version = copy_of(superblock)
-        undo = self.undo if self._is_undo_void else None
+        undo = self.undo if self.undo.is_void else None
         write = self._superblock_file.write_job(version)
         return CheckpointJob(version, write, undo, self.marks.save_job())
 
@@ -274,8 +273,6 @@ class EngineBase:
         self._written = job.superblock
         if job.marks is not None:
             self.marks.complete_save(job.marks)
-        if job.drops_undo:
-            self._is_undo_void = False
         self._retention.checkpointed(job.superblock.applied_epoch, job.superblock.scan_lsn)
 
     # The position of a copy that is made anew.
@@ -306,7 +303,7 @@ class EngineBase:
         self.sealed_epoch = self.committed_epoch = epoch
         self.sealed_hash = self.committed_hash = chain_hash
         self._open.number = epoch + 1
-        self._is_undo_void = True
+        self.undo.void()
         self.marks.table.drop_boundaries()
 
     def adopt_chain(self, chain: Sequence[ChainEntry]) -> None:
@@ -316,7 +313,6 @@ class EngineBase:
     def close(self) -> None:
         """Close all files; nothing is synced."""
         self.journal.close()
-        self.undo.close()
         self._superblock_file.close()
         for image in self.images.values():
             image.close()

@@ -78,11 +78,6 @@ class CheckpointJob:
         self._write = write
         self._undo_to_drop = undo_to_drop
 
-    @property
-    def drops_undo(self) -> bool:
-        """Whether the undo is dropped, because the images are made anew."""
-        return self._undo_to_drop is not None
-
     def run(self) -> None:
         """Write. :raises StorageError: the superblock is as before."""
         if self.marks is not None:

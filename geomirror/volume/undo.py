@@ -13,8 +13,9 @@ Deliberately not here: the format of a file (`undo_file`) and reading the old co
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 
 from geomirror.errors import FencedError, IntegrityError, NoSpaceError, NotFoundError
 from geomirror.limits import Limits
@@ -23,8 +24,55 @@ from geomirror.volume.undo_file import PassInfo, PassLabel, UndoReader, UndoWrit
 
 DIRECTORY = "undo"
 _TEMPORARY = f"{DIRECTORY}/pass.new"
-_READERS_MAX = 16
-"""Tables kept in memory by `block_at` (24 bytes a run each)."""
+_SUFFIX = ".und"
+_MERGED = ".m"
+"""Between the number of the newest of the merged passes and how often it was merged."""
+
+
+@dataclass(frozen=True)
+class History:
+    """What undo is kept, at one moment. Never changed: another one takes its place."""
+
+    passes: tuple[PassInfo, ...]
+    """Oldest first."""
+    incarnation: int
+    """One more each time that images were made anew: no state from before can be restored."""
+
+    def since(self, epoch: int) -> tuple[PassInfo, ...]:
+        """The passes that lead from `epoch` to the image, which has to be one's boundary.
+
+        :raises NotFoundError: undo does not reach back to it, or it lies within a pass.
+        """
+        at = bisect_right(self.passes, epoch, key=lambda each: each.to_epoch)
+        newer = self.passes[at:]
+        expected = epoch
+        for each in newer:
+            if each.from_epoch != expected or each.is_gap:
+                raise NotFoundError(
+                    f"the state at epoch {epoch} is not kept",
+                    hint='"geomirror timeline" shows what is kept',
+                )
+            expected = each.to_epoch
+        return newer
+
+    def kept(self, applied_epoch: int) -> tuple[PassInfo, ...]:
+        """The passes that lead to `applied_epoch` without a hole, oldest first.
+
+        The state at the start of the first and at the end of each of them can be restored.
+        """
+        end = bisect_right(self.passes, applied_epoch, key=lambda each: each.to_epoch)
+        start, expected = end, applied_epoch
+        while start > 0:
+            each = self.passes[start - 1]
+            if each.to_epoch != expected or each.is_gap:
+                break
+            start, expected = start - 1, each.from_epoch
+        return self.passes[start:end]
+
+    def horizon(self, applied_epoch: int) -> int:
+        """The oldest epoch whose state can be restored from an image at `applied_epoch`."""
+        kept = self.kept(applied_epoch)
+        return kept[0].from_epoch if kept else applied_epoch
 
 
 class UndoOverflowError(Exception):
@@ -42,9 +90,11 @@ class UndoStore:
         self._store = store
         self._limits = limits
         self._next = start_counter
-        self._passes: list[PassInfo] = []
+        self._history = History((), 0)
+        self._pins: dict[str, int] = {}
+        self.is_void = False
+        """The images are being made anew; `drop_all` is due."""
         self._damaged: dict[str, IntegrityError] = {}
-        self._readers: dict[str, UndoReader] = {}
         self._load()
 
     @property
@@ -52,9 +102,70 @@ class UndoStore:
         """Number of the next file; never reused while the superblock remembers it."""
         return self._next
 
+    @property
+    def history(self) -> History:
+        """What is kept now; the same object until that changes. On any thread."""
+        return self._history
+
     def passes(self) -> list[PassInfo]:
         """The passes kept, oldest first."""
         return list(self._passes)
+
+    def pin(self, owner: str, epoch: int) -> None:
+        """Keep what is needed to restore the state at `epoch`, for as long as there is room."""
+        self._pins[owner] = epoch
+
+    def unpin(self, owner: str) -> None:
+        """`owner` needs nothing any more."""
+        self._pins.pop(owner, None)
+
+    def pinned_epochs(self) -> list[int]:
+        """The epochs that owners of pins look at."""
+        return sorted(set(self._pins.values()))
+
+    def replace(
+        self, passes: Sequence[PassInfo], label: PassLabel, fill: Callable[[UndoWriter], None]
+    ) -> None:
+        """Put one pass in the place of adjacent ones, durably; a crash leaves either.
+
+        :raises StorageError: nothing changed.
+        """
+        base, _, merges = passes[-1].name.removesuffix(_SUFFIX).partition(_MERGED)
+        name = f"{base}{_MERGED}{int(merges or '0') + 1}{_SUFFIX}"
+        info = self._write_file(name, label, fill, is_gap=False)
+        self._store.sync_directory(DIRECTORY)
+        replaced = {each.name for each in passes}
+        at = self._passes.index(passes[0])
+        rest = self._passes[at + len(passes) :]
+        assert {each.name for each in self._passes[at : at + len(passes)]} == replaced
+        self._keep((*self._passes[:at], info, *rest))
+        for gone in passes:
+            self._store.unlink(gone.name)
+
+    def check(self, info: PassInfo) -> None:
+        """Read a pass through; one that is damaged counts as a gap from now on. Blocking."""
+        try:
+            reader = UndoReader(self._store.open(info.name), info.name)
+            try:
+                reader.verify()
+            finally:
+                reader.close()
+        except IntegrityError:
+            gap = replace(info, is_gap=True)
+            self._keep([gap if each == info else each for each in self._passes])
+
+    def drop_oldest(self, count: int) -> None:
+        """Forget the oldest passes."""
+        for each in self._passes[:count]:
+            self._drop(each.name)
+
+    def void(self) -> None:
+        """The images are about to be made anew: no earlier state can be had from now on.
+
+        Files stay until `drop_all`, since they may be what a crash has to repeat.
+        """
+        self._history = History(self._passes, self._history.incarnation + 1)
+        self.is_void = True
 
     def stored_bytes(self) -> int:
         """Bytes of all files."""
@@ -93,17 +204,6 @@ class UndoStore:
                 return each if generation in (None, each.generation) else None
         return None
 
-    def horizon(self, applied_epoch: int) -> int:
-        """The oldest epoch whose state can be restored from an image at `applied_epoch`."""
-        oldest = applied_epoch
-        for each in reversed(self._passes):
-            if each.to_epoch > applied_epoch:
-                continue
-            if each.to_epoch != oldest or each.is_gap:
-                break
-            oldest = each.from_epoch
-        return oldest
-
     def write(self, label: PassLabel, fill: Callable[[UndoWriter], None]) -> PassInfo:
         """Write the undo of one pass; when this returns it is durable, file and name.
 
@@ -130,36 +230,15 @@ class UndoStore:
         self.drop_all()
         return self._write(label, lambda _: None, is_gap=True)
 
-    def block_at(self, volume: int, block: int, epoch: int) -> bytes | None:
-        """What a block held at `epoch`, 4096 bytes (a short last block padded), or None.
-
-        None: it is unchanged since, the image has it. An epoch inside a pass gives the state at
-        the start of that pass.
-
-        :raises NotFoundError: undo does not reach back to `epoch`.
-        :raises IntegrityError: a file is damaged.
-        """
-        newer = [each for each in self._passes if each.to_epoch > epoch]
-        if newer and (newer[0].from_epoch > epoch or any(each.is_gap for each in newer)):
-            raise NotFoundError(
-                f"the state at epoch {epoch} is not kept any more",
-                hint='"geomirror timeline" shows what is kept',
-            )
-        for each in newer:
-            content = self._reader(each.name).read_block(volume, block)
-            if content is not None:
-                return content
-        return None
-
     def reader(self, from_epoch: int, to_epoch: int) -> UndoReader:
-        """The content of one pass.
+        """The content of one pass; to be closed.
 
         :raises NotFoundError: no such pass is kept.
         """
         found = self.find(from_epoch, to_epoch)
         if found is None:
             raise NotFoundError(f"no undo of epochs ({from_epoch}, {to_epoch}]")
-        return self._reader(found.name)
+        return UndoReader(self._store.open(found.name), found.name)
 
     def drop_all(self) -> None:
         """Forget all undo, durably: before an image is overwritten without undo (resync)."""
@@ -168,27 +247,36 @@ class UndoStore:
             self._drop(name)
         if names:
             self._store.sync_directory(DIRECTORY)
-
-    def close(self) -> None:
-        """Close the files held open by readers."""
-        for reader in self._readers.values():
-            reader.close()
-        self._readers.clear()
+        self.is_void = False
 
     def _load(self) -> None:
         self._store.unlink(_TEMPORARY)
+        found: list[PassInfo] = []
         for name in self._store.list(DIRECTORY):
-            if not name.endswith(".und"):
+            if not name.endswith(_SUFFIX):
                 continue
-            self._next = max(self._next, int(name.removesuffix(".und"), 16) + 1)
+            self._next = max(self._next, int(name.partition(".")[0], 16) + 1)
             path = f"{DIRECTORY}/{name}"
             file = self._store.open(path)
             try:
-                self._passes.append(_inspect(file, path))
+                found.append(_inspect(file, path))
             except IntegrityError as error:
                 self._damaged[path] = error
             finally:
                 file.close()
+        merged = [each for each in found if _MERGED in each.name and not each.is_gap]
+        covered = {each.name for each in found if any(_covers(big, each) for big in merged)}
+        self._keep([each for each in found if each.name not in covered])
+        for name in sorted(covered):
+            self._store.unlink(name)
+
+    def _keep(self, passes: Sequence[PassInfo]) -> None:
+        # Replaced, never changed: views on other threads look at it without a lock.
+        self._history = History(tuple(passes), self._history.incarnation)
+
+    @property
+    def _passes(self) -> tuple[PassInfo, ...]:
+        return self._history.passes
 
     def _newest_name(self) -> str:
         return max([each.name for each in self._passes] + list(self._damaged), default="")
@@ -196,6 +284,18 @@ class UndoStore:
     def _write(
         self, label: PassLabel, fill: Callable[[UndoWriter], None], *, is_gap: bool
     ) -> PassInfo:
+        name = f"{DIRECTORY}/{self._next:016x}{_SUFFIX}"
+        info = self._write_file(name, label, fill, is_gap=is_gap)
+        self._next += 1
+        self._enforce_budget(info.stored_bytes)
+        self._store.sync_directory(DIRECTORY)
+        self._keep((*self._passes, info))
+        return info
+
+    def _write_file(
+        self, name: str, label: PassLabel, fill: Callable[[UndoWriter], None], *, is_gap: bool
+    ) -> PassInfo:
+        """Write a file and give it its name, which is not durable yet."""
         self._store.unlink(_TEMPORARY)
         file = self._store.create(_TEMPORARY, 0)
         try:
@@ -204,21 +304,14 @@ class UndoStore:
             stored_bytes = writer.finish(label, is_gap=is_gap)
         finally:
             file.close()
-        name = f"{DIRECTORY}/{self._next:016x}.und"
         self._store.rename(_TEMPORARY, name)
-        self._next += 1
-        self._enforce_budget(stored_bytes)
-        self._store.sync_directory(DIRECTORY)
-        info = PassInfo(
+        return PassInfo(
             **asdict(label),
             name=name,
             is_gap=is_gap,
             raw_bytes=writer.raw_bytes,
             stored_bytes=stored_bytes,
         )
-        # Replaced, never changed: views on other threads look at it without a lock.
-        self._passes = [*self._passes, info]
-        return info
 
     def _enforce_budget(self, added_bytes: int) -> None:
         """Drop the oldest passes so that one more of `added_bytes` fits; it itself always does."""
@@ -226,25 +319,26 @@ class UndoStore:
             self._drop(name)
         bytes_max, passes_max = self._limits.undo_bytes_max, self._limits.undo_passes_max
         stored = self.stored_bytes() + added_bytes
-        while self._passes and (stored > bytes_max or len(self._passes) >= passes_max):
-            stored -= self._passes[0].stored_bytes
-            self._drop(self._passes[0].name)
+        pinned = min(self._pins.values(), default=None)
+        while self._passes:
+            oldest = self._passes[0]
+            # What a view looks at may take as much again, so that neither ends the other soon.
+            factor = 1 if pinned is None or oldest.to_epoch <= pinned else 2
+            if stored <= factor * bytes_max and len(self._passes) < factor * passes_max:
+                break
+            stored -= oldest.stored_bytes
+            self._drop(oldest.name)
 
     def _drop(self, name: str) -> None:
-        reader = self._readers.pop(name, None)
-        if reader is not None:
-            reader.close()
-        self._store.unlink(name)
-        self._passes = [each for each in self._passes if each.name != name]
+        self._keep([each for each in self._passes if each.name != name])
         self._damaged.pop(name, None)
+        self._store.unlink(name)
 
-    def _reader(self, name: str) -> UndoReader:
-        reader = self._readers.get(name)
-        if reader is None:
-            if len(self._readers) >= _READERS_MAX:
-                self._readers.pop(next(iter(self._readers))).close()
-            reader = self._readers[name] = UndoReader(self._store.open(name), name)
-        return reader
+
+def _covers(merged: PassInfo, other: PassInfo) -> bool:
+    """Whether `other` is one of the passes that `merged` took the place of."""
+    is_within = merged.from_epoch <= other.from_epoch and other.to_epoch <= merged.to_epoch
+    return is_within and other.name != merged.name
 
 
 def _inspect(file: File, name: str) -> PassInfo:

@@ -21,18 +21,20 @@ import xxhash
 import zstandard
 
 from geomirror.errors import IntegrityError
-from geomirror.limits import BLOCK_BYTES, KIB
+from geomirror.limits import BLOCK_BYTES
 from geomirror.volume.arrays import joined, run_heads
+from geomirror.volume.epoch_table import Table, empty_table
 from geomirror.volume.merge import Keys, keys_of
 from geomirror.volume.store import Buffer, File
+from geomirror.volume.undo_chunks import CHUNK, CHUNK_BYTES, ChunkMap, damage
 from geomirror.volume.zero_blocks import ZERO_BLOCK, zero_mask
 
-CHUNK_BYTES = 256 * KIB
-"""Raw bytes of a chunk: what reading one old block costs to decompress."""
 COMPRESSION_LEVEL = 1
 KIND_DATA = 0
 KIND_ZERO = 1
 FLAG_GAP = 1
+PLACE_BITS = 40
+"""Of an `address` of `UndoReader.located`: 4 PiB of old contents in one file."""
 VERSION = 2
 
 _MAGIC = b"GMUNDO1\0"
@@ -50,11 +52,9 @@ _ENTRY = np.dtype(
         ("position", "<u8"),
     ]
 )
-_CHUNK = np.dtype([("raw", "<u4"), ("stored", "<u4"), ("check", "<u8")])
 assert _HEADER.size == 128
 assert _FOOTER.size == 32
 assert _ENTRY.itemsize == 24
-assert _CHUNK.itemsize == 16
 
 _Array = npt.NDArray[np.void]
 
@@ -161,7 +161,7 @@ class UndoWriter:
         held = np.where(table["kind"] == KIND_DATA, table["count"].astype(np.uint64), 0)
         held *= np.uint64(BLOCK_BYTES)
         table["position"] = np.where(held > 0, np.cumsum(held) - held, 0)
-        tables = table.tobytes() + np.array(self._chunks, dtype=_CHUNK).tobytes()
+        tables = table.tobytes() + np.array(self._chunks, dtype=CHUNK).tobytes()
         footer = _FOOTER.pack(
             self._end,
             self._end + table.nbytes,
@@ -217,7 +217,7 @@ class UndoReader:
             file.pread(_FOOTER.size, size - _FOOTER.size)
         )
         end = size - _FOOTER.size
-        sizes = (entry_count * _ENTRY.itemsize, chunk_count * _CHUNK.itemsize)
+        sizes = (entry_count * _ENTRY.itemsize, chunk_count * CHUNK.itemsize)
         is_laid_out = start + sizes[0] == chunk_start and chunk_start + sizes[1] == end
         if magic != _FOOTER_MAGIC or start < _HEADER.size or not is_laid_out:
             raise self._damaged("has a damaged footer")
@@ -226,17 +226,17 @@ class UndoReader:
             raise self._damaged("has a damaged table")
         self._table: _Array = np.frombuffer(tables[: sizes[0]], dtype=_ENTRY)
         self._keys: Keys = keys_of(self._table)
-        self._chunks: _Array = np.frombuffer(tables[sizes[0] :], dtype=_CHUNK)
-        stored = self._chunks["stored"].astype(np.int64)
-        self._offsets = _HEADER.size + np.cumsum(stored) - stored
-        raw_bytes = int(self._chunks["raw"].sum(dtype=np.int64))
+        chunks: _Array = np.frombuffer(tables[sizes[0] :], dtype=CHUNK)
+        stored = chunks["stored"].astype(np.int64)
+        self.chunks = ChunkMap(name, chunks, _HEADER.size + np.cumsum(stored) - stored)
+        raw_bytes = int(chunks["raw"].sum(dtype=np.int64))
         if _HEADER.size + int(stored.sum()) != start or not self._is_covered(raw_bytes):
             raise self._damaged("has tables that contradict each other")
         self.info = replace(info, raw_bytes=raw_bytes)
 
     def _is_covered(self, raw_bytes: int) -> bool:
         """Whether chunks have legal sizes and every DATA entry lies within them."""
-        raw = self._chunks["raw"]
+        raw = self.chunks.chunks["raw"]
         if len(raw) and (int(raw.max()) > CHUNK_BYTES or bool(np.any(raw[:-1] != CHUNK_BYTES))):
             return False
         data = self._table[self._table["kind"] == KIND_DATA]
@@ -248,7 +248,7 @@ class UndoReader:
 
         :raises IntegrityError: a chunk is damaged.
         """
-        for index in range(len(self._chunks)):
+        for index in range(len(self.chunks.chunks)):
             self._chunk(index)
 
     def entries(self) -> list[tuple[int, int, int, int]]:
@@ -257,6 +257,37 @@ class UndoReader:
             (int(e["volume"]), int(e["kind"]), int(e["block"]), int(e["count"]))
             for e in self._table
         ]
+
+    def located(self, number: int) -> Table:
+        """The runs as a table for merging: DATA of one block each, ZERO as it is.
+
+        :param number: of this file among others: `address` of a DATA entry is `number` << 40 and
+            the block's place in the concatenation of all raw chunks, in blocks.
+        """
+        counts = np.where(self._table["kind"] == KIND_DATA, self._table["count"], 1).astype(
+            np.int64
+        )
+        first = np.repeat(np.cumsum(counts) - counts, counts)
+        step = (np.arange(len(first)) - first).astype(np.uint64)
+        source = np.repeat(self._table, counts)
+        located = empty_table(len(source))
+        is_data = source["kind"] == KIND_DATA
+        for name in ("volume", "kind"):
+            located[name] = source[name]
+        located["count"] = np.where(is_data, 1, source["count"])
+        located["block"] = source["block"] + step
+        place = source["position"] // np.uint64(BLOCK_BYTES) + step
+        located["address"] = np.where(is_data, place + np.uint64(number << PLACE_BITS), 0)
+        return located
+
+    @property
+    def entry_count(self) -> int:
+        """Entries that `located` would have."""
+        return int(self._located_counts().sum())
+
+    def _located_counts(self) -> Keys:
+        is_data = self._table["kind"] == KIND_DATA
+        return np.where(is_data, self._table["count"], 1).astype(np.int64)
 
     def read_block(self, volume: int, block: int) -> bytes | None:
         """The old content, 4096 bytes (a short last block padded), or None: not in this pass.
@@ -284,21 +315,10 @@ class UndoReader:
         self._file.close()
 
     def _chunk(self, index: int) -> bytes:
-        chunk = self._chunks[index]
-        stored = self._file.pread(int(chunk["stored"]), int(self._offsets[index]))
-        try:
-            # The size in the frame is trusted by the library: it is compared before it allocates.
-            if zstandard.frame_content_size(stored) != int(chunk["raw"]):
-                raise self._damaged(f"has a damaged chunk {index}")
-            raw = zstandard.ZstdDecompressor().decompress(stored)
-        except zstandard.ZstdError as error:
-            raise self._damaged(f"has a damaged chunk {index}") from error
-        if xxhash.xxh3_64_intdigest(raw) != int(chunk["check"]):
-            raise self._damaged(f"has a damaged chunk {index}")
-        return raw
+        return self.chunks.read(self._file, index)
 
     def _damaged(self, what: str) -> IntegrityError:
-        return _damage(self._name, what)
+        return damage(self._name, what)
 
 
 def read_header(file: File, name: str) -> PassInfo:
@@ -308,18 +328,11 @@ def read_header(file: File, name: str) -> PassInfo:
     """
     header = file.pread(_HEADER.size, 0)
     if _VERSION_AT.unpack_from(header) != (_MAGIC, VERSION):
-        raise _damage(name, "has an unknown header")
+        raise damage(name, "has an unknown header")
     fields = _HEADER.unpack(header)
     flags, generation, from_epoch, to_epoch = fields[2:6]
     wall_ns, chain_hash, check = fields[8:11]
     if check != xxhash.xxh3_64_intdigest(header[:-8]) or from_epoch >= to_epoch:
-        raise _damage(name, "has a damaged header")
+        raise damage(name, "has a damaged header")
     label = (generation, from_epoch, to_epoch, wall_ns, chain_hash)
     return PassInfo(*label, name, bool(flags & FLAG_GAP), 0, file.size())
-
-
-def _damage(name: str, what: str) -> IntegrityError:
-    return IntegrityError(
-        f"undo file {name} {what}",
-        hint='earlier states cannot be restored from it; "geomirror timeline" shows what is left',
-    )

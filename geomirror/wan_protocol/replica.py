@@ -23,10 +23,13 @@ from geomirror.environment import SECOND
 from geomirror.errors import FencedError, GeomirrorError, NoSpaceError, StorageError
 from geomirror.limits import Limits
 from geomirror.volume.engine import Engine
+from geomirror.volume.undo_merge import ThinJob
 from geomirror.wan_protocol.decisions import Decision, Emit, FlushDone, Job, RoomAvailable, RunJob
 
 RETRY_NS = 1 * SECOND
 """A full disk is looked at again after this time."""
+THIN_INTERVAL_NS = 10 * SECOND
+"""Between looks at whether history is due to get coarser."""
 SPARE_RETRY_NS = 10 * SECOND
 """A spare segment that found no space is tried again after this time."""
 
@@ -48,6 +51,7 @@ class Replica:
         self._retry_at_ns: int | None = None
         self._room_wanted = False
         self._spare_not_before_ns = 0
+        self._thin_not_before_ns = 0
 
     def next_decision(self) -> Decision | None:
         """The next thing for the shell to do, or None."""
@@ -218,7 +222,7 @@ class Replica:
             self._sealed_moved()
 
     def _pump_apply(self) -> None:
-        if self.is_running("apply") or self.is_running("checkpoint") or self._checkpoint_wanted:
+        if any(map(self.is_running, ("apply", "checkpoint", "thin"))) or self._checkpoint_wanted:
             return
         half_done = self.engine.half_applied_through
         # Repeated as it was (I6), held or not: until then the image is at no epoch at all.
@@ -232,6 +236,7 @@ class Replica:
 
     def _pump_checkpoint(self) -> None:
         is_busy = self.is_running("checkpoint") or self.is_running("apply")
+        is_busy |= self.engine.undo.is_void and self.is_running("thin")  # It drops the undo.
         if not self._checkpoint_wanted or is_busy:
             return
         self._checkpoint_wanted = False
@@ -254,6 +259,27 @@ class Replica:
             if spare is not None:
                 self._run("spare", spare, journal.complete_spare)
 
+        self._pump_thin()
+
+    def _pump_thin(self) -> None:
+        engine = self.engine
+        busy = ("apply", "checkpoint", "thin")
+        if self.now_ns < self._thin_not_before_ns or any(map(self.is_running, busy)):
+            return
+        self._thin_not_before_ns = self.now_ns + THIN_INTERVAL_NS
+        if engine.superblock.data_state == "consistent" and engine.half_applied_through is None:
+            marked = engine.marks.table.marked_epochs()
+            if marked:
+                engine.undo.pin("marks", marked[0])
+            else:
+                engine.undo.unpin("marks")
+            job = ThinJob(engine.store, engine.undo, self.limits, marked)
+            self._run("thin", job, self._thinned)
+
+    def _thinned(self, job: Any) -> None:
+        if job.has_changed:
+            self._thin_not_before_ns = self.now_ns
+
     def _trim_done(self, job: Any) -> None:
         self.engine.journal.complete_trim(job)
         self._room_moved()
@@ -264,8 +290,8 @@ class Replica:
             return
         if run.kind in ("trim", "spare"):
             run.done(run.job)  # Takes what was done; another one may be asked for.
-        if run.kind == "spare":
-            # Segments are made without it, too: nothing has to wait.
+        if run.kind in ("spare", "thin"):
+            # Segments are made without it, too, and history stays finer: nothing has to wait.
             self._spare_not_before_ns = self.now_ns + SPARE_RETRY_NS
             return
         self._retry_job(run)

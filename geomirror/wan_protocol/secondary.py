@@ -348,7 +348,7 @@ class Secondary(EpochIntake):
         resync = self.resync
         if resync is None:
             return
-        busy = {"apply", "resync", "checkpoint", "sync"}
+        busy = {"apply", "resync", "checkpoint", "sync", "thin"}
         is_applied = self.engine.applied_epoch == self.engine.committed_epoch
         if not resync.is_begun and is_applied and not any(map(self.is_running, busy)):
             # What is durable here is not copied, so it is in the image before it is forgotten.

@@ -26,6 +26,7 @@ from geomirror.volume.seal import SealJob
 from geomirror.volume.superblock import SuperblockFile
 from geomirror.volume.undo_file import UndoWriter
 from geomirror.wan_protocol.block_status import BlockStatus
+from geomirror.volume.undo_merge import ThinJob
 from geomirror.wan_protocol.decisions import FlushDone
 from geomirror.wan_protocol.epoch_intake import EpochIntake
 from geomirror.wan_protocol.peer_flushes import PeerFlushes
@@ -326,6 +327,16 @@ def status_without_the_bitmap() -> list[Patch]:
     return [(DirtyBitmap, "blocks_within", blocks_within)]
 
 
+def merge_keeps_newest() -> list[Patch]:
+    """Merged undo restores a later content than that of its start."""
+    real = ThinJob._copy
+
+    def copy(self: ThinJob, passes: Any, writer: UndoWriter) -> None:
+        real(self, list(reversed(passes)), writer)
+
+    return [(ThinJob, "_copy", copy)]
+
+
 MUTATIONS: dict[str, Callable[[], list[Patch]]] = {
     make.__name__: make
     for make in (
@@ -351,6 +362,7 @@ MUTATIONS: dict[str, Callable[[], list[Patch]]] = {
         status_of_what_was_received,
         status_without_the_draft,
         status_without_the_bitmap,
+        merge_keeps_newest,
     )
 }
 

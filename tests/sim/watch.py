@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from geomirror.errors import LimitExceededError, NotFoundError
+from geomirror.volume.view import View
 from geomirror.wan_protocol.secondary import CONSISTENT, Secondary
 from tests.sim.status_check import StatusCheck
+from tests.sim.oracle import BLOCK
 
 if TYPE_CHECKING:
     from tests.sim.node import SimNode
 
 UNDO_CHANCE = 0.3
+NEW_VIEW_CHANCE = 0.3
+PINNED_CHANCE = 0.5
 UNDO_SAMPLES = 3
 """Old blocks read back after some passes."""
 
@@ -24,10 +29,12 @@ class Watch:
         self._sealed_seen = 0
         self._applied_seen = -1
         self._status: StatusCheck | None = None
+        self._view: View | None = None
 
     def begin(self) -> None:
         """A new life."""
         self._status = StatusCheck(self._node) if self._node.is_primary else None
+        self._view = None
         self._sealed_seen = self._node.engine.sealed_epoch
         self._applied_seen = -1
 
@@ -76,18 +83,37 @@ class Watch:
         self._node.setup.oracle.applied(self._node.name, engine.applied_epoch, content)
 
     def _check_undo(self) -> None:
-        """O5 for a few blocks, at the start of some pass that can be undone."""
+        """O5 for a few blocks: in a new view of some point, or in one that was opened before."""
         node = self._node
-        engine, oracle, chance = node.engine, node.setup.oracle, node.world.random
-        horizon = engine.undo.horizon(engine.applied_epoch)
-        starts = [p.from_epoch for p in engine.undo.passes() if p.from_epoch >= horizon]
-        if not starts:
+        oracle, chance = node.setup.oracle, node.world.random
+        if self._view is None or chance.random() < NEW_VIEW_CHANCE:
+            self._open_view()
+        view = self._view
+        if view is None:
             return
-        epoch = starts[int(chance.random() * len(starts))]
-        changed = oracle.changes.get(epoch + 1, [])
+        changed = oracle.changes.get(view.epoch + 1, [])
         for _ in range(min(UNDO_SAMPLES, len(changed))):
             volume, block = changed[int(chance.random() * len(changed))]
-            content = engine.undo.block_at(volume, block, epoch)
-            if content is None:
-                content = engine.images[volume].read_block(block)
-            oracle.undone(node.name, volume, block, epoch, content)
+            size = min(BLOCK, oracle.sizes[volume] - block * BLOCK)
+            try:
+                content = view.read(volume, block * BLOCK, size)
+            except (NotFoundError, LimitExceededError):
+                self._view = None
+                return
+            oracle.undone(node.name, volume, block, view.epoch, content)
+
+    def _open_view(self) -> None:
+        """A view of any epoch that can be restored, pinned half of the time."""
+        engine, chance = self._node.engine, self._node.world.random
+        kept = engine.undo.history.kept(engine.applied_epoch)
+        epochs = [each.to_epoch for each in kept[:-1]]
+        engine.undo.unpin("view")
+        if not epochs:
+            return
+        epoch = epochs[int(chance.random() * len(epochs))]
+        if chance.random() < PINNED_CHANCE:
+            engine.undo.pin("view", epoch)
+        entries_max = engine.limits.view_entries_max
+        self._view = View(
+            epoch, engine.images, lambda: engine.undo.history, engine.store.open, entries_max
+        )

@@ -14,6 +14,7 @@ from geomirror.volume.epoch_table import ENTRY, HASH_ZERO, KIND_DATA, KIND_ZERO,
 from geomirror.volume.image import Image
 from geomirror.volume.store import Store
 from geomirror.volume.undo import UndoStore
+from geomirror.volume.view import View
 
 GENERATION = bytes(range(16))
 LIMITS = replace(SIMULATION, undo_passes_max=64)
@@ -123,18 +124,16 @@ def content_of(images: dict[int, Image]) -> dict[int, bytes]:
     return {volume: image.read(0, image.size_bytes) for volume, image in images.items()}
 
 
-def restored(images: dict[int, Image], undo: UndoStore, epoch: int) -> dict[int, bytes]:
+def view_of(images: dict[int, Image], store: Store, undo: UndoStore, epoch: int) -> View:
+    return View(epoch, images, lambda: undo.history, store.open, 1 << 20)
+
+
+def restored(
+    images: dict[int, Image], store: Store, undo: UndoStore, epoch: int
+) -> dict[int, bytes]:
     """What undo says the volumes held at `epoch`."""
-    result = {}
-    for volume, image in images.items():
-        parts = []
-        for block in range(image.block_count):
-            old = undo.block_at(volume, block, epoch)
-            parts.append(
-                image.read_block(block) if old is None else old[: image.block_bytes(block)]
-            )
-        result[volume] = b"".join(parts)
-    return result
+    view = view_of(images, store, undo, epoch)
+    return {volume: view.read(volume, 0, image.size_bytes) for volume, image in images.items()}
 
 
 def _stretches(content: bytes) -> list[tuple[int, int]]:

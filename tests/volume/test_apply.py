@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,12 +64,12 @@ def test_epochs_are_applied_as_one_and_the_undo_gives_the_old_state_back() -> No
     job = world.job(images, undo, 0, 2)
     job.run()
     assert content_of(images) == world.states[2]
-    assert restored(images, undo, 0) == world.states[0]
+    assert restored(images, store, undo, 0) == world.states[0]
     world.job(images, undo, 2, 3).run()
     assert content_of(images) == world.states[3]
-    assert restored(images, undo, 0) == world.states[0]
-    assert restored(images, undo, 2) == world.states[2]
-    assert (undo.horizon(3), undo.horizon(2)) == (0, 0)
+    assert restored(images, store, undo, 0) == world.states[0]
+    assert restored(images, store, undo, 2) == world.states[2]
+    assert (undo.history.horizon(3), undo.history.horizon(2)) == (0, 0)
     assert job.bytes_written == 2 * BLOCK_BYTES, "two of the three data blocks were superseded"
     assert job.undo_bytes == undo.passes()[0].stored_bytes
 
@@ -81,8 +82,8 @@ def test_any_epochs_are_applied_and_undone_exactly(seed: int) -> None:
     world.job(images, undo, 0, 1).run()
     world.job(images, undo, 1, 4).run()
     assert content_of(images) == world.states[4]
-    assert restored(images, undo, 1) == world.states[1]
-    assert restored(images, undo, 0) == world.states[0]
+    assert restored(images, store, undo, 1) == world.states[1]
+    assert restored(images, store, undo, 0) == world.states[0]
 
 
 def test_the_undo_is_durable_before_the_first_image_block_changes() -> None:
@@ -145,7 +146,7 @@ def test_holes_under_many_blocks_are_asked_for_and_not_read() -> None:
     world.job(images, undo, 0, 1).run()
     assert [op[2] for op in store.operations if op[0] == "pread"] == [0]
     assert content_of(images) == world.states[1]
-    assert restored(images, undo, 0) == world.states[0]
+    assert restored(images, store, undo, 0) == world.states[0]
 
 
 def test_an_image_in_too_many_pieces_is_read_and_not_asked() -> None:
@@ -161,7 +162,7 @@ def test_an_image_in_too_many_pieces_is_read_and_not_asked() -> None:
     # 512 blocks are worth 32 pieces: half of the blocks up to there, all of them behind.
     assert 350 < len(reads) < 512
     assert content_of(images) == world.states[1]
-    assert restored(images, undo, 0) == world.states[0]
+    assert restored(images, store, undo, 0) == world.states[0]
 
 
 def test_a_plain_resync_keeps_no_undo() -> None:
@@ -182,7 +183,8 @@ def test_holes_under_a_large_trim_cost_neither_reads_nor_undo() -> None:
     store.operations.clear()
     world.job(images, undo, 0, 1).run()
     assert sum(op[3] for op in store.operations if op[0] == "pread") == 128 * KIB
-    entries = undo.reader(0, 1).entries()
+    with closing(undo.reader(0, 1)) as reader:
+        entries = reader.entries()
     assert entries == [(0, 0, 0, 32), (0, 1, 32, size // BLOCK_BYTES - 32)]
 
 
@@ -200,7 +202,7 @@ def test_a_pass_too_large_to_undo_leaves_a_gap_and_is_applied_all_the_same(
     assert [(each.from_epoch, each.to_epoch, each.is_gap) for each in undo.passes()] == [
         (1, 3, True)
     ]
-    assert undo.horizon(3) == 3
+    assert undo.history.horizon(3) == 3
     assert undo.pending_pass(1) == (1, 3), "a gap still says which pass may be half applied"
 
 
@@ -217,7 +219,7 @@ def test_an_undo_file_that_exists_is_used_and_not_made_from_a_half_applied_image
     job = world.job(images, again, 0, 2)
     job.run()
     assert content_of(images) == world.states[2]
-    assert restored(images, again, 0) == world.states[0]
+    assert restored(images, store, again, 0) == world.states[0]
     assert len(again.passes()) == 1
     assert again.find(0, 2, GENERATION) is not None
     assert again.find(0, 2, bytes(16)) is None, "the same numbers of another history"
@@ -292,8 +294,8 @@ def test_after_a_crash_at_any_operation_the_pass_ends_and_the_past_is_intact(
         assert power_on(world, store, 1, 3, None)
         images, undo = world.images(store), UndoStore(store, LIMITS)
         assert content_of(images) == world.states[3], f"stopped after {stop_after} operations"
-        assert restored(images, undo, 1) == world.states[1], f"stopped after {stop_after}"
-        assert restored(images, undo, 0) == world.states[0]
+        assert restored(images, store, undo, 1) == world.states[1], f"stopped after {stop_after}"
+        assert restored(images, store, undo, 0) == world.states[0]
         assert len(undo.passes()) == 2
         stop_after += 1
     assert stop_after > 20
@@ -310,7 +312,7 @@ def test_a_failing_call_raises_and_the_pass_can_be_repeated(operation: str) -> N
     images, undo = world.images(store), UndoStore(store, LIMITS)
     world.job(images, undo, 0, 2).run()
     assert content_of(images) == world.states[2]
-    assert restored(images, undo, 0) == world.states[0]
+    assert restored(images, store, undo, 0) == world.states[0]
 
 
 def test_it_is_the_same_on_a_real_file_system(tmp_path: Path) -> None:
@@ -321,9 +323,8 @@ def test_it_is_the_same_on_a_real_file_system(tmp_path: Path) -> None:
     world.job(images, undo, 0, 2).run()
     world.job(images, undo, 2, 4).run()
     assert content_of(images) == world.states[4]
-    assert restored(images, undo, 2) == world.states[2]
-    assert restored(images, undo, 0) == world.states[0]
-    undo.close()
+    assert restored(images, store, undo, 2) == world.states[2]
+    assert restored(images, store, undo, 0) == world.states[0]
     for image in images.values():
         image.close()
     store.close()

@@ -13,6 +13,7 @@ from geomirror.errors import FencedError, IntegrityError, NotFoundError, Storage
 from geomirror.limits import BLOCK_BYTES, KIB
 from geomirror.volume.undo import UndoOverflowError, UndoStore
 from geomirror.volume.undo_file import PassLabel, UndoReader, UndoWriter
+from geomirror.volume.view import View
 from geomirror.volume.zero_blocks import ZERO_BLOCK
 from tests.sim.disk import SimStore
 from tests.volume.apply_support import GENERATION, LIMITS
@@ -43,20 +44,36 @@ def write(undo: UndoStore, from_epoch: int, to_epoch: int, fill: Fill) -> None:
     undo.write(label, fill)
 
 
+class UnchangedImage:
+    """An image that tells that it was asked."""
+
+    size_bytes = 1 << 62
+
+    def read(self, offset: int, length: int) -> bytes:
+        return b"image".ljust(length, b".")
+
+
+def block_at(undo: UndoStore, volume: int, block: int, epoch: int) -> bytes | None:
+    """What undo says a block held, None when it leaves it to the image."""
+    images = {volume: UnchangedImage()}
+    view = View(epoch, images, lambda: undo.history, undo._store.open, 1 << 20)
+    content = view.read(volume, block * BLOCK_BYTES, BLOCK_BYTES)
+    return None if content.startswith(b"image") else content
+
+
 def test_the_state_at_an_epoch_is_the_oldest_pass_after_it_that_holds_the_block() -> None:
     undo = UndoStore(SimStore(), LIMITS)
     write(undo, 0, 3, blocks(0, [1, 2], 100))
     write(undo, 3, 4, blocks(0, [2, 9], 200))
     write(undo, 4, 8, blocks(0, [1, 9], 300))
-    assert undo.block_at(0, 1, 0) == block_of(101)
-    assert undo.block_at(0, 1, 3) == block_of(301)
-    assert undo.block_at(0, 2, 3) == block_of(202)
-    assert undo.block_at(0, 2, 4) is None
-    assert undo.block_at(0, 9, 4) == block_of(309)
-    assert undo.block_at(0, 9, 8) is None
-    assert undo.block_at(1, 1, 0) is None
-    assert (undo.horizon(8), undo.horizon(3)) == (0, 0)
-    undo.close()
+    assert block_at(undo, 0, 1, 0) == block_of(101)
+    assert block_at(undo, 0, 1, 3) == block_of(301)
+    assert block_at(undo, 0, 2, 3) == block_of(202)
+    assert block_at(undo, 0, 2, 4) is None
+    assert block_at(undo, 0, 9, 4) == block_of(309)
+    assert block_at(undo, 0, 9, 8) is None
+    assert block_at(undo, 1, 1, 0) is None
+    assert (undo.history.horizon(8), undo.history.horizon(3)) == (0, 0)
 
 
 def test_zeros_runs_and_chunk_borders_are_read_back() -> None:
@@ -71,7 +88,9 @@ def test_zeros_runs_and_chunk_borders_are_read_back() -> None:
         writer.add_blocks(5, np.array([3, 4, 5]), data)
 
     write(undo, 1, 2, fill)
-    assert undo.reader(1, 2).entries() == [
+    with closing(undo.reader(1, 2)) as reader:
+        entries = reader.entries()
+    assert entries == [
         (0, 0, 10, 200),
         (0, 1, 210, 1 << 30),
         (5, 0, 3, 1),
@@ -79,14 +98,13 @@ def test_zeros_runs_and_chunk_borders_are_read_back() -> None:
         (5, 0, 5, 1),
     ]
     for number in (10, 73, 74, 209):
-        assert undo.block_at(0, number, 1) == block_of(number)
-    assert undo.block_at(0, 9, 1) is None
-    assert undo.block_at(0, 1 << 29, 1) is ZERO_BLOCK
-    assert undo.block_at(5, 4, 1) is ZERO_BLOCK
-    assert undo.block_at(5, 5, 1) == block_of(9)[:1024].ljust(BLOCK_BYTES, b"\0")
+        assert block_at(undo, 0, number, 1) == block_of(number)
+    assert block_at(undo, 0, 9, 1) is None
+    assert block_at(undo, 0, 1 << 29, 1) == ZERO_BLOCK
+    assert block_at(undo, 5, 4, 1) == ZERO_BLOCK
+    assert block_at(undo, 5, 5, 1) == block_of(9)[:1024].ljust(BLOCK_BYTES, b"\0")
     assert undo.passes()[0].raw_bytes == 202 * BLOCK_BYTES
     assert undo.passes()[0].stored_bytes == len(store.content(FIRST))
-    undo.close()
     assert UndoStore(store, LIMITS).passes() == undo.passes()
 
 
@@ -98,16 +116,15 @@ def test_the_oldest_passes_are_dropped_over_the_budget() -> None:
     assert [each.from_epoch for each in undo.passes()] == [7, 8, 9]
     assert undo.stored_bytes() <= 100 * KIB
     assert undo.passes()[0].name == f"undo/{41 + 7:016x}.und"
-    assert undo.horizon(10) == 7
+    assert undo.history.horizon(10) == 7
     with pytest.raises(NotFoundError, match="epoch 6 is not kept"):
-        undo.block_at(0, 0, 6)
+        block_at(undo, 0, 0, 6)
     write(undo, 10, 11, noise(100))
     assert [each.from_epoch for each in undo.passes()] == [10], "the newest is always kept"
     undo = UndoStore(store, replace(LIMITS, undo_passes_max=2))
     for epoch in range(11, 14):
         write(undo, epoch, epoch + 1, noise(1))
     assert [each.from_epoch for each in undo.passes()] == [12, 13]
-    undo.close()
 
 
 def test_a_gap_ends_what_can_be_restored() -> None:
@@ -121,14 +138,12 @@ def test_a_gap_ends_what_can_be_restored() -> None:
 
     write(undo, 1, 5, overflow)
     write(undo, 5, 6, blocks(0, [2]))
-    undo.close()
     undo = UndoStore(store, LIMITS)
     assert [(each.to_epoch, each.is_gap) for each in undo.passes()] == [(5, True), (6, False)]
-    assert undo.horizon(6) == 5
-    assert undo.block_at(0, 2, 5) == block_of(2)
+    assert undo.history.horizon(6) == 5
+    assert block_at(undo, 0, 2, 5) == block_of(2)
     with pytest.raises(NotFoundError):
-        undo.block_at(0, 2, 4)
-    undo.close()
+        block_at(undo, 0, 2, 4)
 
 
 def test_a_full_disk_costs_old_passes_first_and_then_leaves_a_gap() -> None:
@@ -147,7 +162,6 @@ def test_a_full_disk_costs_old_passes_first_and_then_leaves_a_gap() -> None:
     other = store.create("full", 0)
     with closing(other), pytest.raises(StorageError):
         other.pwritev([bytes(300 * KIB)], 0)
-    undo.close()
 
 
 def test_a_failing_disk_writes_no_undo_and_says_so() -> None:
@@ -165,7 +179,6 @@ def test_damage_is_a_gap_or_a_fence_never_a_second_undo() -> None:
     store = SimStore()
     undo = UndoStore(store, LIMITS)
     write(undo, 0, 1, noise(70))
-    undo.close()
     size_bits = len(store.content(FIRST)) * 8
 
     def damaged(bit: int) -> UndoStore:
@@ -230,10 +243,9 @@ def test_the_golden_file_reads_as_documented() -> None:
         assert reader.read_block(2, 4196) == block_of(1)
     undo = UndoStore(SimStore(), LIMITS)
     write(undo, 17, 19, golden)
-    written = undo.reader(17, 19)
-    assert (written.entries(), written.info) == (reader.entries(), reader.info)
+    with closing(undo.reader(17, 19)) as written:
+        assert (written.entries(), written.info) == (reader.entries(), reader.info)
     assert dump(load(dump(content))) == dump(content)
-    undo.close()
 
 
 def test_a_file_of_the_first_format_is_named_not_guessed() -> None:

@@ -1,0 +1,86 @@
+"""Which undo passes are merged, so that history gets coarser with age instead of being lost.
+
+```
+ age     0 ───────── 1 h ───────── 24 h ───────── 7 d ────────── 30 d ───▶ dropped
+ points  one a second    every 30 s     every 5 min    every hour
+```
+Merging (a, b] and (b, c] gives (a, c]: the state at b cannot be viewed any more, those at a and c
+can. A pinned epoch (a view, a mark) is never merged away. Age is measured against the newest pass,
+not against the clock: while replication is down, nothing gets older.
+Deliberately not here: merging (`undo_merge`), budgets (`undo`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from geomirror.volume.undo_file import PassInfo
+
+MERGE_PASSES_MAX = 256
+"""Passes of one merge: so many files are open at once."""
+
+Level = tuple[int, int]
+"""(step, age) in ns: points that are `step` apart are kept up to `age`."""
+
+
+def level_of(age_ns: int, levels: Sequence[Level]) -> int:
+    """Number of the level of a point of this age; the last one for all beyond it."""
+    for number, (_, level_age_ns) in enumerate(levels):
+        if age_ns < level_age_ns:
+            return number
+    return len(levels) - 1
+
+
+def next_merge(
+    passes: Sequence[PassInfo],
+    pinned: Collection[int],
+    raw_bytes_max: int,
+    levels: Sequence[Level],
+    settled_ns: int,
+) -> list[PassInfo]:
+    """The next passes to merge into one, at least two, oldest first; empty when none is due.
+
+    :param pinned: epochs that stay boundaries.
+    :param raw_bytes_max: before-images that one merge may hold.
+    :param settled_ns: newer passes are left alone: a crash may have to repeat one of them exactly.
+    """
+    if not passes:
+        return []
+    newest_ns = max(each.wall_ns for each in passes)
+    group: list[PassInfo] = []
+    bucket: tuple[int, int] | None = None
+    raw_bytes = 0
+    for each in passes:
+        age_ns = newest_ns - each.wall_ns
+        if age_ns < settled_ns:
+            break
+        step_ns, _ = levels[level_of(age_ns, levels)]
+        here = (step_ns, each.wall_ns // step_ns)
+        follows = bool(group) and group[-1].to_epoch == each.from_epoch
+        fits = raw_bytes + each.raw_bytes <= raw_bytes_max and len(group) < MERGE_PASSES_MAX
+        is_one = follows and here == bucket and fits and not each.is_gap
+        if not is_one or group[-1].to_epoch in pinned or group[-1].generation != each.generation:
+            if len(group) > 1:
+                return group
+            group, raw_bytes = [], 0
+        bucket = here
+        if not each.is_gap:
+            group.append(each)
+            raw_bytes += each.raw_bytes
+    return group if len(group) > 1 else []
+
+
+def expired(passes: Sequence[PassInfo], pinned: Collection[int], levels: Sequence[Level]) -> int:
+    """How many of the oldest passes are beyond the last level; the newest one never is."""
+    if not passes:
+        return 0
+    newest_ns = max(each.wall_ns for each in passes)
+    lowest = min(pinned, default=None)
+    count = 0
+    for each in passes[:-1]:
+        # A pass restores the state before it: one that ends at a pinned epoch is not needed by it.
+        is_needed = lowest is not None and each.to_epoch > lowest
+        if newest_ns - each.wall_ns < levels[-1][1] or is_needed:
+            break
+        count += 1
+    return count

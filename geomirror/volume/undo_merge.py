@@ -1,0 +1,144 @@
+"""Merging adjacent undo passes into one file that restores the state before the first of them.
+
+```
+ (40,41]  b1 b5        of a block that several hold, the oldest content
+ (41,45]     b5 b9  ─▶ (40,45]  b1 b5 b9
+```
+The merged file is durable before the others are unlinked; whatever a crash leaves of them is
+recognised at the next start, because the merged pass covers them.
+Memory: one chunk of each file, the tables, 1 MiB of contents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+
+from geomirror.errors import IntegrityError, LimitExceededError
+from geomirror.limits import BLOCK_BYTES, Limits
+from geomirror.volume.epoch_table import KIND_ZERO
+from geomirror.volume.store import File, Store
+from geomirror.volume.undo import UndoStore
+from geomirror.volume.undo_chunks import BLOCKS_PER_CHUNK
+from geomirror.volume.undo_file import PassInfo, PassLabel, UndoReader, UndoWriter
+from geomirror.volume.undo_levels import expired, next_merge
+from geomirror.volume.view_index import ViewIndex, block_of, file_of
+
+_BLOCKS_MAX = 256
+"""Blocks copied at once: 1 MiB."""
+
+
+class ThinJob:
+    """Makes history coarser with age: drops what is too old, merges one group of passes.
+
+    :param pinned: epochs that stay boundaries, besides those of views.
+    """
+
+    def __init__(
+        self, store: Store, undo: UndoStore, limits: Limits, pinned: Collection[int]
+    ) -> None:
+        self.has_changed = False
+        """After `run`: something was done; there may be more to do."""
+        self._store = store
+        self._undo = undo
+        self._limits = limits
+        self._pinned = pinned
+
+    def run(self) -> None:
+        """Blocking; nothing else may change the undo meanwhile.
+
+        A pass that turns out to be damaged becomes a gap: replication goes on.
+
+        :raises StorageError: the undo restores what it did before.
+        """
+        passes = self._undo.history.passes
+        pinned = [*self._pinned, *self._undo.pinned_epochs()]
+        limits = self._limits
+        drops = expired(passes, pinned, limits.undo_levels)
+        self._undo.drop_oldest(drops)
+        group = next_merge(
+            passes[drops:],
+            pinned,
+            limits.undo_merge_bytes_max,
+            limits.undo_levels,
+            limits.undo_settled_ns,
+        )
+        self.has_changed = bool(drops or group)
+        while len(group) > 1:
+            try:
+                self.merge(group)
+            except LimitExceededError:
+                group = group[: len(group) // 2]
+            except IntegrityError:
+                for each in group:
+                    self._undo.check(each)
+                return
+            else:
+                return
+
+    def merge(self, passes: Sequence[PassInfo]) -> None:
+        """Merge adjacent passes, oldest first. Blocking.
+
+        :raises IntegrityError: one is damaged; nothing changed.
+        """
+        first, last = passes[0], passes[-1]
+        label = PassLabel(
+            last.generation, first.from_epoch, last.to_epoch, last.wall_ns, last.chain_hash
+        )
+        self._undo.replace(passes, label, lambda writer: self._copy(passes, writer))
+
+    def _copy(self, passes: Sequence[PassInfo], writer: UndoWriter) -> None:
+        index = ViewIndex(passes[0].from_epoch).extended(
+            passes,
+            lambda name: UndoReader(self._store.open(name), name),
+            self._limits.view_entries_max,
+        )
+        files = [self._store.open(each.name) for each in passes]
+        try:
+            _Copy(index, files, writer).run()
+        finally:
+            for file in files:
+                file.close()
+
+
+class _Copy:
+    """One merge: contents in the order of their blocks."""
+
+    def __init__(self, index: ViewIndex, files: Sequence[File], writer: UndoWriter) -> None:
+        self._index = index
+        self._files = files
+        self._writer = writer
+        self._chunks: dict[int, tuple[int, bytes]] = {}
+
+    def run(self) -> None:
+        table = self._index.table()
+        fields = ["volume", "kind", "count", "block", "address"]
+        volume = -1
+        blocks: list[int] = []
+        contents: list[bytes] = []
+        for at in range(0, len(table), _BLOCKS_MAX):
+            for owner, kind, count, block, address in table[at : at + _BLOCKS_MAX][fields].tolist():
+                if owner != volume or kind == KIND_ZERO or len(blocks) >= _BLOCKS_MAX:
+                    self._add(volume, blocks, contents)
+                    volume, blocks, contents = owner, [], []
+                if kind == KIND_ZERO:
+                    self._writer.add_zero(volume, block, count)
+                else:
+                    blocks.append(block)
+                    contents.append(self._content(address))
+        self._add(volume, blocks, contents)
+
+    def _add(self, volume: int, blocks: list[int], contents: list[bytes]) -> None:
+        if blocks:
+            self._writer.add_blocks(volume, np.array(blocks), b"".join(contents))
+
+    def _content(self, address: int) -> bytes:
+        number = file_of(address)
+        chunk, inside = divmod(block_of(address), BLOCKS_PER_CHUNK)
+        held, raw = self._chunks.get(number, (-1, b""))
+        if held != chunk:
+            # Each file's blocks are in order, so each of its chunks is decompressed once.
+            raw = self._index.files[number].read(self._files[number], chunk)
+            self._chunks[number] = chunk, raw
+        return raw[inside * BLOCK_BYTES : (inside + 1) * BLOCK_BYTES]

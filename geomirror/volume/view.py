@@ -1,0 +1,153 @@
+"""The volumes as they were at one epoch, read while apply passes go on changing the images.
+
+```
+ block ─▶ changed since? ─ yes ─▶ undo file of the first pass after the epoch that holds it
+                         └ no ──▶ image ─▶ did a pass begin meanwhile? ─ yes ─▶ look again
+```
+Undo is durable, and known here, before its pass changes an image block (I6): a block that was read
+from the image is the epoch's unless the history shows another pass afterwards. So no lock is held
+and applying never waits for a view.
+Deliberately not here: who may keep how much for how long (`undo` pins, the node's views).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import numpy as np
+
+from geomirror.errors import NotFoundError, StorageError
+from geomirror.limits import BLOCK_BYTES
+from geomirror.volume.arrays import run_heads, run_lengths
+from geomirror.volume.store import File
+from geomirror.volume.undo import History
+from geomirror.volume.undo_chunks import BLOCKS_PER_CHUNK
+from geomirror.volume.undo_file import UndoReader
+from geomirror.volume.view_index import IMAGE, ZERO, Places, ViewIndex, block_of, file_of
+
+_ATTEMPTS_MAX = 100
+"""Passes begin a few times a second, and a read takes milliseconds."""
+
+
+class ViewedImage(Protocol):
+    """What a view needs of a volume's image (`image.Image`)."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the volume."""
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes."""
+
+
+class View:
+    """All volumes at `epoch`. Reads block and may run on several threads at once.
+
+    :param history: what undo is kept now (`UndoStore.history`).
+    :param entries_max: blocks changed since the epoch that are indexed, 48 bytes each.
+    :raises NotFoundError: the state is not kept.
+    """
+
+    def __init__(
+        self,
+        epoch: int,
+        images: Mapping[int, ViewedImage],
+        history: Callable[[], History],
+        open_file: Callable[[str], File],
+        entries_max: int,
+    ) -> None:
+        self.epoch = epoch
+        self._images = images
+        self._history = history
+        self._open_file = open_file
+        self._entries_max = entries_max
+        self._incarnation = history().incarnation
+        self._index = ViewIndex(epoch)
+        history().since(epoch)
+
+    def prepare(self) -> None:
+        """Index what was changed since the epoch, which the first read would do otherwise."""
+        self._current(self._history())
+
+    def read(self, volume: int, offset: int, length: int) -> bytes:
+        """The bytes of a range, at most some MiB, as they were.
+
+        :raises NotFoundError: the state is not kept any more. :raises LimitExceededError: too much
+            was changed since. :raises IntegrityError: an undo file is damaged.
+        """
+        first = offset // BLOCK_BYTES
+        count = -(-(offset + length) // BLOCK_BYTES) - first
+        for _ in range(_ATTEMPTS_MAX):
+            history = self._history()
+            try:
+                index = self._current(history)
+                places = index.places(volume, first, count)
+                content = self._collect(index, volume, first, places)
+            except (NotFoundError, StorageError):
+                if self._history() is history:
+                    raise
+                continue  # Passes were merged: their contents are in another file now.
+            if self._history() is history or not bool((places == IMAGE).any()):
+                start = offset - first * BLOCK_BYTES
+                return bytes(memoryview(content)[start : start + length])
+        raise StorageError(f"view of epoch {self.epoch}: the undo changes too fast to be read")
+
+    def _current(self, history: History) -> ViewIndex:
+        """The index of `history`."""
+        if history.incarnation != self._incarnation:
+            raise NotFoundError(
+                f"the state at epoch {self.epoch} is gone: this copy was made anew since"
+            )
+        index, passes = self._index, history.since(self.epoch)
+        if index.passes == passes:
+            return index
+        if passes[: len(index.passes)] != index.passes:
+            index = ViewIndex(self.epoch)  # Some were merged.
+        added = passes[len(index.passes) :]
+        # Two threads may make the same one: it is never changed, so either will do.
+        self._index = index = index.extended(added, self._open_reader, self._entries_max)
+        return index
+
+    def _open_reader(self, name: str) -> UndoReader:
+        return UndoReader(self._open_file(name), name)
+
+    def _collect(self, index: ViewIndex, volume: int, first: int, places: Places) -> bytearray:
+        """The contents of blocks from `first` on; a short last block is padded."""
+        content = bytearray(len(places) * BLOCK_BYTES)
+        self._read_image(content, volume, first, places)
+        numbers = np.flatnonzero(places > ZERO)
+        for file_number in np.unique(file_of(places[numbers])).tolist():
+            chosen = numbers[file_of(places[numbers]) == file_number]
+            self._read_file(content, index, file_number, chosen, block_of(places[chosen]))
+        return content
+
+    def _read_image(self, content: bytearray, volume: int, first: int, places: Places) -> None:
+        image = self._images[volume]
+        unchanged = np.flatnonzero(places == IMAGE)
+        if not len(unchanged):
+            return
+        heads = run_heads(unchanged[1:] - unchanged[:-1] != 1)
+        lengths = run_lengths(heads, len(unchanged)).tolist()
+        for at, blocks in zip(unchanged[heads].tolist(), lengths, strict=True):
+            offset = (first + at) * BLOCK_BYTES
+            length = min(blocks * BLOCK_BYTES, image.size_bytes - offset)
+            content[at * BLOCK_BYTES : at * BLOCK_BYTES + length] = image.read(offset, length)
+
+    def _read_file(
+        self, content: bytearray, index: ViewIndex, number: int, blocks: Places, at: Places
+    ) -> None:
+        """Copy `blocks` of the range from one undo file, where they lie `at`, in blocks."""
+        chunks = index.files[number]
+        file = self._open_file(chunks.name)
+        try:
+            held, raw = -1, b""
+            for block, place in zip(blocks.tolist(), at.tolist(), strict=True):
+                chunk, inside = divmod(place, BLOCKS_PER_CHUNK)
+                if chunk != held:
+                    held, raw = chunk, chunks.read(file, chunk)
+                start = inside * BLOCK_BYTES
+                old = raw[start : start + BLOCK_BYTES]
+                content[block * BLOCK_BYTES : block * BLOCK_BYTES + len(old)] = old
+        finally:
+            file.close()

@@ -1,0 +1,113 @@
+"""History gets coarser with age: which passes are merged, which are dropped."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from geomirror.environment import SECOND
+from geomirror.limits import MIB, PRODUCTION
+from geomirror.volume.undo_file import PassInfo
+from geomirror.volume.undo_levels import expired, next_merge
+
+GENERATION = bytes(16)
+HOUR = 3600 * SECOND
+NOW = 1_000_000 * HOUR
+ROOM = 64 * MIB
+LEVELS = PRODUCTION.undo_levels
+
+
+def history(*ages_s: float, raw: int = 4096) -> list[PassInfo]:
+    """Adjacent passes that ended so long before the newest, which has age 0."""
+    return [
+        PassInfo(
+            GENERATION, number, number + 1, NOW - int(age * SECOND), name=str(number), raw_bytes=raw
+        )
+        for number, age in enumerate([*ages_s, 0])
+    ]
+
+
+def merge_of(passes: list[PassInfo], pinned: list[int], room: int) -> list[PassInfo]:
+    return next_merge(passes, pinned, room, LEVELS, PRODUCTION.undo_settled_ns)
+
+
+def ends(passes: list[PassInfo]) -> list[int]:
+    return [each.to_epoch for each in passes]
+
+
+def test_passes_of_one_second_become_one() -> None:
+    passes = history(20.9, 20.8, 20.6, 20.3, 19.9, 19.5)
+    assert ends(merge_of(passes, [], ROOM)) == [1, 2, 3, 4]
+
+
+def test_the_newest_are_left_alone() -> None:
+    assert merge_of(history(9.9, 9.8, 9.7, 0.5), [], ROOM) == []
+
+
+def test_after_an_hour_half_a_minute_is_one_point() -> None:
+    passes = history(*[3600 + 60 + 29 - n for n in range(60)])
+    first = merge_of(passes, [], ROOM)
+    assert 25 <= len(first) <= 30
+    assert first[0].to_epoch == 1
+
+
+def test_a_pinned_epoch_stays_a_boundary() -> None:
+    passes = history(*[7200 + 29.9 - n / 2 for n in range(50)])
+    group = merge_of(passes, [7], ROOM)
+    assert ends(group) == [1, 2, 3, 4, 5, 6, 7]
+    merged = [
+        PassInfo(GENERATION, 0, 7, group[-1].wall_ns, name="m", raw_bytes=4096),
+        *passes[7:],
+    ]
+    assert merge_of(merged, [7], ROOM)[0].from_epoch == 7
+
+
+def test_a_merge_is_bounded_in_bytes() -> None:
+    passes = history(*[7200 + 29.9 - n / 2 for n in range(50)], raw=20 * MIB)
+    assert len(merge_of(passes, [], ROOM)) == 3
+
+
+def test_a_gap_is_never_merged() -> None:
+    passes = history(*[7200 + 29.9 - n / 2 for n in range(6)])
+    passes[1] = PassInfo(GENERATION, 1, 2, passes[1].wall_ns, name="1", is_gap=True)
+    assert ends(merge_of(passes, [], ROOM)) == [3, 4, 5, 6]
+
+
+def test_the_oldest_expire_but_never_what_is_pinned_nor_the_newest() -> None:
+    month = LEVELS[-1][1] / SECOND
+    passes = history(month + 30, month + 20, month + 10, month - 10)
+    assert expired(passes, [], LEVELS) == 3
+    assert expired(passes, [1], LEVELS) == 1, "what ends at the pinned epoch is not needed"
+    assert expired(passes, [0], LEVELS) == 0
+    assert expired(history(), [], LEVELS) == 0
+
+
+def test_while_replication_is_down_nothing_gets_older() -> None:
+    """Age is measured against the newest pass: a clock that goes on alone changes nothing."""
+    passes = history(30, 20)
+    assert merge_of(passes, [], ROOM) == []
+    assert expired(passes, [], LEVELS) == 0
+
+
+@given(
+    ages=st.lists(st.floats(0, 40 * 24 * 3600), max_size=60),
+    pinned=st.lists(st.integers(0, 61), max_size=4),
+)
+def test_merging_ends_and_keeps_pinned_boundaries(ages: list[float], pinned: list[int]) -> None:
+    passes = history(*sorted(ages, reverse=True))
+    boundaries = {0, *(each.to_epoch for each in passes)}
+    for _ in range(len(passes) + 1):
+        group = merge_of(passes, pinned, ROOM)
+        if not group:
+            break
+        assert len(group) >= 2
+        at = passes.index(group[0])
+        assert passes[at : at + len(group)] == group
+        merged = PassInfo(
+            GENERATION, group[0].from_epoch, group[-1].to_epoch, group[-1].wall_ns, name="m"
+        )
+        passes[at : at + len(group)] = [merged]
+    else:
+        raise AssertionError("merging does not end")
+    kept = {0, *(each.to_epoch for each in passes)}
+    assert boundaries & set(pinned) <= kept
