@@ -38,6 +38,8 @@ PANELS: dict[str, dict[str, str]] = {
         "attach": "geomirror.cli.attach",
         "detach": "geomirror.cli.attach",
         "nbd": "geomirror.cli.nbd",
+        "timeline": "geomirror.cli.timeline",
+        "view": "geomirror.cli.view",
     },
     "Observation": {
         "status": "geomirror.cli.status",

@@ -40,6 +40,7 @@ from geomirror.node.resource_definition import ResourceDefinition
 from geomirror.node.resource_host import ResourceHost, remove_tree
 from geomirror.node.service import ServiceFactory
 from geomirror.node.status import StatusReport
+from geomirror.node.view_calls import ViewCalls
 from geomirror.tunnel.network_state_io import NetworkState
 from geomirror.tunnel.tls_io import TlsDriver
 from geomirror.wan_protocol.streams_io import PeerAddress, PeerLinks
@@ -192,6 +193,7 @@ class Node:
         )
         calls.register(self._methods)
         ResourceChanges(calls).register(self._methods)
+        ViewCalls(calls, self._status.addresses).register(self._methods)
         self._network.register(self._methods)
         self._calls = calls
         self._methods.add("status", StatusRequest, self._show_status)

@@ -16,6 +16,7 @@ from geomirror.node.replica_storage import create_engine, open_engine
 from geomirror.node.resource_definition import ResourceDefinition
 from geomirror.node.secondary_export import ReaderPins, SecondaryExport
 from geomirror.node.status_contexts import StatusContexts
+from geomirror.node.view_host import ViewHost
 from geomirror.volume.engine import Engine
 from geomirror.volume.store_io import DirectoryStore
 from geomirror.wan_protocol.messages import AnyMessage
@@ -51,6 +52,7 @@ class ReplicaService:
         self._held = HeldWriters()
         self._full_disk = FullDisk(node.limits.full_disk_wait_ns_max)
         self._pins: ReaderPins | None = None
+        self.views = ViewHost(definition.name, engine, store, node)
         self._exports: dict[str, Export] = {}
         self._ticker: asyncio.Task[None] | None = None
         self._links_up: set[str] = set()
@@ -71,7 +73,9 @@ class ReplicaService:
         :raises FencedError, IntegrityError, InUseError, StorageError: nothing was changed.
         """
         store, engine = open_engine(definition, node)
-        return cls(definition, node, engine, store)
+        service = cls(definition, node, engine, store)
+        service.views.open_all()
+        return service
 
     @property
     def role(self) -> str:
@@ -125,6 +129,7 @@ class ReplicaService:
             except TimeoutError:
                 self._node.emit("stop_unfinished", {"resource": self.definition.name})
         await self._runner.stop()
+        await self.views.stop()
         self._engine.close()
         self._store.close()
 
@@ -140,8 +145,8 @@ class ReplicaService:
     # What the node asks.
 
     def exports(self) -> dict[str, Export]:
-        """`RES/VOLUME` for every volume, and `RES` for the first."""
-        return self._exports
+        """`RES/VOLUME` for every volume, `RES` for the first, and those of views."""
+        return {**self._exports, **self.views.exports()}
 
     def position(self) -> dict[str, Any]:
         """Epochs here; `lsn` is where the next write goes (primary) or what is applied."""
@@ -345,6 +350,8 @@ class ReplicaService:
                 self._room(peer)
             self._runner.drive()
             self._mind_full_disk()
+            for name in await self.views.expire():
+                self._runner.tell("view_expired", {"view": name})
 
     def _mind_full_disk(self) -> None:
         """Writers wait for space, then they are told; the first look tells the operator."""

@@ -11,6 +11,7 @@ from geomirror.node.resource_definition import ResourceDefinition
 
 if TYPE_CHECKING:
     from geomirror.nbd.protocol import Export
+    from geomirror.node.view_host import ViewHost
     from geomirror.wan_protocol.messages import AnyMessage
 
 
@@ -18,6 +19,10 @@ class Service(Protocol):
     """One resource on this node."""
 
     definition: ResourceDefinition
+
+    @property
+    def views(self) -> ViewHost:
+        """Earlier points in time of it."""
 
     @property
     def role(self) -> str:

@@ -56,7 +56,7 @@ class StatusReport:
             return self._not_served(entry)
         found = service.status()
         for volume in found["volumes"]:
-            volume.update(self._addresses(name, str(volume["name"])))
+            volume.update(self.addresses(name, str(volume["name"])))
         here = self._host.context.name
         for peer in found["peers"]:
             link = self._link_of(peer["node"])
@@ -88,8 +88,10 @@ class StatusReport:
             "error": error_object(failure) if failure else None,
         }
 
-    def _addresses(self, resource: str, volume: str) -> dict[str, str]:
-        path = f"{quote(resource)}/{quote(volume)}"
+    def addresses(self, resource: str, volume: str) -> dict[str, str]:
+        """URIs of a volume: `nbd_uri`, and `nbd_tcp_uri` where TCP is configured."""
+        # "@" stands between a resource and its view, and may stand in a path (RFC 3986, pchar).
+        path = f"{quote(resource, safe='@')}/{quote(volume)}"
         socket = quote(self.nbd_socket, safe="/")
         found = {"nbd_uri": f"nbd+unix:///{path}?socket={socket}"}
         if self.nbd_tcp_base_uri:

@@ -1,0 +1,320 @@
+"""The views of one resource on this node: made, found again after a restart, expired, deleted.
+
+A view is a small JSON file under `views/` in the resource's directory, and a scratch overlay beside
+it if it is writable. It pins the undo that it needs; a view whose undo is gone says so and is kept
+until it is deleted or expires.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+
+from geomirror.environment import SECOND
+from geomirror.errors import GeomirrorError, NotFoundError, RefusedError
+from geomirror.nbd.protocol import Export
+from geomirror.node.context import NodeContext
+from geomirror.node.view_export import ViewExport, ViewQueue
+from geomirror.volume.engine import Engine
+from geomirror.volume.points import At, Point, find_point, points_of
+from geomirror.volume.scratch import DIRECTORY, Scratch, data_name, map_name
+from geomirror.volume.store_io import DirectoryStore
+from geomirror.volume.superblock import VolumeRecord
+from geomirror.volume.view import View
+
+CONSISTENT = "consistent"
+
+
+class ViewRecord(msgspec.Struct, forbid_unknown_fields=True):
+    """`views/NAME.view`: what a restart needs to serve the view again."""
+
+    name: str
+    generation: str
+    epoch: int
+    wall_ns: int
+    """When the epoch was cut."""
+    created_wall_ns: int
+    expires_wall_ns: int | None
+    is_writable: bool
+    quota_bytes: int
+    sizes: dict[int, int]
+    """Bytes of each volume, by index."""
+
+
+class OpenView:
+    """One view."""
+
+    def __init__(self, record: ViewRecord) -> None:
+        self.record = record
+        self.queue: ViewQueue | None = None
+        self.exports: dict[str, Export] = {}
+        self.connections = 0
+        self.reason = ""
+        """Why it is not served."""
+
+
+class ViewHost:
+    """All views of a resource here. On the event loop, but for `open_all`."""
+
+    def __init__(
+        self, resource: str, engine: Engine, store: DirectoryStore, node: NodeContext
+    ) -> None:
+        self._resource = resource
+        self._engine = engine
+        self._store = store
+        self._node = node
+        self._views: dict[str, OpenView] = {}
+
+    def points(self) -> list[Point]:
+        """Every point in time that can be looked at here now, oldest first."""
+        engine = self._engine
+        if engine.superblock.data_state != CONSISTENT:
+            return []
+        superblock = engine.superblock
+        return points_of(
+            engine.undo.history,
+            superblock.applied_epoch,
+            superblock.applied_wall_ns,
+            engine.marks.table,
+        )
+
+    def undo_state(self) -> dict[str, Any]:
+        """What history costs, and why it does not reach back further."""
+        engine, limits = self._engine, self._node.limits
+        history = engine.undo.history
+        kept = history.kept(engine.applied_epoch)
+        earlier = history.passes[: len(history.passes) - len(kept)]
+        gap = next((each for each in reversed(earlier) if each.is_gap), None)
+        return {
+            "stored_bytes": sum(each.stored_bytes for each in history.passes),
+            "budget_bytes": limits.undo_bytes_max,
+            "passes": len(history.passes),
+            "passes_max": limits.undo_passes_max,
+            "gap_epoch": None if gap is None else gap.to_epoch,
+        }
+
+    def open_all(self) -> None:
+        """Find the views of the last life again. Blocking; before anything is applied."""
+        for name in self._store.list(DIRECTORY):
+            if not name.endswith(".view"):
+                continue
+            file = self._store.open(f"{DIRECTORY}/{name}")
+            try:
+                text = file.pread(file.size(), 0)
+            finally:
+                file.close()
+            try:
+                view = OpenView(msgspec.json.decode(text, type=ViewRecord))
+            except msgspec.DecodeError:
+                self._remove_files(name.removesuffix(".view"))  # Its name was never answered.
+                continue
+            self._views[view.record.name] = view
+            try:
+                self._open(view, is_new=False)
+            except GeomirrorError as error:
+                view.reason = error.message
+
+    async def create(
+        self, at: At, *, is_writable: bool, quota_bytes: int, expires_s: float | None
+    ) -> OpenView:
+        """Make a view of the point meant by `at`.
+
+        :raises NotFoundError: no such point. :raises RefusedError: too many views, or this copy is
+            not consistent. :raises LimitExceededError: too much was changed since.
+        """
+        if self._engine.superblock.data_state != CONSISTENT:
+            raise RefusedError(
+                f'"{self._resource}" is Inconsistent here: its first sync or a resync is not over'
+            )
+        if len(self._views) >= self._node.limits.views_max:
+            raise RefusedError(
+                f'"{self._resource}" has {len(self._views)} views here already',
+                hint=f'delete one: "geomirror view list {self._resource}"',
+            )
+        point = find_point(self.points(), at, self._engine.marks.table)
+        now_ns = self._node.clock.wall_ns()
+        record = ViewRecord(
+            name=self._new_name(),
+            generation=self._engine.generation.hex(),
+            epoch=point.epoch,
+            wall_ns=point.wall_ns,
+            created_wall_ns=now_ns,
+            expires_wall_ns=None if expires_s is None else now_ns + int(expires_s * SECOND),
+            is_writable=is_writable,
+            quota_bytes=quota_bytes,
+            sizes={v.index: v.size_bytes for v in self._engine.superblock.volumes},
+        )
+        view = self._views[record.name] = OpenView(record)
+        self._engine.undo.pin(_owner(record.name), record.epoch)
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.run_in_executor(self._node.executor, self._make, view)
+        except GeomirrorError:
+            self._forget(view)
+            await loop.run_in_executor(self._node.executor, self._remove_files, record.name)
+            raise
+        return view
+
+    async def delete(self, name: str) -> None:
+        """End a view and forget what was written to it. :raises NotFoundError: no such view."""
+        view = self._views.get(name)
+        if view is None:
+            raise NotFoundError(
+                f'no view "{name}" of "{self._resource}" here',
+                hint=f'see "geomirror view list {self._resource}"',
+            )
+        await self._end(view, "it was deleted")
+
+    async def expire(self) -> list[str]:
+        """End the views whose time is over; their names."""
+        now_ns = self._node.clock.wall_ns()
+        over = [
+            view
+            for view in self._views.values()
+            if view.record.expires_wall_ns is not None and view.record.expires_wall_ns <= now_ns
+        ]
+        for view in over:
+            await self._end(view, "its time is over")
+        return [view.record.name for view in over]
+
+    async def stop(self) -> None:
+        """Serve nothing more; the views stay."""
+        for view in self._views.values():
+            if view.queue is not None:
+                await view.queue.stop("the node stops")
+
+    def exports(self) -> dict[str, Export]:
+        """NBD exports of all views: `RES@VIEW/VOLUME`, and `RES@VIEW` for the first volume."""
+        found: dict[str, Export] = {}
+        for view in self._views.values():
+            found.update(view.exports)
+        return found
+
+    def describe(self, view: OpenView) -> dict[str, Any]:
+        """The view's object of `view list --json`, without its URIs."""
+        record, scratch = view.record, view.queue.scratch if view.queue else None
+        return {
+            "name": record.name,
+            "resource": self._resource,
+            "node": self._node.name,
+            "generation": record.generation,
+            "epoch": record.epoch,
+            "time": timestamp(record.wall_ns),
+            "created_at": timestamp(record.created_wall_ns),
+            "expires_at": timestamp(record.expires_wall_ns),
+            "is_writable": record.is_writable,
+            "quota_bytes": record.quota_bytes if record.is_writable else None,
+            "written_bytes": scratch.used_bytes if scratch is not None else 0,
+            "connections": view.connections,
+            "state": "lost" if view.reason else "served",
+            "reason": view.reason,
+            "volumes": [volume.name for volume in self._volumes(record)],
+        }
+
+    def describe_all(self) -> list[dict[str, Any]]:
+        """All views, the oldest first."""
+        ordered = sorted(self._views.values(), key=lambda view: view.record.created_wall_ns)
+        return [self.describe(view) for view in ordered]
+
+    def _new_name(self) -> str:
+        number = 1
+        while f"v{number}" in self._views:
+            number += 1
+        return f"v{number}"
+
+    def _volumes(self, record: ViewRecord) -> list[VolumeRecord]:
+        return [v for v in self._engine.superblock.volumes if v.index in record.sizes]
+
+    def _make(self, view: OpenView) -> None:
+        """Blocking."""
+        self._open(view, is_new=True)
+        content = msgspec.json.encode(view.record)
+        path = f"{DIRECTORY}/{view.record.name}.view"
+        file = self._store.create(path + ".new", 0)
+        try:
+            file.pwritev([content], 0)
+            file.fdatasync()
+        finally:
+            file.close()
+        self._store.rename(path + ".new", path)
+        self._store.sync_directory(DIRECTORY)
+
+    def _open(self, view: OpenView, *, is_new: bool) -> None:
+        """Blocking. :raises GeomirrorError: it cannot be served."""
+        record, engine, store = view.record, self._engine, self._store
+        if record.generation != engine.generation.hex():
+            raise NotFoundError("it is of another history than this copy has now")
+        if record.epoch > engine.applied_epoch or engine.superblock.data_state != CONSISTENT:
+            raise NotFoundError("this copy was made anew since")
+        images = {index: engine.images[index] for index in record.sizes}
+        undo, entries_max = engine.undo, self._node.limits.view_entries_max
+        seen = View(record.epoch, images, lambda: undo.history, store.open, entries_max)
+        undo.pin(_owner(record.name), record.epoch)
+        seen.prepare()
+        scratch = None
+        if record.is_writable and is_new:
+            scratch = Scratch.create(
+                store, record.name, record.sizes, record.epoch, record.quota_bytes
+            )
+        elif record.is_writable:
+            scratch = Scratch.open(store, record.name, record.quota_bytes)
+        view.queue = ViewQueue(seen, scratch, self._node.executor)
+        self._add_exports(view, view.queue)
+
+    def _add_exports(self, view: OpenView, queue: ViewQueue) -> None:
+        record = view.record
+        prefix = f"{self._resource}@{record.name}"
+
+        def attached(change: int) -> None:
+            view.connections += change
+
+        kind = "writable view" if record.is_writable else "view"
+        exports: dict[str, Export] = {}
+        for volume in self._volumes(record):
+            export = ViewExport(
+                name=f"{prefix}/{volume.name}",
+                volume=volume.index,
+                size_bytes=record.sizes[volume.index],
+                queue=queue,
+                description=f"{kind} of {self._resource}/{volume.name} at epoch {record.epoch}",
+                is_read_only=not record.is_writable,
+                on_attach=attached,
+            )
+            exports[export.name] = export
+            exports.setdefault(prefix, export)
+        view.exports = exports
+
+    async def _end(self, view: OpenView, reason: str) -> None:
+        self._forget(view)
+        if view.queue is not None:
+            await view.queue.stop(reason)
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._node.executor, self._remove_files, view.record.name)
+
+    def _forget(self, view: OpenView) -> None:
+        self._views.pop(view.record.name, None)
+        self._engine.undo.unpin(_owner(view.record.name))
+
+    def _remove_files(self, name: str) -> None:
+        """Blocking. The record first: without it the rest is nothing."""
+        store = self._store
+        store.unlink(f"{DIRECTORY}/{name}.view")
+        store.sync_directory(DIRECTORY)
+        for volume in self._engine.superblock.volumes:
+            store.unlink(data_name(name, volume.index))
+        store.unlink(map_name(name))
+
+
+def _owner(name: str) -> str:
+    return f"view {name}"
+
+
+def timestamp(wall_ns: int | None) -> str | None:
+    """RFC 3339 in UTC, to the millisecond."""
+    if wall_ns is None:
+        return None
+    moment = datetime.fromtimestamp(wall_ns / SECOND, UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
