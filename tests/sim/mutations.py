@@ -25,8 +25,8 @@ from geomirror.volume.open_epoch import open_changes
 from geomirror.volume.seal import SealJob
 from geomirror.volume.superblock import SuperblockFile
 from geomirror.volume.undo_file import UndoWriter
-from geomirror.wan_protocol.block_status import BlockStatus
 from geomirror.volume.undo_merge import ThinJob
+from geomirror.wan_protocol.block_status import BlockStatus
 from geomirror.wan_protocol.decisions import FlushDone
 from geomirror.wan_protocol.epoch_intake import EpochIntake
 from geomirror.wan_protocol.peer_flushes import PeerFlushes

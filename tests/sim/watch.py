@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from geomirror.errors import LimitExceededError, NotFoundError
 from geomirror.volume.view import View
 from geomirror.wan_protocol.secondary import CONSISTENT, Secondary
-from tests.sim.status_check import StatusCheck
 from tests.sim.oracle import BLOCK
+from tests.sim.status_check import StatusCheck
 
 if TYPE_CHECKING:
     from tests.sim.node import SimNode
