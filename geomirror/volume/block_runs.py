@@ -42,7 +42,7 @@ class BlockRuns:
         """The part in [first, end)."""
         low = int(np.searchsorted(self.ends, first, side="right"))
         high = int(np.searchsorted(self.starts, end, side="left"))
-        if low >= high:
+        if low >= high or first >= end:
             return EMPTY
         starts, ends = self.starts[low:high], self.ends[low:high]
         return BlockRuns(np.maximum(starts, first), np.minimum(ends, end))
