@@ -7,6 +7,7 @@ import contextlib
 import errno
 import struct
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from geomirror.errors import FencedError, RefusedError, RemoteProtocolError
+from geomirror.limits import PRODUCTION
 from geomirror.nbd import constants as c
 from geomirror.nbd.client_io import NbdClient
 from geomirror.nbd.contexts import Answer, select, with_ids
@@ -219,7 +221,10 @@ async def test_a_client_that_goes_leaves_no_question_behind(tmp_path: Path) -> N
     assert len(disk.asked) == 1
 
 
-async def test_a_client_that_takes_no_replies_gets_no_more_of_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("requests_max", [16, 4096])
+async def test_a_client_that_takes_no_replies_gets_no_more_of_them(
+    tmp_path: Path, requests_max: int
+) -> None:
     disk = an_export()
     many = encode_extents([(1, at & 1) for at in range(c.EXTENTS_MAX)])
     asked_for: list[int] = []
@@ -231,7 +236,8 @@ async def test_a_client_that_takes_no_replies_gets_no_more_of_them(tmp_path: Pat
         answer([many], None)
 
     disk.describe = describe  # type: ignore[method-assign, assignment]
-    server = NbdServer(lambda: {"disk": disk})
+    limits = replace(PRODUCTION, nbd_requests_max=requests_max)
+    server = NbdServer(lambda: {"disk": disk}, limits=limits)
     await server.start_unix(tmp_path / "s")
     reader, writer = await asyncio.open_unix_connection(str(tmp_path / "s"), limit=1 << 16)
     sent = FLAGS + option(c.OPT_STRUCTURED_REPLY)
