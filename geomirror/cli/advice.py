@@ -27,7 +27,8 @@ def advise(resource: dict[str, Any], node: str) -> list[Advice]:
         return [Advice("storage_full", meaning, "Free space below the data directory.")]
     if resource["state"] == "opening":
         return [Advice("opening", "The journal is being recovered.", "Wait a moment.")]
-    found = [finding for peer in resource["peers"] for finding in _about_peer(resource, peer)]
+    found = [finding for peer in resource["peers"] for finding in _about_peer(resource, peer, node)]
+    found += _about_settings(resource)
     if found:
         return found
     if resource["role"] == "secondary":
@@ -47,7 +48,23 @@ def _not_served(resource: dict[str, Any]) -> Advice:
     return Advice("failed", meaning, error["hint"] or "See the daemon's log.")
 
 
-def _about_peer(resource: dict[str, Any], peer: dict[str, Any]) -> list[Advice]:
+def _about_settings(resource: dict[str, Any]) -> list[Advice]:
+    pending = (resource.get("sync") or {}).get("pending")
+    if not pending:
+        return []
+    nodes = ", ".join(pending["waits_for"])
+    meaning = (
+        f"{nodes} relies on degrade_after=block and is not told yet that it ends; until then "
+        "flushes wait for it."
+    )
+    action = (
+        f"Bring {nodes} back; if it is lost for good: "
+        f"geomirror resource remove-secondary {resource['name']} {nodes}"
+    )
+    return [Advice("pending settings", meaning, action)]
+
+
+def _about_peer(resource: dict[str, Any], peer: dict[str, Any], here: str) -> list[Advice]:
     node, state, disk = peer["node"], peer["state"], peer.get("disk_state")
     found = []
     if state == "Pending":
@@ -61,7 +78,7 @@ def _about_peer(resource: dict[str, Any], peer: dict[str, Any]) -> list[Advice]:
             meaning += f" About {format_seconds(peer['eta_seconds'])} left."
         found.append(Advice("inconsistent", meaning, "Wait; do not lose this side now."))
     if state == "Disconnected":
-        found.append(_disconnected(resource, peer))
+        found.append(_disconnected(resource, peer, here))
     elif state == "Paused":
         meaning = f"Replication to {node} is held back by an operator; writes go on."
         action = f"geomirror resume {resource['name']} --peer {node}"
@@ -82,11 +99,15 @@ def _about_peer(resource: dict[str, Any], peer: dict[str, Any]) -> list[Advice]:
     return found
 
 
-def _disconnected(resource: dict[str, Any], peer: dict[str, Any]) -> Advice:
+def _disconnected(resource: dict[str, Any], peer: dict[str, Any], here: str) -> Advice:
     node = peer["node"]
     if resource["role"] == "secondary":
         meaning = f"{node} cannot be reached; this copy stays as old as it is."
-        return Advice("disconnected", meaning, 'See "geomirror link list".')
+        action = (
+            'See "geomirror link list"; what promoting this copy would lose: '
+            f"geomirror failover {resource['name']} --to {here} --dry-run"
+        )
+        return Advice("disconnected", meaning, action)
     journal = resource.get("journal") or {}
     lag = peer.get("lag") or {}
     meaning = f"{node} cannot be reached; writes go on, the journal keeps them for it"

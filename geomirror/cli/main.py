@@ -34,6 +34,9 @@ PANELS: dict[str, dict[str, str]] = {
         "resume": "geomirror.cli.replication",
         "wait": "geomirror.cli.replication",
     },
+    "Disaster": {
+        "failover": "geomirror.cli.failover",
+    },
     "Volumes": {
         "attach": "geomirror.cli.attach",
         "detach": "geomirror.cli.attach",

@@ -38,6 +38,7 @@ def render_resource(resource: dict[str, Any], node: str) -> list[str]:
         if journal.get("covers_seconds"):
             text += f", covers {format_seconds(journal['covers_seconds'])} at this churn"
         lines.append(text)
+    lines += _in_sync(resource)
     if resource["peers"]:
         peers = table(
             ["PEER", "SITE", "STATE", "DISK", "ACK", "EPOCH", "BEHIND", "RPO", "RATE", "RESYNCS"],
@@ -68,6 +69,27 @@ def _peer_row(peer: dict[str, Any]) -> list[str]:
         f"{format_bytes(rate)}/s" if rate else "-",
         "-" if peer.get("resyncs") is None else str(peer["resyncs"]),
     ]
+
+
+def _in_sync(resource: dict[str, Any]) -> list[str]:
+    """Who has everything that is confirmed; nothing for an asynchronous resource."""
+    sync = resource.get("sync")
+    if not sync or sync["mode"] == "asynchronous":
+        return []
+    parts = [f"in sync: {', '.join(sync['in_sync']) or 'nobody'}"]
+    if sync["out_of_sync"]:
+        out = [
+            one["node"] + (f" since {one['since']}" if one["since"] else "")
+            for one in sync["out_of_sync"]
+        ]
+        parts.append(f"out of sync: {', '.join(out)}")
+    if resource["role"] == "secondary":
+        parts.append(f"as the primary said {sync['as_of']}")
+    lines = ["  " + "; ".join(parts)]
+    if sync.get("pending"):
+        nodes = ", ".join(sync["pending"]["waits_for"])
+        lines.append(f"  changed settings are not in force before {nodes} knows of them")
+    return lines
 
 
 def _acknowledgement(peer: dict[str, Any]) -> str:

@@ -14,9 +14,15 @@ from geomirror.errors import UsageError
 @resource.command("set")
 @click.argument("name", metavar="RES")
 @click.argument("pairs", metavar="KEY=VALUE…", nargs=-1, required=True)
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Leave degrade_after=block at once, also while a secondary is away that cannot be told: "
+    "it may say of itself later that it has every confirmed write, and be wrong.",
+)
 @json_option
 @pass_app
-def set_settings(app: App, name: str, pairs: tuple[str, ...]) -> None:
+def set_settings(app: App, name: str, pairs: tuple[str, ...], force: bool) -> None:
     """Change settings of a resource while it is in use.
 
     `ack`, `ack.NODE` (completed, received, durable, applied), `copies` (a number or all),
@@ -33,7 +39,8 @@ def set_settings(app: App, name: str, pairs: tuple[str, ...]) -> None:
         if not separator or not key:
             raise UsageError(f"{pair}: write KEY=VALUE, for example ack=durable")
         settings[key] = value
-    result = app.call("resource.set", {"name": name, "settings": settings})
+    parameters = {"name": name, "settings": settings, "is_forced": force}
+    result = app.call("resource.set", parameters)
     app.show(result, lambda: _set(result))
 
 
@@ -92,6 +99,12 @@ def _named(text: str, node: str) -> str:
 def _set(result: dict[str, Any]) -> str:
     lines = [f'settings of "{result["name"]}" (version {result["version"]}):']
     lines += [f"  {key} = {value}" for key, value in sorted(result["settings"].items())]
+    if result["waits_for"]:
+        nodes = ", ".join(result["waits_for"])
+        lines.append(
+            f"pending: {nodes}; what flushes wait for changes when it knows (--force: now)"
+        )
+        return "\n".join(lines)
     return "\n".join(lines if result["settings"] else [f'"{result["name"]}" has its defaults'])
 
 

@@ -7,7 +7,6 @@ ten seconds; after that the process ends anyway, and recovery does the rest.
 from __future__ import annotations
 
 import asyncio
-import datetime
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -27,6 +26,7 @@ from geomirror.node.control_io import ControlServer
 from geomirror.node.definition_push import DefinitionPush
 from geomirror.node.definition_store import DefinitionStore
 from geomirror.node.events import EventRing
+from geomirror.node.failover_calls import FailoverCalls
 from geomirror.node.link_router import LinkRouter
 from geomirror.node.log import set_level
 from geomirror.node.nbd_listeners import NbdAddresses, load_nbd_tls, start_nbd, warn_if_exposed
@@ -38,6 +38,7 @@ from geomirror.node.resource_calls import ResourceCalls
 from geomirror.node.resource_changes import ResourceChanges
 from geomirror.node.resource_definition import ResourceDefinition
 from geomirror.node.resource_host import ResourceHost, remove_tree
+from geomirror.node.rfc3339 import rfc3339
 from geomirror.node.service import ServiceFactory
 from geomirror.node.status import StatusReport
 from geomirror.node.view_calls import ViewCalls
@@ -194,6 +195,8 @@ class Node:
         calls.register(self._methods)
         ResourceChanges(calls).register(self._methods)
         ViewCalls(calls, self._status.addresses).register(self._methods)
+        failover = FailoverCalls(self._host, self._store, self._links, self._router.is_up)
+        failover.register(self._methods)
         self._network.register(self._methods)
         self._calls = calls
         self._methods.add("status", StatusRequest, self._show_status)
@@ -303,8 +306,6 @@ class Node:
         return member.site if member else ""
 
     def _emit(self, kind: str, fields: dict[str, Any], *, is_foreign: bool = False) -> None:
-        wall_s = self._clock.wall_ns() / SECOND
-        time = datetime.datetime.fromtimestamp(wall_s, datetime.UTC).isoformat("T", "milliseconds")
-        time = time.replace("+00:00", "Z")
+        time = rfc3339(self._clock.wall_ns())
         self._events.publish(kind, time, fields, is_foreign=is_foreign)
         _log.info(kind, **fields)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from geomirror.cluster.verdict import MemberAnswer
 from geomirror.errors import GeomirrorError, UsageError, WaitTimeoutError
 from geomirror.nbd.protocol import Export
 from geomirror.node.context import NodeContext
@@ -16,9 +17,11 @@ from geomirror.node.replica_storage import create_engine, open_engine
 from geomirror.node.resource_definition import ResourceDefinition
 from geomirror.node.secondary_export import ReaderPins, SecondaryExport
 from geomirror.node.status_contexts import StatusContexts
+from geomirror.node.sync_status import sync_object
 from geomirror.node.view_host import ViewHost
 from geomirror.volume.engine import Engine
 from geomirror.volume.store_io import DirectoryStore
+from geomirror.wan_protocol.member_answer import answer_of
 from geomirror.wan_protocol.messages import AnyMessage
 from geomirror.wan_protocol.primary import Primary
 from geomirror.wan_protocol.secondary import CONSISTENT, Secondary
@@ -30,6 +33,8 @@ POLL_S = 0.02
 STOP_S_MAX = 8.0
 """An orderly stop that takes longer leaves the rest to recovery."""
 TICK_S = 1.0
+SETTLE_S_MAX = 1.0
+"""How long an answer about this copy waits for a sync that is under way."""
 
 
 class ReplicaService:
@@ -188,8 +193,23 @@ class ReplicaService:
             ],
             "position": self.position(),
             "peers": peers,
+            "sync": sync_object(core),
             "reason": str(core.fenced or core.stalled or self._held.no_space or ""),
         }
+
+    async def answer(self) -> MemberAnswer:
+        """What this member knows; what is received whole is durable first, if that takes no second.
+
+        :raises FencedError: the resource stopped serving; what it has is not for sure.
+        """
+        engine = self._engine
+        for _ in range(round(SETTLE_S_MAX / POLL_S)):
+            if self._core.fenced is not None:
+                raise self._core.fenced
+            if engine.committed_epoch == engine.sealed_epoch:
+                break
+            await asyncio.sleep(POLL_S)
+        return answer_of(self._node.name, self._core)
 
     async def wait(self, kind: str, timeout_s: float) -> None:
         """Until every peer has all that is completed now.
@@ -238,8 +258,8 @@ class ReplicaService:
         self._core.pause(peer, is_paused=is_paused)
         self._runner.drive()
 
-    def set_definition(self, definition: ResourceDefinition) -> None:
-        """Take over changed members and settings."""
+    def set_definition(self, definition: ResourceDefinition, *, is_forced: bool = False) -> None:
+        """Take over changed members and settings; see `InSyncSet.set_policy` for `is_forced`."""
         if isinstance(self._core, Primary):
             wanted = set(definition.secondaries)
             for name in [n for n in self._core.senders if n not in wanted]:
@@ -249,7 +269,7 @@ class ReplicaService:
                 if name in self._links_up:
                     self._core.link_up(name, self._runner.now_ns())
             policy = parse_policy(definition.settings, definition.secondaries)
-            self._core.set_policy(policy, self._runner.now_ns())
+            self._core.set_policy(policy, self._runner.now_ns(), is_forced=is_forced)
         self.definition = definition
         self._runner.drive()
 

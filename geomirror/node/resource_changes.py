@@ -32,17 +32,24 @@ class ResourceChanges:
         methods.add("resource.remove_secondary", RemoveSecondary, self.remove, from_peers=True)
 
     async def set(self, caller: Caller, request: SetSettings) -> Result:
-        """Change settings; flushes that wait are judged by the new ones at once."""
+        """Change settings; flushes that wait are judged by the new ones at once, but for those that
+        members rely on: these end when the members know."""
         entry = self.calls.store.get(request.name)
         if not self._is_here(entry):
             return await self._forward(caller, entry, "resource.set", request)
         settings = {**entry.definition.settings, **request.settings}
         settings = {key: value for key, value in settings.items() if value}
         definition = self._next(entry, settings=settings)
-        self._install(entry, definition)
+        self._install(entry, definition, is_untold=request.is_forced)
         fields = {"resource": request.name, "settings": settings, "by": caller.name}
         self.calls.host.context.emit("resource_changed", fields)
-        return {"name": request.name, "settings": settings, "version": definition.version}
+        sync = self.calls.describe(request.name).get("sync") or {}
+        return {
+            "name": request.name,
+            "settings": settings,
+            "version": definition.version,
+            "waits_for": (sync.get("pending") or {}).get("waits_for", []),
+        }
 
     async def add(self, caller: Caller, request: AddSecondary) -> Result:
         """Add a secondary; it is filled while writers go on."""
@@ -103,13 +110,19 @@ class ResourceChanges:
         return definition
 
     def _install(
-        self, entry: ResourceEntry, definition: ResourceDefinition, **changes: object
+        self,
+        entry: ResourceEntry,
+        definition: ResourceDefinition,
+        *,
+        is_untold: bool = False,
+        **changes: object,
     ) -> None:
         """Durable first, then in force, then told to the others."""
         self.calls.store.put(msgspec.structs.replace(entry, definition=definition, **changes))
         # One that is not served now takes the definition when it is opened.
         with contextlib.suppress(KeyError):
-            self.calls.host.services[definition.name].set_definition(definition)
+            service = self.calls.host.services[definition.name]
+            service.set_definition(definition, is_forced=is_untold)
         self.calls.push.changed()
 
     def _pending(self, name: str) -> list[str]:

@@ -31,6 +31,8 @@ class SetSettings(Parameters, frozen=True):
     name: str
     settings: dict[str, str]
     """New values; "" takes a setting back to its default."""
+    is_forced: bool = False
+    """Do not wait for members that rely on the settings before."""
 
 
 class AddSecondary(Parameters, frozen=True):

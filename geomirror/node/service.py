@@ -10,6 +10,7 @@ from geomirror.node.context import NodeContext
 from geomirror.node.resource_definition import ResourceDefinition
 
 if TYPE_CHECKING:
+    from geomirror.cluster.verdict import MemberAnswer
     from geomirror.nbd.protocol import Export
     from geomirror.node.view_host import ViewHost
     from geomirror.wan_protocol.messages import AnyMessage
@@ -43,6 +44,9 @@ class Service(Protocol):
     def position(self) -> dict[str, Any]:
         """Where the resource is now."""
 
+    async def answer(self) -> MemberAnswer:
+        """What this member knows, for the verdict on a promotion."""
+
     async def wait(self, kind: str, timeout_s: float) -> None:
         """Until every peer has all that is completed now."""
 
@@ -52,8 +56,9 @@ class Service(Protocol):
     def resume(self, peer: str | None) -> None:
         """Go on sending."""
 
-    def set_definition(self, definition: ResourceDefinition) -> None:
-        """Take over a changed definition."""
+    def set_definition(self, definition: ResourceDefinition, *, is_forced: bool = False) -> None:
+        """Take over a changed definition; `is_forced`: without waiting for members that rely on
+        the old settings."""
 
     def link_up(self, peer: str) -> None:
         """The link to a member is there, and the member knows the resource."""

@@ -8,7 +8,6 @@ until it is deleted or expires.
 from __future__ import annotations
 
 import asyncio
-from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -17,6 +16,7 @@ from geomirror.environment import SECOND
 from geomirror.errors import GeomirrorError, NotFoundError, RefusedError
 from geomirror.nbd.protocol import Export
 from geomirror.node.context import NodeContext
+from geomirror.node.rfc3339 import rfc3339
 from geomirror.node.view_export import ViewExport, ViewQueue
 from geomirror.volume.engine import Engine
 from geomirror.volume.points import At, Point, find_point, points_of
@@ -313,8 +313,5 @@ def _owner(name: str) -> str:
 
 
 def timestamp(wall_ns: int | None) -> str | None:
-    """RFC 3339 in UTC, to the millisecond."""
-    if wall_ns is None:
-        return None
-    moment = datetime.fromtimestamp(wall_ns / SECOND, UTC)
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    """RFC 3339, None for no time."""
+    return None if wall_ns is None else rfc3339(wall_ns)

@@ -72,6 +72,27 @@ class PeerRecord(msgspec.Struct):
     resyncs: int = 0
     in_sync: bool = False
     """No flush that waits for this peer was answered without it since it was at zero lag."""
+    left_epoch: int = 0
+    """While not in sync: the first epoch that may be confirmed without it."""
+    left_wall_ns: int = 0
+    """When that began; 0: it never was in sync, or is."""
+    is_relied: bool = False
+    """It may have been told that nothing is confirmed against the rules in force."""
+
+
+class SyncRecord(msgspec.Struct):
+    """The rules for flushes that are in force, as every member may have been told them.
+
+    The in-sync set is in the peers' records; `acks`, `copies` and `degrade_after_ns` are as in
+    `cluster/standing.py`.
+    """
+
+    version: int = 0
+    """Of rules and in-sync set."""
+    acks: dict[str, str] = msgspec.field(default_factory=dict)
+    copies: int = 0
+    degrade_after_ns: int = 0
+    is_binding: bool = False
 
 
 class Superblock(msgspec.Struct):
@@ -104,6 +125,8 @@ class Superblock(msgspec.Struct):
     """Of this node's own resync: consistent once applied this far; -1 while that is not known."""
     peers: dict[str, PeerRecord] = msgspec.field(default_factory=dict)
     settings: dict[str, str] = msgspec.field(default_factory=dict)
+    sync: SyncRecord = msgspec.field(default_factory=SyncRecord)
+    """At a primary."""
     sequence: int = 0
     """Of the slot it was loaded from; given by the file, not by the caller."""
 

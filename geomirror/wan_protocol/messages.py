@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
+from geomirror.cluster.standing import Standing
 from geomirror.errors import RemoteProtocolError
 
 PROTOCOL_VERSION = 1
@@ -145,6 +146,8 @@ class SessionAccept(Message, frozen=True):
     """Frame body bytes that may be sent in this session before the next grant, in total."""
     consistent_from: int = -1
     """While inconsistent: consistent once this epoch is applied; -1: a resync has to end first."""
+    standing_version: int = -1
+    """Version of the standing that is durable here, 0 for none; -1: does not know `Announce`."""
 
 
 class SessionRefuse(Message, frozen=True):
@@ -225,6 +228,21 @@ class ResyncAcknowledge(Message, frozen=True):
     """The end epoch of the resync is durable at the secondary: nothing of it is needed again."""
 
 
+class Announce(Message, frozen=True):
+    """Primary to secondary: where it is and who is in sync; at most once a second without a change
+    of the set, every 10 s when nothing happens. Only to a peer that knows it (`SessionAccept`)."""
+
+    session: int
+    standing: Standing
+
+
+class AnnounceAcknowledge(Message, frozen=True):
+    """Secondary to primary: a standing of this version or a later one is durable here."""
+
+    session: int
+    version: int
+
+
 AnyMessage = (
     Hello
     | Use
@@ -241,6 +259,8 @@ AnyMessage = (
     | ResyncBegin
     | ResyncEnd
     | ResyncAcknowledge
+    | Announce
+    | AnnounceAcknowledge
 )
 
 _encoder = msgspec.msgpack.Encoder()

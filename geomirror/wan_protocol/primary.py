@@ -29,6 +29,7 @@ from geomirror.volume.engine import Engine, Write
 from geomirror.wan_protocol.decisions import Emit, SendMessage
 from geomirror.wan_protocol.messages import (
     Acknowledge,
+    AnnounceAcknowledge,
     AnyMessage,
     ResyncAcknowledge,
     SessionAccept,
@@ -166,7 +167,9 @@ class Primary(PeerFlushes):
                 self._acknowledged(sender, message)
             case ResyncAcknowledge() if sender.is_open:
                 self._resync_acknowledged(sender, message)
-            case Acknowledge() | ResyncAcknowledge():
+            case AnnounceAcknowledge() if sender.is_open:
+                self._standing_acknowledged(sender, message)
+            case Acknowledge() | ResyncAcknowledge() | AnnounceAcknowledge():
                 pass  # Of a session that was closed meanwhile.
             case _:
                 name = type(message).__name__
@@ -194,6 +197,7 @@ class Primary(PeerFlushes):
                 due_ns = min(due_ns, self._wrote_ns + self.limits.destage_idle_ns)
             times.append(max(due_ns, self.now_ns + 100 * MS))
         times.extend(self._peer_timers())
+        times.extend(self._standing_timers())
         giving_up_ns = self._flush_timer()
         if giving_up_ns is not None:
             times.append(giving_up_ns)
@@ -223,6 +227,11 @@ class Primary(PeerFlushes):
             and not self.is_running("seal")
             and self.engine.committed_epoch == self.engine.sealed_epoch
         )
+
+    @property
+    def wall_ns(self) -> int:
+        """The wall clock now, going by that of the last write."""
+        return max(1, self._last_wall_ns + self.now_ns - self._wrote_ns)
 
     @property
     def target_epoch(self) -> int:
@@ -336,6 +345,7 @@ class Primary(PeerFlushes):
             self._decide(SendMessage(sender.name, self.session, refuse))
             self._decide(Emit("peer_refused", {"peer": sender.name, "reason": problem}))
             return
+        self._session_opened(sender, message)
         sender.open(message, self.now_ns)
         self._retain(sender)
         fields: dict[str, object] = {"peer": sender.name, "epoch": sender.durable_epoch}

@@ -20,15 +20,15 @@ from geomirror.limits import Limits
 from geomirror.volume.engine import Engine
 from geomirror.volume.engine_base import NO_GENERATION
 from geomirror.volume.superblock import DataState
-from geomirror.wan_protocol.decisions import Emit, SendMessage
-from geomirror.wan_protocol.epoch_intake import MISSING_AFTER_NS, EpochIntake
+from geomirror.wan_protocol.decisions import Emit
+from geomirror.wan_protocol.epoch_intake import MISSING_AFTER_NS
 from geomirror.wan_protocol.frame import FRAME_BODY_BYTES_MAX
 from geomirror.wan_protocol.incoming import HASH_BYTES, Incoming, number_bitmap
 from geomirror.wan_protocol.messages import (
     Acknowledge,
+    Announce,
     AnyMessage,
     EpochCommit,
-    Message,
     ResyncBegin,
     ResyncEnd,
     SessionAccept,
@@ -37,6 +37,7 @@ from geomirror.wan_protocol.messages import (
 )
 from geomirror.wan_protocol.resync_receiver import ResyncReceiver
 from geomirror.wan_protocol.session import session_number, session_problem
+from geomirror.wan_protocol.standing_keeper import StandingKeeper
 
 BLANK: DataState = "blank"
 INCONSISTENT: DataState = "inconsistent"
@@ -47,7 +48,7 @@ SPOOLED_REPORTED_MAX = 64
 """Epochs under way that are reported when a session opens; the rest is sent again."""
 
 
-class Secondary(EpochIntake):
+class Secondary(StandingKeeper):
     """Core of the secondary role; see `Replica` for the shape."""
 
     def __init__(self, engine: Engine, limits: Limits, *, primary: str) -> None:
@@ -86,6 +87,7 @@ class Secondary(EpochIntake):
         if peer == self.primary:
             self.is_link_up = self.is_open = self._is_accepting = False
             self.resync = None
+            self.keep_standing_now()
 
     def receive(self, peer: str, message: AnyMessage, now_ns: int) -> None:
         """A control message of this session from an authenticated peer.
@@ -112,7 +114,9 @@ class Secondary(EpochIntake):
             case ResyncEnd() if self.is_open:
                 if self.resync is not None and self.resync.number == message.number:
                     self.resync.end_message = message
-            case EpochCommit() | ResyncBegin() | ResyncEnd():
+            case Announce() if self.is_open:
+                self.take_standing(message)
+            case EpochCommit() | ResyncBegin() | ResyncEnd() | Announce():
                 pass  # Of a session that was closed meanwhile.
             case _:
                 name = type(message).__name__
@@ -173,7 +177,7 @@ class Secondary(EpochIntake):
         self.now_ns = max(self.now_ns, now_ns)
         self.is_open = self._is_accepting = False
         self.hold_apply = False
-        self._pump()
+        self.keep_standing_now()
 
     @property
     def is_settled(self) -> bool:
@@ -188,12 +192,6 @@ class Secondary(EpochIntake):
         if self.fenced is not None:
             return str(self.fenced)
         return f'"{peer}" is not the primary of "{name}" here, "{self.primary}" is'
-
-    def _send(self, message: Message) -> None:
-        self._send_to(self.primary, message)
-
-    def _send_to(self, peer: str, message: Message) -> None:
-        self._decide(SendMessage(peer, self.session, message))
 
     def _opened(self, message: SessionOpen) -> None:
         engine = self.engine
@@ -236,6 +234,7 @@ class Secondary(EpochIntake):
                 [(i.number, number_bitmap(set(i.parts))) for i in spooled[:SPOOLED_REPORTED_MAX]],
                 self._credit(),
                 engine.superblock.consistent_from,
+                self.standing_version,
             )
         )
         for incoming in self.incoming.values():

@@ -47,6 +47,11 @@ class SyncPolicy:
         """Whether a flush waits for anybody."""
         return bool(self.acks)
 
+    @property
+    def is_blocking(self) -> bool:
+        """Whether nothing is ever confirmed without enough of them."""
+        return self.is_synchronous and self.degrade_after_ns is None
+
     def level(self, peer: str) -> str:
         """The `ack` of a peer."""
         return self.acks.get(peer, COMPLETED)

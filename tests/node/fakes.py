@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from geomirror.cluster.verdict import MemberAnswer
 from geomirror.environment import SystemClock, SystemEntropy
 from geomirror.errors import LinkError, WaitTimeoutError
 from geomirror.limits import PRODUCTION
@@ -73,6 +74,9 @@ class FakeService:
     def position(self) -> dict[str, Any]:
         return {"epoch": 7, "lsn": 4096}
 
+    async def answer(self) -> MemberAnswer:
+        return MemberAnswer("fake")
+
     async def wait(self, kind: str, timeout_s: float) -> None:
         self.calls.append(("wait", kind))
         if not self.is_up_to_date:
@@ -84,7 +88,7 @@ class FakeService:
     def resume(self, peer: str | None) -> None:
         self.calls.append(("resume", peer))
 
-    def set_definition(self, definition: ResourceDefinition) -> None:
+    def set_definition(self, definition: ResourceDefinition, *, is_forced: bool = False) -> None:
         self.definition = definition
 
     def link_up(self, peer: str) -> None:

@@ -71,10 +71,14 @@ class Client:
     def flushed(self, token: object, error: GeomirrorError | None) -> None:
         """A flush was answered."""
         assert isinstance(token, tuple)
-        life, position = token
-        if error is None and life == self._primary().life:
+        life, position, asked = token
+        primary = self._primary()
+        if error is None and life == primary.life:
+            assert isinstance(primary.core, Primary)
             self.oracle.flushed = max(self.oracle.flushed, position)
-            self.sync.answered(position, self._primary().engine.sealed_epoch)
+            # One that was asked for while nobody was waited for does not wait, whatever came since.
+            rules = primary.core.policy if asked.is_synchronous else asked
+            self.sync.answered(position, primary.engine.sealed_epoch, rules)
 
     def _storm(self) -> None:
         if not self.is_ending:
@@ -111,7 +115,8 @@ class Client:
         if chance.random() < 0.5:
             Reading(primary, self.oracle).start()
         if chance.random() < 0.3:
-            token = (primary.life, len(self.oracle.log))
+            assert isinstance(primary.core, Primary)
+            token = (primary.life, len(self.oracle.log), primary.core.policy)
             primary.call(lambda: primary.core.flush(token, primary.now_ns()))
 
     def _write_batch(self, primary: SimNode) -> bool:

@@ -13,6 +13,7 @@ from tests.sim.disk_file import Inode
 from tests.sim.node import SimNode
 from tests.sim.options import NEVER
 from tests.sim.oracle import OracleError
+from tests.sim.sync_check import draw_policy
 from tests.sim.world import MS, SECOND
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class Faults:
         self._repeat(options.hold_mean_ns, self._hold)
         self._repeat(options.pause_mean_ns, self._pause)
         self._repeat(options.snapshot_mean_ns, self._snapshot)
+        self._repeat(options.policy_mean_ns, self._change_policy)
 
     def end(self) -> None:
         """Mend everything that does not mend itself."""
@@ -241,6 +243,16 @@ class Faults:
         if node.is_alive and node.life == life:
             node.call(lambda: core.pause(peer, is_paused=False))
 
+    def _change_policy(self) -> None:
+        """The operator changes what flushes wait for."""
+        node, sync = self._simulation.primary, self._simulation.sync
+        core = node.core
+        assert isinstance(core, Primary)
+        if node.is_alive and core.fenced is None:
+            sync.policy = draw_policy(self._chance, list(core.senders))
+            self._world.note(f"{node.name}: settings {sync.policy}")
+            node.call(lambda: core.set_policy(sync.policy, node.now_ns()))
+
     def _snapshot(self) -> None:
         """Take a snapshot of a secondary's disk; the next time, put it back."""
         node = self._any_secondary()
@@ -251,6 +263,7 @@ class Faults:
             self._world.note(f"{node.name}: the disk is put back to its snapshot")
             node.store.restore(snapshot)
             self._simulation.oracle.restored(node.name)
+            self._simulation.verdicts.put_back(node.name)
         elif node.is_alive and node.core.fenced is None:
             states = {node.engine.superblock.data_state, node.engine._written.data_state}
             if states == {CONSISTENT}:

@@ -29,13 +29,12 @@ from geomirror.volume.undo_merge import ThinJob
 from geomirror.wan_protocol.block_status import BlockStatus
 from geomirror.wan_protocol.decisions import FlushDone
 from geomirror.wan_protocol.epoch_intake import EpochIntake
-from geomirror.wan_protocol.peer_flushes import PeerFlushes
 from geomirror.wan_protocol.replica import Replica
 from geomirror.wan_protocol.resync_receiver import ResyncReceiver
 from geomirror.wan_protocol.resync_sender import ResyncSender
 from geomirror.wan_protocol.secondary import Secondary
+from tests.sim.sync_mutations import SYNC_MUTATIONS, Patch
 
-Patch = tuple[type | Any, str, Any]
 DROP_EVERY = 97
 
 
@@ -277,24 +276,6 @@ def index_forgets_newer() -> list[Patch]:
     return [(Engine, "complete_apply", complete_apply)]
 
 
-def flush_without_peers() -> list[Patch]:
-    """A synchronous flush is answered when its epoch is sealed here."""
-
-    def is_held(self: PeerFlushes, epoch: int) -> bool:
-        return self.engine.sealed_epoch >= epoch
-
-    return [(PeerFlushes, "_is_held", is_held)]
-
-
-def degraded_before_saved() -> list[Patch]:
-    """A flush is answered without a peer before it is durable that the peer is out of sync."""
-
-    def required(self: PeerFlushes) -> set[str]:
-        return set(self.policy.acks) & self._in_sync
-
-    return [(PeerFlushes, "_required", required)]
-
-
 def status_of_what_was_received() -> list[Patch]:
     """Block status counts what a peer has in memory as held."""
     real = BlockStatus._stand
@@ -340,9 +321,8 @@ def merge_keeps_newest() -> list[Patch]:
 MUTATIONS: dict[str, Callable[[], list[Patch]]] = {
     make.__name__: make
     for make in (
+        *SYNC_MUTATIONS,
         ship_before_fsync,
-        flush_without_peers,
-        degraded_before_saved,
         drop_last_write,
         trim_early,
         durable_before_fsync,

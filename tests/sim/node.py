@@ -27,6 +27,7 @@ from geomirror.wan_protocol.decisions import (
 )
 from geomirror.wan_protocol.messages import (
     Acknowledge,
+    AnnounceAcknowledge,
     EpochCommit,
     decode_message,
     encode_message,
@@ -37,6 +38,7 @@ from tests.sim.disk import SimStore
 from tests.sim.network import Network
 from tests.sim.oracle import Entry, Oracle
 from tests.sim.sync_check import SyncCheck
+from tests.sim.verdict_check import VerdictCheck
 from tests.sim.watch import Watch
 from tests.sim.world import MS, SECOND, WALL_OFFSET_NS, World
 
@@ -69,6 +71,7 @@ class Setup:
     needs_first_sync: bool
     clock_rates: dict[str, float]
     sync: SyncCheck
+    verdicts: VerdictCheck
     on_flush: Callable[[object, GeomirrorError | None], None]
     on_room: Callable[[], None]
     on_stopped: Callable[[SimNode], None]
@@ -286,9 +289,10 @@ class SimNode:
                 if isinstance(message, Acknowledge):
                     oracle = setup.oracle
                     oracle.reported_durable(self.name, message.durable_epoch, message.durable_hash)
-                if isinstance(message, (Acknowledge, EpochCommit)):
+                if isinstance(message, (Acknowledge, AnnounceAcknowledge, EpochCommit)):
                     setup.on_promise(self)
                 setup.sync.report(self.name, message)
+                setup.verdicts.report(message)
                 body = encode_message(message)
                 setup.network.send(self.name, peer, body, len(body) + 32, is_frame=False)
             case SendFrame(peer, _, epoch, sequence, body, is_resync):

@@ -45,7 +45,9 @@ class Options:
     promise_crash_chance: float
     """That the power goes away right after something was said to be durable."""
     policy: SyncPolicy = ASYNCHRONOUS
-    """What flushes wait for."""
+    """What flushes wait for at first."""
+    policy_mean_ns: int = NEVER
+    """Between changes of it."""
 
     @classmethod
     def draw(cls, chance: random.Random, seconds: int, names: list[str]) -> Options:
@@ -81,4 +83,5 @@ class Options:
             pause_mean_ns=mean(5, 20, 0.6),
             snapshot_mean_ns=mean(5, 20, 0.7),
             promise_crash_chance=chance.choice([0.0, 0.01, 0.03]),
+            policy_mean_ns=mean(4, 20, 0.4),
         )

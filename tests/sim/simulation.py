@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +18,7 @@ from tests.sim.node import MachineStoppedError, Setup, SimNode
 from tests.sim.options import Options
 from tests.sim.oracle import Mirror, Oracle, OracleError
 from tests.sim.sync_check import SyncCheck, draw_policy
+from tests.sim.verdict_check import VerdictCheck
 from tests.sim.world import MS, SECOND, World
 
 PRIMARY, SECONDARIES = "east", ["colo", "west"]
@@ -26,6 +28,8 @@ HEAL_NS = 90 * SECOND
 """Bound of O7: lag is zero again so long after the last fault."""
 QUIET_NS = 40 * SECOND
 LAG_S_MAX = 20
+VERDICTS_NS = 700 * MS
+"""Between two looks at what survivors would say; also right after each crash."""
 SECONDS = 600
 """Length of a run, if nothing else is asked for."""
 
@@ -56,11 +60,13 @@ class Simulation:
         self.world = World(seed)
         self.chance = self.world.random
         drawn = Options.draw(self.chance, seconds, NAMES)
-        drawn = replace(drawn, policy=draw_policy(seed, SECONDARIES))
+        policies = random.Random(f"{seed}/policy")
+        drawn = replace(drawn, policy=draw_policy(policies, SECONDARIES))
         options = replace(drawn, **focus)  # type: ignore[arg-type]
         self.options = options
         self.oracle = Oracle(VOLUMES)
         self.sync = SyncCheck(options.policy, self.oracle)
+        self.verdicts = VerdictCheck(self.oracle, random.Random(f"{seed}/verdicts"))
         self.network = Network(
             self.world,
             NAMES,
@@ -86,6 +92,7 @@ class Simulation:
             options.first_sync,
             options.clock_rates,
             self.sync,
+            self.verdicts,
             on_flush=self.client.flushed,
             on_room=self.client.room,
             on_stopped=self._stopped,
@@ -147,6 +154,11 @@ class Simulation:
             self.network.connect_later(PRIMARY, name)
         self.client.begin()
         self.faults.begin()
+        self._look_at_verdicts()
+
+    def _look_at_verdicts(self) -> None:
+        self.verdicts.look(self.nodes)
+        self.world.after(VERDICTS_NS, self._look_at_verdicts)
 
     # Lives.
 
@@ -155,6 +167,7 @@ class Simulation:
         self.crashes += 1
         node.crash(is_kill=is_kill)
         self.network.lose(node.name)
+        self.verdicts.look(self.nodes)
         is_ending = self.faults.is_ending
         if self.options.bit_flips and self.chance.random() < 0.5 and not is_ending:
             self.faults.flip_some(node)

@@ -17,15 +17,14 @@ from geomirror.wan_protocol.sync_policy import ASYNCHRONOUS, LEVELS, RECEIVED, S
 from tests.sim.oracle import Oracle, OracleError
 
 
-def draw_policy(seed: int, names: list[str]) -> SyncPolicy:
-    """Of a run; half of them are asynchronous."""
-    chance = random.Random(f"{seed}/policy")
+def draw_policy(chance: random.Random, names: list[str]) -> SyncPolicy:
+    """Of a run, or a part of it; half of them are asynchronous."""
     if chance.random() < 0.5:
         return ASYNCHRONOUS
     peers = chance.sample(names, chance.randrange(1, len(names) + 1))
     acks = {name: chance.choice(LEVELS[1:]) for name in sorted(peers)}
     copies = chance.choice([None, None, 1])
-    after_ns = None if chance.random() < 0.15 else int(chance.uniform(0, 6) * SECOND)
+    after_ns = None if chance.random() < 0.4 else int(chance.uniform(0, 6) * SECOND)
     return SyncPolicy(acks, copies, after_ns)
 
 
@@ -34,6 +33,7 @@ class SyncCheck:
     """Keeps what mirrors said, and who was left out."""
 
     policy: SyncPolicy
+    """What the operator asked for last."""
     oracle: Oracle
     reported: dict[str, dict[str, int]] = field(default_factory=dict)
     """Mirror → level → highest epoch that it ever reported."""
@@ -50,9 +50,9 @@ class SyncCheck:
         if isinstance(message, Acknowledge):
             levels[RECEIVED] = max(levels[RECEIVED], message.received_epoch)
 
-    def answered(self, position: int, sealed_epoch: int) -> None:
-        """A flush that covers so many operations was answered with success."""
-        acks = self.policy.acks
+    def answered(self, position: int, sealed_epoch: int, policy: SyncPolicy) -> None:
+        """A flush that covers so many operations was answered with success under these rules."""
+        acks = policy.acks
         if not acks:
             return
         prefixes = self.oracle.epoch_prefix
@@ -66,9 +66,9 @@ class SyncCheck:
         ]
         held = len(acks) - len(lacking)
         self.checks += 1
-        if held >= (self.policy.copies or len(acks)):
+        if held >= (policy.copies or len(acks)):
             return
-        if self.policy.degrade_after_ns is None:
+        if policy.degrade_after_ns is None:
             raise OracleError(f"epoch {epoch} is not at {', '.join(lacking)}, a flush was answered")
         self.left_out.update(lacking)
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from geomirror.limits import KIB
+from geomirror.wan_protocol.sync_policy import SyncPolicy
 from tests.sim.mutations import MUTATIONS, mutated
 from tests.sim.options import NEVER
 from tests.sim.oracle import OracleError
@@ -24,6 +25,15 @@ OVERFLOWS: dict[str, Any] = {
     "journal_bytes": 1024 * KIB,
     "burst": 20,
     "cut_mean_ns": 2 * SECOND,
+}
+RULES: dict[str, Any] = {
+    "policy": SyncPolicy({"colo": "durable", "west": "durable"}, None, None),
+    "policy_mean_ns": 2 * SECOND,
+    "cut_mean_ns": SECOND,
+    "crash_mean_ns": NEVER,
+    "stop_mean_ns": NEVER,
+    "bytes_per_second": 2_000_000,
+    "first_sync": False,
 }
 FOCUS: dict[str, dict[str, Any]] = {
     "ship_before_fsync": CRASHES,
@@ -40,6 +50,8 @@ FOCUS: dict[str, dict[str, Any]] = {
         "snapshot_mean_ns": NEVER,
         "promise_crash_chance": 0.0,
     },
+    "rules_given_up_untold": RULES,
+    "standing_acknowledged_early": {**RULES, "promise_crash_chance": 0.3},
     "apply_while_held": {"hold_mean_ns": 2 * SECOND},
 }
 

@@ -9,12 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from geomirror.cluster.standing import LeftOut, Standing
 from geomirror.errors import LimitExceededError, RemoteProtocolError, VersionError
 from geomirror.limits import PRODUCTION
 from geomirror.wan_protocol import messages
 from geomirror.wan_protocol.frame import KIND_FRAME, KIND_MESSAGE, Packet
 from geomirror.wan_protocol.messages import (
     Acknowledge,
+    Announce,
+    AnnounceAcknowledge,
     Call,
     EpochCommit,
     GenerationEntry,
@@ -38,6 +41,11 @@ from geomirror.wan_protocol.messages import (
 from geomirror.wan_protocol.negotiation import make_hello, read_hello
 
 ENTRY = GenerationEntry(b"i" * 16, 3, b"p" * 16, 9, b"h" * 32, "created", "east-1", 12)
+STANDING = Standing(
+    *("0f" * 16, 1, 7, 2**60, 1041, 2**33, 4096, 1041),
+    *({"west-1": "durable", "colo-1": "received"}, 1, -1, True, ["west-1"]),
+    {"colo-1": LeftOut(1040, 2**60)},
+)
 EXAMPLES: list[Message] = [
     make_hello("east-1", b"i" * 16, b"l" * 16, -1, 77, b"k" * 16),
     Use(2**40),
@@ -54,6 +62,8 @@ EXAMPLES: list[Message] = [
     ResyncBegin(7, b"g" * 16, 9, b"h" * 32, 2**30, 1),
     ResyncEnd(7, 1, 12, 40),
     ResyncAcknowledge(7, 1, 30, 2**21, 2**26, True),
+    Announce(7, STANDING),
+    AnnounceAcknowledge(7, 2**40),
 ]
 
 

@@ -104,8 +104,10 @@ def test_a_peer_that_is_away_is_given_up_after_the_time_and_that_is_known_first(
     stage.write_blocks(4, 4, seed=2)
     flush(stage, "second")
     assert answered(stage) == ["flush", "second"]
-    stage.restart(PRIMARY)
+    stage.crash(PRIMARY)
+    stage.start(PRIMARY, is_connected=False)
     assert stage.primary.engine.superblock.peers[PEER].in_sync is False
+    assert stage.primary.out_of_sync == [PEER]
 
 
 def test_a_peer_is_waited_for_again_once_it_has_caught_up() -> None:
@@ -163,7 +165,7 @@ def test_one_copy_of_two_is_enough_when_one_is_asked_for() -> None:
 
 
 def test_changed_settings_count_for_flushes_that_wait() -> None:
-    stage = synchronous(SyncPolicy({PEER: "durable"}, None, None))
+    stage = synchronous()
     stage.link_down()
     stage.write_blocks(0, 4, seed=1)
     flush(stage)
