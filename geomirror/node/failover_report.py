@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from geomirror.cluster.verdict import MemberAnswer, Verdict
+from geomirror.cluster.verdict import Loss, MemberAnswer, Verdict
 from geomirror.node.resource_definition import ResourceDefinition
 from geomirror.node.rfc3339 import rfc3339
 from geomirror.node.sync_status import standing_object
@@ -17,8 +17,7 @@ def report(
     """Everything that is known before a promotion of `to`."""
     candidate = next(answer for answer in answers if answer.node == to)
     primary = next((a for a in answers if a.node == definition.primary), None)
-    latest, confirmed, loss = verdict.latest, verdict.confirmed, verdict.loss
-    left_out = confirmed.left_out
+    latest = verdict.latest
     is_there = primary is not None and not primary.error
     return {
         "name": definition.name,
@@ -34,24 +33,8 @@ def report(
             "epoch": candidate.epoch,
             "sealed_at": _time(candidate.epoch_wall_ns),
         },
-        "confirmed_writes": {
-            "verdict": confirmed.verdict,
-            "reason": confirmed.reason,
-            "until": _time(confirmed.until_wall_ns),
-            "left_out": None
-            if left_out is None
-            else {"epoch": left_out.epoch, "since": rfc3339(left_out.wall_ns)},
-            "text": confirmed_text(definition.primary, to, verdict),
-        },
-        "loss": {
-            "first_epoch": loss.first_epoch,
-            "last_epoch": loss.last_epoch,
-            "epochs": loss.epochs,
-            "seconds": loss.seconds,
-            "bytes": loss.bytes,
-            "is_exact": loss.is_exact,
-            "known_until": _time(loss.known_wall_ns),
-        },
+        "confirmed_writes": _confirmed(definition.primary, to, verdict),
+        "loss": _loss(verdict.loss),
         "primary": {
             "node": definition.primary,
             "is_reachable": is_there,
@@ -62,6 +45,33 @@ def report(
         "best": verdict.best,
         "more_advanced": list(verdict.more_advanced),
         "members": [_member(answer) for answer in answers],
+    }
+
+
+def _confirmed(primary: str, node: str, verdict: Verdict) -> dict[str, Any]:
+    confirmed = verdict.confirmed
+    left_out: dict[str, Any] | None = None
+    if confirmed.left_out is not None:
+        since = rfc3339(confirmed.left_out.wall_ns)
+        left_out = {"epoch": confirmed.left_out.epoch, "since": since}
+    return {
+        "verdict": confirmed.verdict,
+        "reason": confirmed.reason,
+        "until": _time(confirmed.until_wall_ns),
+        "left_out": left_out,
+        "text": confirmed_text(primary, node, verdict),
+    }
+
+
+def _loss(loss: Loss) -> dict[str, Any]:
+    return {
+        "first_epoch": loss.first_epoch,
+        "last_epoch": loss.last_epoch,
+        "epochs": loss.epochs,
+        "seconds": loss.seconds,
+        "bytes": loss.bytes,
+        "is_exact": loss.is_exact,
+        "known_until": _time(loss.known_wall_ns),
     }
 
 

@@ -42,7 +42,7 @@ class InSyncSet(PeerModes):
         """In force now."""
         self.wanted_policy: SyncPolicy = self.policy
         """In force as soon as the members know that the present one is given up."""
-        self.confirmed_epoch = engine.committed_epoch + (1 if engine.open_epoch_entries else 0)
+        self.confirmed_epoch = max(engine.committed_epoch, engine.last_changed_epoch)
         """Every write that a flush has answered lies in epochs up to this one. At a start: all that
         was recovered, since nobody knows what of it was answered."""
         self._is_binding = record.is_binding

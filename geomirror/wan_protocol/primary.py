@@ -73,7 +73,7 @@ class Primary(PeerFlushes):
         self._sealing: Any = None
         self._last_wall_ns = wall_ns
         self._wrote_ns = now_ns
-        if engine.open_epoch_entries:
+        if engine.open_epoch_since_wall_ns is not None:
             # Recovered writes that no epoch holds yet.
             self.open_since_ns = now_ns
         for name in sorted(peers):

@@ -42,7 +42,7 @@ def settings(network: FakeNetwork, node: str) -> dict[str, str]:
 async def test_settings_reach_every_member_and_outlive_a_restart(network: FakeNetwork):
     wanted = {"ack": "durable", "degrade_after": "10s"}
     result = await network.nodes["a"].ask("resource.set", name="pg", settings=wanted)
-    assert result == {"name": "pg", "settings": wanted, "version": 2}
+    assert result == {"name": "pg", "settings": wanted, "version": 2, "waits_for": []}
     assert settings(network, "a") == wanted
     await until(lambda: settings(network, "b") == wanted)
     shown = await network.nodes["b"].ask("resource.show", name="pg")

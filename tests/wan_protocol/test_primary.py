@@ -346,3 +346,18 @@ def test_lag_is_the_age_of_the_first_write_that_is_not_durable_there() -> None:
     assert stage.primary.lag_seconds(sender, stage.now_ns) == pytest.approx(3.0)
     stage.link_up()
     assert stage.primary.lag_seconds(sender, stage.now_ns) == 0.0
+
+
+def test_a_zeroing_that_no_epoch_holds_is_sealed_and_shipped_after_a_restart() -> None:
+    stage = Stage()
+    stage.write_blocks(0, 16, seed=1)
+    stage.pass_time(400)
+    stage.trim(0, 16 * BLOCK)
+    stage.primary.flush("flush", stage.now_ns)
+    stage.settle()
+    stage.restart(PRIMARY)
+    assert stage.primary.confirmed_epoch == 2
+    stage.pass_time(400)
+    assert stage.primary.engine.sealed_epoch == 2
+    stage.pass_time(400)
+    stage.check_in_sync()
