@@ -123,6 +123,12 @@ class MarkLog:
         name = "" if mark is None else mark.name
         self._enter(_Change(lsn, self._journal.end_lsn, name, mark, boundary))
 
+    def became_consistent(self, epoch: int) -> None:
+        """A copy made anew is whole from this epoch on: its mark is held, though no commit of it
+        came. The checkpoint that says so saves that, too."""
+        if any(mark.epoch == epoch for mark in self._names.values()):
+            self.table.add_boundary(epoch)
+
     def complete_sync(self, durable_lsn: int) -> None:
         """Put what is durable now into the table."""
         while self._changes and self._changes[0].end_lsn <= durable_lsn:

@@ -125,9 +125,9 @@ class MarkTable:
             self._boundaries.add(epoch)
             self.version += 1
 
-    def drop_unnamed(self, through_epoch: int) -> None:
-        """Every mark up to this epoch is known: boundaries without a name are deleted marks."""
-        named = {mark.epoch for mark in self._marks.values()}
+    def drop_unnamed(self, through_epoch: int, named: set[int]) -> None:
+        """Up to `through_epoch` marks are at these epochs only: others were deleted."""
+        named = named | {mark.epoch for mark in self._marks.values()}
         kept = {e for e in self._boundaries if e in named or e > through_epoch}
         if kept != self._boundaries:
             self._boundaries = kept

@@ -44,6 +44,8 @@ class EncodeUnitJob:
             if epochs and total > self.raw_bytes_max:
                 break
             epochs.append(epoch)
+            if epoch.is_mark:
+                break  # The peer must have exactly this state, too.
         return epochs
 
 

@@ -21,8 +21,10 @@ from geomirror.limits import Limits
 from geomirror.volume.engine import Engine
 from geomirror.wan_protocol.decisions import Emit
 from geomirror.wan_protocol.epoch_decode import FrameDecoder
+from geomirror.wan_protocol.frame import FRAME_BODY_BYTES_MAX
 from geomirror.wan_protocol.incoming import FRAMES_MAX, Incoming, check_commit
-from geomirror.wan_protocol.messages import EpochCommit
+from geomirror.wan_protocol.mark_intake import MarkIntake, check_marks
+from geomirror.wan_protocol.messages import EpochCommit, Marks
 from geomirror.wan_protocol.replica import Replica
 
 INCOMING_MAX = 1024
@@ -37,6 +39,7 @@ class EpochIntake(Replica):
     def __init__(self, engine: Engine, limits: Limits) -> None:
         super().__init__(engine, limits)
         self.incoming: dict[int, Incoming] = {}
+        self.marks = MarkIntake(engine)
         self.taken_bytes = 0
         """Frame body bytes taken in this session. What is dropped here is asked for and sent again,
         so only what is taken opens the primary's window."""
@@ -150,7 +153,7 @@ class EpochIntake(Replica):
                 self._not_as_sealed(incoming, error)
                 return
             try:
-                engine.commit(epoch, epoch.wall_ns)
+                engine.commit(epoch, epoch.wall_ns, self.marks.mark_of(epoch.number))
             except (JournalFullError, NoSpaceError) as error:
                 self._stall("commit", error)
                 return
@@ -163,6 +166,34 @@ class EpochIntake(Replica):
             engine.keep_spooled(self._lowest_spooled())
             self._sync_wanted = True
             self._pump_sync()
+
+    def credit_bytes(self, queued_bytes: int | None) -> int:
+        """Bytes that the primary may have sent in this session in total.
+
+        :param queued_bytes: of a resync under way, waiting for the image.
+        """
+        room = self.engine.journal.room_bytes()
+        spare = room - self.limits.epoch_bytes_max // 2
+        if queued_bytes is not None:
+            spare = self.limits.credit_bytes - queued_bytes
+        # A frame may blow up to its raw size in the journal; compressed bytes are what is granted.
+        granted = max(0, min(self.limits.credit_bytes, spare // 4))
+        if room >= 2 * FRAME_BODY_BYTES_MAX:
+            # Less than one frame would hold the next epoch up for ever.
+            granted = max(granted, FRAME_BODY_BYTES_MAX)
+        return self.taken_bytes + granted
+
+    def take_marks(self, message: Marks) -> None:
+        """Take all marks of the primary. :raises RemoteProtocolError: they cannot be."""
+        self.marks.take(check_marks(message, self.limits))
+
+    def write_marks(self) -> None:
+        """Bring what was told of marks into the journal, as far as their epochs are here."""
+        try:
+            if self.marks.write_down():
+                self._sync_wanted = True
+        except (JournalFullError, NoSpaceError) as error:
+            self._stall("marks", error)
 
     def _not_as_sealed(self, incoming: Incoming, error: IntegrityError) -> None:
         """Take the epoch's frames anew once: some may be of another cut into folds."""

@@ -148,6 +148,8 @@ class SessionAccept(Message, frozen=True):
     """While inconsistent: consistent once this epoch is applied; -1: a resync has to end first."""
     standing_version: int = -1
     """Version of the standing that is durable here, 0 for none; -1: does not know `Announce`."""
+    takes_marks: bool = False
+    """`Marks` may be sent: an older version closes the link at a message it does not know."""
 
 
 class SessionRefuse(Message, frozen=True):
@@ -175,6 +177,26 @@ class EpochCommit(Message, frozen=True):
     table_hash: bytes = b""
     """Folds only: the chain hash that starts from 32 zero bytes over the fold's own table."""
     is_mark: bool = False
+
+
+class MarkEntry(Message, frozen=True):
+    """One named epoch."""
+
+    name: str
+    generation: bytes
+    epoch: int
+    wall_ns: int
+    is_quiesced: bool
+    """The application was quiet at that instant."""
+
+
+class Marks(Message, frozen=True):
+    """Primary to secondary: all marks that are durable at the primary, after each change and when
+    a session opens; one is told before the commit of its epoch."""
+
+    session: int
+    marks: list[MarkEntry]
+    """Ascending by epoch. A mark that is not among them was deleted."""
 
 
 class Acknowledge(Message, frozen=True):
@@ -255,6 +277,7 @@ AnyMessage = (
     | SessionAccept
     | SessionRefuse
     | EpochCommit
+    | Marks
     | Acknowledge
     | ResyncBegin
     | ResyncEnd

@@ -20,8 +20,9 @@ from geomirror.environment import MS
 from geomirror.errors import RemoteProtocolError
 from geomirror.limits import Limits
 from geomirror.volume.engine import Engine
-from geomirror.wan_protocol.decisions import Emit
+from geomirror.wan_protocol.decisions import Emit, SendMessage
 from geomirror.wan_protocol.encode_unit import EncodeUnitJob, commit_message
+from geomirror.wan_protocol.mark_intake import marks_message
 from geomirror.wan_protocol.messages import ResyncAcknowledge, SessionAccept
 from geomirror.wan_protocol.peer_bitmap import PeerBitmap
 from geomirror.wan_protocol.peer_records import BITMAP_INTERVAL_NS, PeerRecords
@@ -221,6 +222,7 @@ class PeerModes(PeerRecords):
     # Sending.
 
     def _pump_sender(self, sender: Sender) -> None:
+        self._tell_marks(sender)
         resync = self.resyncs.get(sender.name)
         if resync is not None:
             self._pump_resync(sender, resync)
@@ -229,6 +231,14 @@ class PeerModes(PeerRecords):
             self._start_encode(sender)
         for decision in sender.next_sends(self.now_ns):
             self._decide(decision)
+
+    def _tell_marks(self, sender: Sender) -> None:
+        """Before anything else is sent: a mark comes before the commit of its epoch."""
+        version = self.engine.marks.table.version
+        if sender.is_open and sender.takes_marks and sender.marks_told != version:
+            sender.marks_told = version
+            message = marks_message(self.engine, self.session)
+            self._decide(SendMessage(sender.name, self.session, message))
 
     def _pump_resync(self, sender: Sender, resync: ResyncSender) -> None:
         kind = f"read:{sender.name}"

@@ -13,7 +13,6 @@ local disk, never for a peer. Deliberately not here: how bytes travel, who may b
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from geomirror.environment import MS, SECOND
 from geomirror.errors import (
@@ -27,6 +26,7 @@ from geomirror.errors import (
 from geomirror.limits import Limits
 from geomirror.volume.engine import Engine, Write
 from geomirror.wan_protocol.decisions import Emit, SendMessage
+from geomirror.wan_protocol.epoch_sealing import EpochSealing
 from geomirror.wan_protocol.messages import (
     Acknowledge,
     AnnounceAcknowledge,
@@ -36,7 +36,6 @@ from geomirror.wan_protocol.messages import (
     SessionOpen,
     SessionRefuse,
 )
-from geomirror.wan_protocol.peer_flushes import PeerFlushes
 from geomirror.wan_protocol.sender import FOLD, STREAM, Sender
 from geomirror.wan_protocol.session import (
     chain_entries,
@@ -45,11 +44,8 @@ from geomirror.wan_protocol.session import (
     volume_infos,
 )
 
-LAG_SAMPLES_MAX = 65536
-"""Epochs whose first write's time is remembered; older ones use the time of the cut."""
 
-
-class Primary(PeerFlushes):
+class Primary(EpochSealing):
     """Core of the primary role; see `Replica` for the shape."""
 
     def __init__(
@@ -66,11 +62,7 @@ class Primary(PeerFlushes):
         self.now_ns = now_ns
         self.incarnation = incarnation
         self.session = session_number(engine.superblock.resource_id)
-        self.open_since_ns: int | None = None
-        self._epoch_began_ns: dict[int, int] = {}
         self._is_stopping = False
-        self._seal_wanted = False
-        self._sealing: Any = None
         self._last_wall_ns = wall_ns
         self._wrote_ns = now_ns
         if engine.open_epoch_since_wall_ns is not None:
@@ -211,34 +203,10 @@ class Primary(PeerFlushes):
         self._pump()
         return names
 
-    def seal_now(self, now_ns: int) -> None:
-        """Seal the open epoch without waiting for its age (orderly stop, `wait`, a flush that
-        peers must have)."""
-        self.now_ns = max(self.now_ns, now_ns)
-        self._seal_wanted = self.open_since_ns is not None
-        self._pump()
-
-    @property
-    def is_sealed(self) -> bool:
-        """Everything completed is in a sealed epoch."""
-        return (
-            self.open_since_ns is None
-            and self._sealing is None
-            and not self.is_running("seal")
-            and self.engine.committed_epoch == self.engine.sealed_epoch
-        )
-
     @property
     def wall_ns(self) -> int:
         """The wall clock now, going by that of the last write."""
         return max(1, self._last_wall_ns + self.now_ns - self._wrote_ns)
-
-    @property
-    def target_epoch(self) -> int:
-        """The epoch that will hold everything completed by now."""
-        is_sealing = self.is_running("seal") or self._sealing is not None
-        is_open = self.open_since_ns is not None
-        return self.engine.committed_epoch + is_sealing + is_open
 
     def stop(self, now_ns: int) -> None:
         """Orderly stop: seal, and destage what is sealed. `is_settled` tells when it is done."""
@@ -250,7 +218,7 @@ class Primary(PeerFlushes):
         """Sealed and destaged; nothing of a restart has to be replayed."""
         return self.is_sealed and self.engine.applied_epoch == self.engine.sealed_epoch
 
-    # Sealing.
+    # The machinery.
 
     def _pump_role(self) -> None:
         self._pump_seal()
@@ -261,51 +229,8 @@ class Primary(PeerFlushes):
             self._pump_sender(sender)
         self._pump_flushes()
 
-    def _pump_seal(self) -> None:
-        if self._sealing is not None:
-            self._complete_seal()
-        if self.open_since_ns is None or self.is_running("seal") or self._sealing is not None:
-            return
-        engine, limits = self.engine, self.limits
-        is_due = (
-            self.now_ns >= self.open_since_ns + limits.epoch_age_ns
-            or engine.open_epoch_bytes >= limits.epoch_bytes_max
-            or engine.open_epoch_entries >= limits.epoch_entries_max // 4
-            or self._room_wanted
-            or self._seal_wanted
-        )
-        if not is_due:
-            return
-        self._seal_wanted = False
-        began_ns = self.open_since_ns
-        # An epoch ends with a write, so the time of the last write is the time of its cut.
-        draft = engine.cut(self._last_wall_ns)
-        self.open_since_ns = None
-        if draft is None:
-            return
-        self._epoch_began_ns[draft.number] = began_ns
-        while len(self._epoch_began_ns) > LAG_SAMPLES_MAX:
-            del self._epoch_began_ns[next(iter(self._epoch_began_ns))]
-        self._run("seal", engine.seal_job(draft), self._seal_done)
-
-    def _seal_done(self, job: Any) -> None:
-        self._sealing = job
-        self._complete_seal()
-
-    def _complete_seal(self) -> None:
-        """Append the epoch's records; tried again later when the disk is full."""
-        try:
-            self.engine.complete_seal(self._sealing)
-        except NoSpaceError as error:
-            self._stall("seal", error)
-            return
-        except StorageError as error:
-            self._fence(error)
-            return
-        self._sealing = None
-        self._sync_wanted = True
-
     def _sealed_moved(self) -> None:
+        super()._sealed_moved()
         for sender in self.senders.values():
             self._check_backlog(sender)
 

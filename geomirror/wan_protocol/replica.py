@@ -154,6 +154,8 @@ class Replica:
             if info.number > engine.sealed_epoch or is_enough:
                 break
             reached = info.number
+            if info.is_mark:
+                break  # What was marked must be a state that the images were in.
         return reached
 
     # The shared machinery.

@@ -22,13 +22,13 @@ from geomirror.volume.engine_base import NO_GENERATION
 from geomirror.volume.superblock import DataState
 from geomirror.wan_protocol.decisions import Emit
 from geomirror.wan_protocol.epoch_intake import MISSING_AFTER_NS
-from geomirror.wan_protocol.frame import FRAME_BODY_BYTES_MAX
 from geomirror.wan_protocol.incoming import HASH_BYTES, Incoming, number_bitmap
 from geomirror.wan_protocol.messages import (
     Acknowledge,
     Announce,
     AnyMessage,
     EpochCommit,
+    Marks,
     ResyncBegin,
     ResyncEnd,
     SessionAccept,
@@ -116,7 +116,9 @@ class Secondary(StandingKeeper):
                     self.resync.end_message = message
             case Announce() if self.is_open:
                 self.take_standing(message)
-            case EpochCommit() | ResyncBegin() | ResyncEnd() | Announce():
+            case Marks() if self.is_open:
+                self.take_marks(message)
+            case EpochCommit() | ResyncBegin() | ResyncEnd() | Announce() | Marks():
                 pass  # Of a session that was closed meanwhile.
             case _:
                 name = type(message).__name__
@@ -203,6 +205,7 @@ class Secondary(StandingKeeper):
             # Another start of the primary may cut the same epoch into other frames.
             self.forget_incoming()
             self._incarnation = message.incarnation
+        self.marks.forget()
         if engine.generation == NO_GENERATION and message.chain:
             engine.adopt_chain(message.chain)
             self._checkpoint_wanted = True
@@ -235,6 +238,7 @@ class Secondary(StandingKeeper):
                 self._credit(),
                 engine.superblock.consistent_from,
                 self.standing_version,
+                takes_marks=True,
             )
         )
         for incoming in self.incoming.values():
@@ -243,17 +247,7 @@ class Secondary(StandingKeeper):
         self._decide(Emit("primary_connected", fields))
 
     def _credit(self) -> int:
-        """Bytes that the primary may have sent in this session in total."""
-        room = self.engine.journal.room_bytes()
-        spare = room - self.limits.epoch_bytes_max // 2
-        if self.resync is not None:
-            spare = self.limits.credit_bytes - self.resync.queued_bytes
-        # A frame may blow up to its raw size in the journal; compressed bytes are what is granted.
-        granted = max(0, min(self.limits.credit_bytes, spare // 4))
-        if room >= 2 * FRAME_BODY_BYTES_MAX:
-            # Less than one frame would hold the next epoch up for ever.
-            granted = max(granted, FRAME_BODY_BYTES_MAX)
-        return self.taken_bytes + granted
+        return self.credit_bytes(None if self.resync is None else self.resync.queued_bytes)
 
     # Refusals.
 
@@ -344,6 +338,7 @@ class Secondary(StandingKeeper):
 
     def _pump_role(self) -> None:
         self.commit_complete()
+        self.write_marks()
         resync = self.resync
         if resync is None:
             return
@@ -385,6 +380,7 @@ class Secondary(StandingKeeper):
         is_caught_up = self.engine.applied_epoch >= superblock.consistent_from >= 0
         if superblock.data_state == INCONSISTENT and self.resync is None and is_caught_up:
             superblock.data_state = CONSISTENT
+            self.engine.marks.became_consistent(self.engine.applied_epoch)
             self._checkpoint_wanted = True
             self._decide(Emit("consistent", {"epoch": self.engine.applied_epoch}))
 

@@ -84,6 +84,10 @@ class Sender:
     is_link_up: bool = False
     is_paused: bool = False
     data_state: str = "unknown"
+    takes_marks: bool = False
+    """The peer knows the message; of this session."""
+    marks_told: int = -1
+    """Version of the table that the peer was told in this session."""
     refusal: str = ""
     room_bytes: int = 0
     mode_since_ns: int = 0
@@ -139,6 +143,7 @@ class Sender:
         self._sent_bytes = self._received_bytes = 0
         self._credit_bytes = accept.credit_bytes
         self.data_state = accept.data_state
+        self.takes_marks, self.marks_told = accept.takes_marks, -1
         self._set_durable(accept.durable_epoch, accept.durable_hash)
         self.applied_epoch = accept.applied_epoch
         self.received_epoch = accept.durable_epoch

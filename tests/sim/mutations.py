@@ -33,6 +33,7 @@ from geomirror.wan_protocol.replica import Replica
 from geomirror.wan_protocol.resync_receiver import ResyncReceiver
 from geomirror.wan_protocol.resync_sender import ResyncSender
 from geomirror.wan_protocol.secondary import Secondary
+from tests.sim.mark_mutations import MARK_MUTATIONS
 from tests.sim.sync_mutations import SYNC_MUTATIONS, Patch
 
 DROP_EVERY = 97
@@ -343,6 +344,7 @@ MUTATIONS: dict[str, Callable[[], list[Patch]]] = {
         status_without_the_draft,
         status_without_the_bitmap,
         merge_keeps_newest,
+        *MARK_MUTATIONS,
     )
 }
 

@@ -48,6 +48,8 @@ class Options:
     """What flushes wait for at first."""
     policy_mean_ns: int = NEVER
     """Between changes of it."""
+    marks_mean_ns: int = NEVER
+    """Between two operations on marks."""
 
     @classmethod
     def draw(cls, chance: random.Random, seconds: int, names: list[str]) -> Options:

@@ -13,6 +13,7 @@ from geomirror.wan_protocol.primary import Primary
 from geomirror.wan_protocol.secondary import CONSISTENT
 from tests.sim.client import Client
 from tests.sim.faults import STOPPED_OPERATIONS_MAX, Faults
+from tests.sim.marking import Marking, draw_marks
 from tests.sim.network import Network
 from tests.sim.node import MachineStoppedError, Setup, SimNode
 from tests.sim.options import Options
@@ -62,6 +63,7 @@ class Simulation:
         drawn = Options.draw(self.chance, seconds, NAMES)
         policies = random.Random(f"{seed}/policy")
         drawn = replace(drawn, policy=draw_policy(policies, SECONDARIES))
+        drawn = replace(drawn, marks_mean_ns=draw_marks(seed))
         options = replace(drawn, **focus)  # type: ignore[arg-type]
         self.options = options
         self.oracle = Oracle(VOLUMES)
@@ -104,6 +106,7 @@ class Simulation:
         self.nodes = {name: SimNode(name, setup, seed) for name in NAMES}
         self.network.is_alive = lambda name: self.nodes[name].is_alive
         self.faults = Faults(self)
+        self.marking = Marking(self, seed, options.marks_mean_ns)
         self.crashes = self.lost = 0
         self.is_detected = False
 
@@ -154,6 +157,7 @@ class Simulation:
             self.network.connect_later(PRIMARY, name)
         self.client.begin()
         self.faults.begin()
+        self.marking.begin()
         self._look_at_verdicts()
 
     def _look_at_verdicts(self) -> None:
@@ -224,6 +228,7 @@ class Simulation:
                 sizes = self.oracle.sizes.items()
                 content = {volume: engine.read(volume, 0, size) for volume, size in sizes}
             self.lost += self.oracle.recovered(content, engine.sealed_epoch)
+            self.marking.recovered(node)
             for number in range(self.oracle.sealed_epoch + 1, engine.sealed_epoch + 1):
                 self.oracle.sealed(number, engine.epoch_info(number).chain_hash)
         elif engine.superblock.data_state == CONSISTENT:
@@ -275,6 +280,7 @@ class Simulation:
             primary.call(partial(core.seal_now, primary.now_ns()))
         for node in self.secondaries:
             node.watch.check_image()
+        self.marking.check()
 
     def _is_converged(self) -> bool:
         core = self.primary.core
@@ -287,7 +293,7 @@ class Simulation:
         sealed = engine.sealed_epoch
         if self.oracle.epoch_prefix[sealed] != len(self.oracle.log):
             return False
-        return all(
+        return self.marking.is_converged and all(
             node.is_alive
             and node.engine.applied_epoch == sealed
             and node.engine.superblock.data_state == CONSISTENT

@@ -69,9 +69,9 @@ def test_retention_keeps_the_epochs_that_are_named_and_held() -> None:
     table.remove("second-name")
     assert table.marked_epochs() == (7,)
     assert table.boundaries() == (7, 12)
-    table.drop_unnamed(11)
+    table.drop_unnamed(11, {7})
     assert table.boundaries() == (7, 12)  # Its name may still be on its way.
-    table.drop_unnamed(12)
+    table.drop_unnamed(12, {7})
     assert table.boundaries() == (7,)
 
 
@@ -98,7 +98,7 @@ def test_the_version_tells_changes_only() -> None:
     table.put(mark("v2", 9))
     table.add_boundary(7)
     table.remove("nothing")
-    table.drop_unnamed(100)
+    table.drop_unnamed(100, {7, 8, 9})
     assert table.version == version
     table.put(mark("v2", 9, is_quiesced=True))
     assert table.version == version + 1
