@@ -41,6 +41,7 @@ PANELS: dict[str, dict[str, str]] = {
         "attach": "geomirror.cli.attach",
         "detach": "geomirror.cli.attach",
         "nbd": "geomirror.cli.nbd",
+        "mark": "geomirror.cli.mark",
         "timeline": "geomirror.cli.timeline",
         "view": "geomirror.cli.view",
     },

@@ -29,6 +29,7 @@ from geomirror.node.events import EventRing
 from geomirror.node.failover_calls import FailoverCalls
 from geomirror.node.link_router import LinkRouter
 from geomirror.node.log import set_level
+from geomirror.node.mark_calls import MarkCalls
 from geomirror.node.nbd_listeners import NbdAddresses, load_nbd_tls, start_nbd, warn_if_exposed
 from geomirror.node.network_calls import NetworkCalls
 from geomirror.node.notify_io import Notifier
@@ -194,6 +195,7 @@ class Node:
         )
         calls.register(self._methods)
         ResourceChanges(calls).register(self._methods)
+        MarkCalls(calls).register(self._methods)
         ViewCalls(calls, self._status.addresses).register(self._methods)
         failover = FailoverCalls(self._host, self._store, self._links, self._router.is_up)
         failover.register(self._methods)

@@ -10,6 +10,7 @@ from geomirror.errors import GeomirrorError, UsageError, WaitTimeoutError
 from geomirror.nbd.protocol import Export
 from geomirror.node.context import NodeContext
 from geomirror.node.full_disk import FullDisk
+from geomirror.node.mark_desk import MarkDesk
 from geomirror.node.primary_export import FlushToken, HeldWriters, PrimaryExport
 from geomirror.node.replica_runner import ReplicaRunner
 from geomirror.node.replica_status import PrimaryStatus, SecondaryStatus
@@ -53,6 +54,7 @@ class ReplicaService:
         self._store = store
         self._core: Primary | Secondary
         self._runner: ReplicaRunner
+        self.marks: MarkDesk
         self._status: PrimaryStatus | SecondaryStatus
         self._held = HeldWriters()
         self._full_disk = FullDisk(node.limits.full_disk_wait_ns_max)
@@ -115,6 +117,7 @@ class ReplicaService:
             on_flush=self._flushed,
             on_progress=self._progress,
         )
+        self.marks = MarkDesk(definition.name, self._engine, self._runner)
         if isinstance(self._core, Secondary):
             self._pins = ReaderPins(self._runner, limits)
         self._make_exports()

@@ -12,6 +12,7 @@ from geomirror.node.resource_definition import ResourceDefinition
 if TYPE_CHECKING:
     from geomirror.cluster.verdict import MemberAnswer
     from geomirror.nbd.protocol import Export
+    from geomirror.node.mark_desk import MarkDesk
     from geomirror.node.view_host import ViewHost
     from geomirror.wan_protocol.messages import AnyMessage
 
@@ -20,6 +21,10 @@ class Service(Protocol):
     """One resource on this node."""
 
     definition: ResourceDefinition
+
+    @property
+    def marks(self) -> MarkDesk:
+        """Names of points in time."""
 
     @property
     def views(self) -> ViewHost:
