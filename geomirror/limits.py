@@ -150,6 +150,8 @@ class Limits:
     """Between attempts of an attachment to reach its daemon again; a start takes a second."""
     attach_retry_ns_max: int = 1 * SECOND
     """The same after some failures."""
+    attach_scratch_bytes_max: int = 1 * GIB
+    """What mounting a copy may write beside it: the largest journal that mkfs.ext4 makes."""
 
     tcp_segment_bytes: int = 1220
     """TCP segments of links, without IP and TCP header: 1280 bytes with IPv6, which every path

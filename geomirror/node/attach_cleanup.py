@@ -15,7 +15,7 @@ from pathlib import Path
 from geomirror.errors import InUseError
 from geomirror.node import attach_plan as plan
 from geomirror.node import attach_tools as tools
-from geomirror.node.attach_device import release_loops, unmount_fuse
+from geomirror.node.attach_device import RELEASE_S_MAX, release_loops, unmount_fuse
 from geomirror.node.attach_state import Attachment, AttachmentDir
 from geomirror.node.process_identity import start_time
 
@@ -30,7 +30,7 @@ async def clean_up(files: AttachmentDir, attachment: Attachment | None) -> list[
         done += await _unmount(device, attachment)
         done.append(f"took {device} away")
     await _end_helper(attachment, done)
-    await release_loops(files.disk, is_patient=False)
+    await release_loops(files.disk, give_up_s=RELEASE_S_MAX)
     if any(found.path == str(files.fuse) for found in tools.mounts_here()):
         await unmount_fuse(files.fuse)
         done.append(f"unmounted {files.fuse}")

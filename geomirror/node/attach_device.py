@@ -59,7 +59,7 @@ class AttachedDevice:
 
     @property
     def _is_read_only(self) -> bool:
-        return self._attachment.is_read_only
+        return self._attachment.is_read_only and not self._attachment.has_scratch
 
     async def _start_fuse(self) -> None:
         self._files.fuse.mkdir(mode=0o700, exist_ok=True)
@@ -126,15 +126,11 @@ class AttachedDevice:
         assert self._helper is not None
         return await self._helper.wait()
 
-    async def release(self, *, is_patient: bool) -> None:
-        """Take everything away; may be called again after an error.
-
-        :param is_patient: wait as long as somebody still uses the device.
-        :raises InUseError: somebody does; all is as it was, or as far as the loop device let go.
-        """
+    async def release(self) -> None:
+        """Take everything away, however long somebody still uses the device."""
         device = self._attachment.device
         if self._attachment.method == plan.FUSE:
-            await release_loops(self._files.disk, is_patient=is_patient)
+            await release_loops(self._files.disk, give_up_s=None)
             self._attachment.device = None
             await unmount_fuse(self._files.fuse)
         elif device is not None and self._helper is not None and self._helper.returncode is None:
@@ -154,23 +150,25 @@ class AttachedDevice:
                 return
 
 
-async def release_loops(disk: Path, *, is_patient: bool) -> None:
+async def release_loops(disk: Path, *, give_up_s: float | None) -> None:
     """Take away the loop devices on a file, and wait until they are gone.
 
     :raises InUseError: one is still used; it goes by itself when its last user does.
     """
-    loop = asyncio.get_running_loop()
-    give_up = loop.time() + RELEASE_S_MAX
     for device in tools.loops_on(disk):
         await tools.run_tool(["losetup", "--detach", device], may_fail=True)
-    while found := tools.loops_on(disk):
-        if not is_patient and loop.time() > give_up:
-            users = await asyncio.to_thread(tools.users_of, None, found[0])
-            raise InUseError(
-                f"{found[0]} is still in use by {tools.in_words(users)}",
-                hint="end them; then detach again",
-            )
-        await asyncio.sleep(_POLL_S)
+    try:
+        async with asyncio.timeout(give_up_s):
+            while found := tools.loops_on(disk):
+                device = found[0]
+                await asyncio.sleep(_POLL_S)
+    except TimeoutError:
+        users = await asyncio.to_thread(tools.users_of, None, device)
+        users += await asyncio.to_thread(tools.mounted_elsewhere, device)
+        raise InUseError(
+            f"{device} is still in use by {tools.in_words(users)}",
+            hint="end them; then detach again",
+        ) from None
 
 
 async def unmount_fuse(path: Path) -> None:

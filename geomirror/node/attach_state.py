@@ -34,6 +34,8 @@ class Attachment(msgspec.Struct):
     mountpoint: str | None
     """Where the file system is mounted; None: the device alone is wanted."""
     is_read_only: bool = False
+    has_scratch: bool = False
+    """The device, not the mount, takes writes, and forgets them."""
     format: int = FORMAT
     pid: int = 0
     start_time: str = ""

@@ -22,10 +22,11 @@ from geomirror.environment import SystemClock
 from geomirror.errors import GeomirrorError, InUseError, RefusedError, StorageError
 from geomirror.limits import PRODUCTION
 from geomirror.nbd.resuming_export_io import ResumingExport
+from geomirror.nbd.scratch_export_io import ScratchExport
 from geomirror.nbd.server_io import NbdServer
 from geomirror.node import attach_plan as plan
 from geomirror.node import attach_tools as tools
-from geomirror.node.attach_device import AttachedDevice
+from geomirror.node.attach_device import RELEASE_S_MAX, AttachedDevice
 from geomirror.node.attach_state import Attachment, AttachmentDir
 from geomirror.node.attach_upstream import Upstream
 from geomirror.node.process_identity import start_time
@@ -33,6 +34,8 @@ from geomirror.node.process_identity import start_time
 _log = structlog.get_logger(component="attach")
 BUSY_RETRY_S = 1.0
 """After SIGTERM, between attempts to unmount what is in use."""
+FORCED_RETRY_S = 0.1
+FORCED_ATTEMPTS = 50
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,15 @@ class Supervisor:
             timeout_ns=None if timeout_s is None else int(timeout_s * 1e9),
             on_error=self._told_error,
         )
-        self._server = NbdServer(lambda: {upstream.name: self._export}, default=upstream.name)
+        self._scratch: ScratchExport | None = None
+        self._server = NbdServer(
+            lambda: {upstream.name: self._scratch or self._export}, default=upstream.name
+        )
         self._device = AttachedDevice(files, self.attachment, self._server)
         self._relaying: asyncio.Task[None] | None = None
         self._detaching = asyncio.Lock()
+        self._leaving: asyncio.Task[None] | None = None
+        """Under way once nothing is mounted: ends when nobody uses the device any more."""
         self._is_leaving = False
         self._is_clean = True
         self._errors = 0
@@ -98,6 +106,12 @@ class Supervisor:
         self._export.is_read_only = self.attachment.is_read_only
         self.attachment.epoch = identity.epoch
         self.attachment.attached_at = datetime.now(UTC).isoformat(timespec="seconds")
+        if identity.is_read_only and not self._wanted.is_read_only and self._wanted.mountpoint:
+            # A copy is a crash image: to mount it, its file system has to replay its journal.
+            self._scratch = ScratchExport(
+                self._export, self._files.path / "scratch", PRODUCTION.attach_scratch_bytes_max
+            )
+            self.attachment.has_scratch = True
         self._files.save(self.attachment)
         try:
             device = await self._device.make()
@@ -151,28 +165,47 @@ class Supervisor:
     async def detach(self, *, is_lazy: bool, is_forced: bool) -> dict[str, Any]:
         """Unmount, flush, take the device away, end. Says whether all was written.
 
-        :raises InUseError: somebody uses it; it stays attached.
+        :raises InUseError: somebody uses it: it stays attached, or, once it is unmounted, ends
+            when they do.
         :raises RefusedError: the daemon is away, so that nothing can be written.
         """
         async with self._detaching:
-            if is_forced:
-                self._is_clean = self._is_clean and self.attachment.is_read_only
-                self._export.give_up()
-            elif self._export.away_since_ns is not None and not self._export.is_over:
-                raise RefusedError(
-                    f'"{self.attachment.name}": the daemon is away, and what is not written yet '
-                    f"would be lost",
-                    hint='start it, or give it up with "--force"',
-                )
-            if self._export.is_over and not self.attachment.is_read_only:
-                self._is_clean = False
-            await self._unmount(is_lazy=is_lazy)
-            if is_lazy:
-                self._is_leaving = True
-                self._leaving_task = asyncio.create_task(self._leave_when_free())
-            else:
-                await self._leave(is_patient=False)
+            if self._leaving is None:
+                self._check_daemon(is_forced=is_forced)
+                await self._unmount(is_lazy=is_lazy)
+                if not is_lazy:
+                    await self._check_users()
+                self._leaving = asyncio.create_task(self._leave())
+            if not is_lazy:
+                await self._wait_left(self._leaving)
         return {"name": self.attachment.name, "is_clean": self._is_clean, "is_gone": not is_lazy}
+
+    def _check_daemon(self, *, is_forced: bool) -> None:
+        name, is_writable = self.attachment.name, not self.attachment.is_read_only
+        if is_forced:
+            self._is_clean = not is_writable
+            self._export.give_up()
+        elif self._export.is_over:
+            self._is_clean = not is_writable
+        elif self._export.away_since_ns is not None and is_writable:
+            raise RefusedError(
+                f'"{name}": the daemon is away, and what is not written yet would be lost',
+                hint='start it, or give it up with "--force"',
+            )
+
+    async def _wait_left(self, leaving: asyncio.Task[None]) -> None:
+        done, _ = await asyncio.wait({leaving}, timeout=RELEASE_S_MAX)
+        if done:
+            self._leaving = None
+            leaving.result()
+            return
+        device = self.attachment.device or "the device"
+        users = await asyncio.to_thread(tools.users_of, None, device)
+        users += await asyncio.to_thread(tools.mounted_elsewhere, device)
+        raise InUseError(
+            f"{device} is unmounted, and still in use by {tools.in_words(users)}",
+            hint="it is detached when they end",
+        )
 
     async def _unmount(self, *, is_lazy: bool) -> None:
         device, path = self.attachment.device, self.attachment.mountpoint
@@ -182,26 +215,36 @@ class Supervisor:
         mine = [found for found in tools.mounts_here() if found.device == number]
         if self.attachment.is_mounted and any(found.path == path for found in mine):
             assert path is not None
-            try:
-                lazy = ["--lazy"] if is_lazy else []
-                await tools.run_tool(["umount", *lazy, "--", path])
-            except StorageError as error:
-                users = await asyncio.to_thread(tools.users_of, path, device)
-                raise InUseError(
-                    f"{path} is in use by {tools.in_words(users)}",
-                    hint="end them, or use --lazy: it ends when they do",
-                ) from error
+            await self._unmount_at(path, device, is_lazy=is_lazy)
         self.attachment.is_mounted = False
         others = [found.path for found in tools.mounts_here() if found.device == number]
         if others and not is_lazy:
             raise InUseError(f"{device} is mounted at {', '.join(others)}", hint="unmount it first")
 
-    async def _leave(self, *, is_patient: bool) -> None:
+    async def _unmount_at(self, path: str, device: str, *, is_lazy: bool) -> None:
+        lazy = ["--lazy"] if is_lazy else []
+        # Killed processes that waited for the daemon end only when their requests have failed.
+        for attempt in range(FORCED_ATTEMPTS if self._export.is_over else 1):
+            await asyncio.sleep(attempt and FORCED_RETRY_S)
+            try:
+                await tools.run_tool(["umount", *lazy, "--", path])
+                return
+            except StorageError as error:
+                failure = error
+        users = await asyncio.to_thread(tools.users_of, path, device)
+        raise InUseError(
+            f"{path} is in use by {tools.in_words(users)}",
+            hint="end them, or use --lazy: it ends when they do",
+        ) from failure
+
+    async def _check_users(self) -> None:
         device = self.attachment.device
-        if device is not None and not is_patient:
-            users = await asyncio.to_thread(tools.users_of, None, device)
-            if users:
-                raise InUseError(f"{device} is in use by {tools.in_words(users)}", hint="end them")
+        users = await asyncio.to_thread(tools.users_of, None, device) if device else []
+        if users:
+            raise InUseError(f"{device} is in use by {tools.in_words(users)}", hint="end them")
+
+    async def _leave(self) -> None:
+        device = self.attachment.device
         if device is not None and not self.attachment.is_read_only:
             try:
                 await asyncio.to_thread(tools.sync_device, device)
@@ -209,14 +252,8 @@ class Supervisor:
                 if not self._export.is_over:
                     raise
         self._is_leaving = True
-        await self._device.release(is_patient=is_patient)
+        await self._device.release()
         await self._end()
-
-    async def _leave_when_free(self) -> None:
-        try:
-            await self._leave(is_patient=True)
-        except GeomirrorError as error:
-            _log.warning("detach_failed", error=str(error))
 
     async def _unmake(self) -> None:
         """After a failed attach."""
@@ -224,7 +261,7 @@ class Supervisor:
         with contextlib.suppress(GeomirrorError):
             if self.attachment.is_mounted:
                 await self._unmount(is_lazy=False)
-            await self._device.release(is_patient=False)
+            await self._device.release()
         await self._end()
 
     async def _end(self) -> None:
@@ -232,6 +269,8 @@ class Supervisor:
         if self._relaying is not None:
             self._relaying.cancel()
             await asyncio.gather(self._relaying, return_exceptions=True)
+        if self._scratch is not None:
+            self._scratch.end()
         self._files.remove()
         self.ended.set()
 
@@ -273,6 +312,7 @@ class Supervisor:
             "waiting_requests": self._export.unanswered,
             "replayed_requests": self._export.replayed,
             "errors": self._errors,
+            "scratch_bytes": self._scratch.scratch_bytes if self._scratch is not None else 0,
         }
 
 

@@ -99,11 +99,11 @@ def nbd_devices() -> tuple[list[str], frozenset[str]]:
 
 
 def users_of(path: str | None, device: str) -> list[str]:
-    """Who keeps a mount or a device busy: `name (pid)`, devices on top, other namespaces' mounts.
+    """Who keeps a mount or a device busy: `name (pid)`, and devices on top.
 
     Looks at names only: nothing of the file system, whose disk may be away, is touched.
     """
-    number, own = device_number(device), os.getpid()
+    own = os.getpid()
     found = [
         f"/dev/{entry}" for entry in _children(Path("/sys/block", Path(device).name, "holders"))
     ]
@@ -114,7 +114,7 @@ def users_of(path: str | None, device: str) -> list[str]:
         inside = [path, device] if path else [device]
         if any(link == name or link.startswith(f"{name}/") for link in links for name in inside):
             found.append(_named(process))
-    return found or _mounted_elsewhere(number)
+    return found
 
 
 def _links(process: Path) -> list[str]:
@@ -126,8 +126,9 @@ def _links(process: Path) -> list[str]:
     return links
 
 
-def _mounted_elsewhere(number: str) -> list[str]:
-    """One process of each other mount namespace that has the device mounted."""
+def mounted_elsewhere(device: str) -> list[str]:
+    """One process of each mount namespace that has the device mounted."""
+    number = device_number(device)
     namespaces: dict[str, str] = {}
     for process in _children(Path("/proc")):
         if not process.isdigit():

@@ -1,12 +1,13 @@
-"""A volume of a node as a mounted file system: nbdfuse, a loop device, ext4."""
+"""A volume of a node as a mounted ext4, by the product's own commands."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-import subprocess
+import signal
 from pathlib import Path
 
-from tests.system.power import run, wait_for
+from tests.system.power import run
 from tests.system.support import Site
 
 
@@ -16,45 +17,32 @@ class Attached:
     def __init__(self, site: Site, root: Path) -> None:
         root.mkdir()
         self.mount = root / "mount"
-        self._fuse = root / "fuse"
         self._site = site
-        self._loop = ""
-        self._nbdfuse: subprocess.Popen[bytes] | None = None
         self.mount.mkdir()
-        self._fuse.mkdir()
 
     def attach(self, *, make_file_system: bool = False) -> None:
         """Mount it; the file system's journal is replayed if it was dropped."""
-        self._nbdfuse = subprocess.Popen(["nbdfuse", str(self._fuse), self._site.uri()])
-        wait_for(self._fuse / "nbd")
-        self._loop = run("losetup", "--find", "--show", self._fuse / "nbd")
         if make_file_system:
-            run("mkfs.ext4", "-q", self._loop)
-        run("mount", self._loop, self.mount)
+            run("mkfs.ext4", "-q", self._site.run("attach", "pg", "--device").strip())
+            self.detach()
+        self._site.run("attach", "pg", str(self.mount))
+
+    def pull(self) -> None:
+        """As a plug: its process is killed, and whoever waits for the disk gets an error."""
+        (found,) = self._site.json("attach", "--list")["attachments"]
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(found["pid"], signal.SIGKILL)
 
     def drop(self) -> None:
-        """The server below is dead: take down what still stands on it."""
-        if self._nbdfuse is not None:
-            self._nbdfuse.kill()
-        self._take_down()
+        """Nobody uses it any more: take away what was pulled."""
+        assert self._site.json("detach", "pg")["is_clean"] is False
 
     def detach(self) -> None:
         """In order: nothing that was written stays behind."""
-        run("umount", self.mount)
-        self._take_down()
-
-    def _take_down(self) -> None:
-        if os.path.ismount(self.mount):
-            run("umount", self.mount)
-        if self._loop:
-            run("losetup", "--detach", self._loop)
-            self._loop = ""
-        if self._nbdfuse is not None:
-            self._nbdfuse.terminate()
-            self._nbdfuse.wait()
-            self._nbdfuse = None
-        subprocess.run(["umount", "-l", str(self._fuse)], capture_output=True, check=False)
+        assert self._site.json("detach", "pg")["is_clean"] is True
 
     def close(self) -> None:
         """Whatever happened, nothing is left."""
-        self.drop()
+        if self._site.json("attach", "--list")["attachments"]:
+            self.pull()
+            self.drop()

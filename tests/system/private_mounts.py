@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,26 @@ def require_attach() -> None:
         pytest.skip(f"not installed: {', '.join(missing)}")
     if not is_root() or not os.access("/dev/fuse", os.R_OK | os.W_OK):
         pytest.skip("mounts and loop devices need root and /dev/fuse")
+
+
+_CLONE_NEWNS = 0x20000
+
+
+@contextlib.contextmanager
+def own_mounts() -> Iterator[None]:
+    """This thread, and what it starts, in a mount namespace of its own.
+
+    Other namespaces that are made meanwhile copy all mounts, and would keep ours busy.
+    """
+    system = ctypes.CDLL(None, use_errno=True)
+    before = os.open("/proc/thread-self/ns/mnt", os.O_RDONLY)
+    try:
+        assert system.unshare(_CLONE_NEWNS) == 0, os.strerror(ctypes.get_errno())
+        subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+        yield
+    finally:
+        assert system.setns(before, _CLONE_NEWNS) == 0, os.strerror(ctypes.get_errno())
+        os.close(before)
 
 
 class MountSite(Site):

@@ -155,6 +155,60 @@ def test_a_mounted_file_system_does_not_notice_that_the_daemon_is_killed(tmp_pat
         a.end()
 
 
+def test_a_copy_is_mounted_at_its_epoch_and_never_shows_another_one(tmp_path: Path) -> None:
+    require_attach()
+    a, b = MountSite(tmp_path, "a"), MountSite(tmp_path, "b")
+    try:
+        make_network(a, b)
+        create(a, "pg")
+        format_volume(a)
+        there, here = a.seen(attach(a, "there")), tmp_path / "here"
+        write_durably(there / "first", b"1")
+        # The file system there is in use: what is here is a crash image with a journal to replay.
+        wait_applied(a)
+        before = b.status()["position"]["applied_epoch"]
+        here.mkdir()
+        document = b.json("attach", "pg", str(here))
+        assert (document["epoch"], document["is_read_only"]) == (before, True)
+        assert b.attached()[0]["scratch_bytes"] > 0
+        here = b.seen(here)
+        assert (here / "first").read_bytes() == b"1"
+        with pytest.raises(OSError, match="Read-only"):
+            (here / "new").write_bytes(b"")
+        write_durably(there / "second", b"2")
+        a.call("resource.wait", name="pg", kind="durable", timeout_s=60)
+        assert not (here / "second").exists()
+        assert b.status()["position"]["applied_epoch"] == before
+
+        # A new daemon goes on with applying, and what is mounted must not change below its users.
+        b.kill()
+        b.restart()
+        until(lambda: state(b) == "stale", what="the other epoch to be noticed")
+        assert f"not {before}" in b.attached()[0]["reason"]
+        b.run("detach", "pg")
+        wait_applied(a)
+        path = attach(b, "again")
+        assert (b.seen(path) / "second").read_bytes() == b"2"
+        b.run("detach", "pg")
+        # The device alone has no scratch file.
+        device = Path(b.run("attach", "pg", "--device").strip())
+        with pytest.raises(OSError, match=r"Operation not permitted|Read-only"):
+            write_directly(device, b"no")
+        b.run("detach", "pg")
+        a.run("detach", "pg")
+        assert (a.leftovers(), b.leftovers()) == ([], [])
+    finally:
+        a.end()
+        b.end()
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def test_who_uses_it_is_named_and_nothing_is_torn_away(site: MountSite) -> None:
     format_volume(site)
     path = attach(site)
@@ -232,11 +286,7 @@ def test_a_device_is_refused_to_be_detached_while_it_is_open_or_mounted(site: Mo
 def test_what_a_killed_process_leaves_is_told_and_cleaned(site: MountSite, victim: str) -> None:
     format_volume(site)
     path = attach(site)
-    with (site.seen(path) / "confirmed").open("wb") as file:
-        file.write(b"kept")
-        file.flush()
-        os.fsync(file.fileno())
-    del file
+    write_durably(site.seen(path) / "confirmed", b"kept")
     pid = site.known("pg/0")[victim]
     os.kill(pid, signal.SIGKILL)
     until(lambda: state(site) == "failed", what="the truth")

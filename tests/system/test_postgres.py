@@ -18,6 +18,7 @@ import pytest
 from tests.system.attach import Attached
 from tests.system.database import Cluster, require_postgres
 from tests.system.power import require_power, run
+from tests.system.private_mounts import own_mounts
 from tests.system.support import Site, create, make_network, some_sites, wait_applied
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]
@@ -34,7 +35,7 @@ BALANCES = (
 def sites(tmp_path: Path) -> Iterator[tuple[Site, Site]]:
     require_power()
     require_postgres()
-    with some_sites(tmp_path, "a", "b") as (a, b):
+    with own_mounts(), some_sites(tmp_path, "a", "b") as (a, b):
         make_network(a, b)
         create(a, "pg", size="512M")
         yield a, b
@@ -77,8 +78,9 @@ def test_every_confirmed_commit_is_there_and_the_mirror_is_sound(
         logs = public / "sockets" / "commits"
         load = start_load(cluster, logs)
         time.sleep(LOAD_S)
-        # Everything at once: the daemon, the clients, the server.
+        # Everything at once: the daemon, the disk, the clients, the server.
         a.kill()
+        attached.pull()
         load.kill()
         load.wait()
         cluster.kill()
