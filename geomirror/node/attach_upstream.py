@@ -10,13 +10,21 @@ import asyncio
 from dataclasses import dataclass
 from typing import Any
 
-from geomirror.errors import ChangedError, GeomirrorError, NotFoundError, RefusedError
+from geomirror.errors import (
+    ChangedError,
+    GeomirrorError,
+    NotFoundError,
+    RefusedError,
+    UnreachableError,
+)
 from geomirror.nbd.client_io import NbdClient
 from geomirror.node.control_client_io import ControlClient
 from geomirror.node.error_json import error_from_object
 from geomirror.node.paths import DataDir
 
 _CALL_TIMEOUT_S = 15.0
+_IDENTIFY_S_MAX = 60.0
+"""Longer than a pass of a secondary that was running when we connected."""
 _AGAIN = "detach it; attach it again to see what is there now"
 
 
@@ -66,11 +74,14 @@ class Upstream:
         client = await NbdClient.connect(uri, depth=1 << 16)
         is_kept = False
         try:
-            found = await self._identify(client)
+            async with asyncio.timeout(_IDENTIFY_S_MAX):
+                found = await self._identify(client)
             if self.identity is None:
                 self.identity = found
             self._compare(self.identity, found)
             is_kept = True
+        except TimeoutError:
+            raise UnreachableError(f'"{self.name}" is served, and does not answer reads') from None
         finally:
             if not is_kept:
                 client.abort()
