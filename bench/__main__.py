@@ -147,9 +147,13 @@ def _run(console: Console, cell: Cell, options: Options, out: Path) -> bool:
         inside = Options(Path(work), options.is_short, options.rounds, options.seconds)
         try:
             found = measure(cell, inside)
-        # One that fails must not end a run of hours.
-        except (GeomirrorError, OSError, subprocess.SubprocessError, AssertionError) as error:
+        # One that fails must not end a run of hours; a mistake in a script shows its place.
+        except (GeomirrorError, OSError, subprocess.SubprocessError) as error:
             console.print(f"[red]{cell.label} failed:[/red] {error!r}", highlight=False)
+            return False
+        except (AssertionError, ArithmeticError, LookupError, TypeError, ValueError):
+            console.print(f"[red]{cell.label} failed[/red]")
+            console.print_exception(max_frames=4)
             return False
     write(cell.path(out), found)
     show(console, found)

@@ -34,7 +34,7 @@ from bench.observe import Observed, Times, observe
 from bench.options import Options
 from bench.report import Result
 from bench.rig import require_free
-from bench.stamps import REGION_BYTES, Plan, background
+from bench.stamps import REGION_BYTES, Numbers, Plan, background
 from geomirror.environment import SECOND
 from geomirror.lab.packet_emulator_io import PacketEmulator, may_run
 from geomirror.limits import MIB
@@ -100,25 +100,30 @@ class Row:
         nothing = math.nan
         steady, later = (seen.latencies_us(is_steady=value) for value in (True, False))
         delays = seen.delays_s(is_steady=True) if has_copy else [nothing]
-        worst = max(seen.delays_s(is_steady=False)) if has_copy else nothing
+        all_delays = seen.delays_s(is_steady=False) if has_copy else []
         resumed = seen.resumed_ns or seen.end_ns
         crossed = seen.wire_bytes.get("resumed", seen.wire_bytes["end"]) - seen.wire_bytes["up"]
         logical = max(1, seen.plan.bytes_through(seen.writes))
         return cls(
-            held_p50_s=statistics.median(delays),
-            held_p95_s=float(np.percentile(delays, 95)),
-            held_worst_s=worst,
+            held_p50_s=_percentile(delays, 50),
+            held_p95_s=_percentile(delays, 95),
+            held_worst_s=max(all_delays, default=nothing),
             usable=seen.usable(0, seen.down_ns) if has_copy else nothing,
             usable_in_cut=seen.usable(seen.down_ns, seen.up_ns) if has_copy else nothing,
             usable_after=seen.usable(seen.up_ns, seen.end_ns) if has_copy else nothing,
             wire_ratio=seen.wire_bytes["end"] / logical if has_copy else nothing,
-            write_p50_us=float(np.percentile(steady, 50)),
-            write_p99_us=float(np.percentile(steady, 99)),
-            write_worst_ms=float(max(steady.max(), *later)) / 1000,
+            write_p50_us=_percentile(steady, 50),
+            write_p99_us=_percentile(steady, 99),
+            write_worst_ms=float(max([*steady, *later], default=nothing)) / 1000,
             resume_s=(resumed - seen.up_ns) / SECOND if has_copy else nothing,
             resume_mib=crossed / MIB if has_copy else nothing,
             is_identical=float(seen.is_identical) if has_copy else nothing,
         )
+
+
+def _percentile(values: Sequence[float] | Numbers, percent: float) -> float:
+    # A writer that waits for the link may not even come to its first flush.
+    return float(np.percentile(values, percent)) if len(values) else math.nan
 
 
 async def _run(options: Options, scenario: str) -> Result:
@@ -187,7 +192,7 @@ async def _turn(
         "writes": seen.writes,
         "blocks_that_never_arrived": seen.lost_writes() if mirror.has_copy else None,
         "wire_bytes": seen.wire_bytes,
-        "flush_p50_us": float(np.percentile(seen.flush_latencies_us(), 50)),
+        "flush_p50_us": _number(_percentile(seen.flush_latencies_us(), 50)),
     }
     row = Row.of(seen, has_copy=mirror.has_copy)
     shutil.rmtree(place)
@@ -235,7 +240,7 @@ def _conclude(result: Result, scenario: str, rows: dict[str, list[Row]]) -> None
                 ("resume_mib", "bytes to resume"),
                 ("write_p99_us", "write p99"),
             ):
-                if min(getattr(them, key) for them in theirs) < RATIO_MIN:
+                if not all(getattr(them, key) >= RATIO_MIN for them in theirs):
                     continue  # it sent nothing, or had nothing to wait for: no ratio
                 if key.startswith(("wire", "resume_mib")) and not all(
                     them.is_identical for them in theirs

@@ -85,17 +85,27 @@ def others_ticks(
     also reaps daemons of ours, such as a database.
     """
     parents = {pid: process.parent for (pid, _), process in after.items()}
+    parents_before = {pid: process.parent for (pid, _), process in before.items()}
 
-    def is_ours(pid: int) -> bool:
-        while pid > 1 and pid != own_pid:
+    def is_counted(pid: int) -> bool:
+        while pid not in (0, INIT, KERNEL_THREADS, own_pid):
             pid = parents.get(pid, 0)
-        return pid == own_pid
+        return pid not in (KERNEL_THREADS, own_pid)
+
+    def reaper(pid: int) -> int:
+        """Who got the time of a process that ended: the first one above it that is still there."""
+        while pid > INIT and pid not in parents:
+            pid = parents_before.get(pid, 0)
+        return pid
 
     total = 0
     for key, process in after.items():
-        is_kernel = process.parent == KERNEL_THREADS
-        if not is_kernel and key[0] != INIT and not is_ours(key[0]):
+        if key[0] not in (INIT, KERNEL_THREADS) and is_counted(key[0]):
             total += process.ticks - (before[key].ticks if key in before else 0)
+    for key, process in before.items():
+        # What it had spent before came to its reaper meanwhile, and is of no concern.
+        if key not in after and (found := reaper(process.parent)) > INIT and is_counted(found):
+            total -= process.ticks
     return max(0, total)
 
 

@@ -181,18 +181,18 @@ def test_work_of_others_is_told_from_our_own_and_the_kernels() -> None:
         (50, "5"): Process(1, 100),  # we
         (60, "6"): Process(1, 1000),  # somebody else
         (70, "7"): Process(2, 500),  # the kernel
-        (80, "8"): Process(60, 40),  # ends
+        (80, "8"): Process(60, 40),  # ends, having spent 5 more
     }
     after = {
         (1, "0"): Process(0, 500),  # reaped a daemon of ours
         (50, "5"): Process(1, 900),
         (51, "9"): Process(50, 300),  # our child
         (52, "9"): Process(51, 300),  # and its child
-        (60, "6"): Process(1, 1007),
+        (60, "6"): Process(1, 1007 + 45),
         (70, "7"): Process(2, 800),
         (80, "9"): Process(60, 30),  # a new one with an old pid
     }
-    assert others_ticks(before, after, own_pid=50) == 7 + 30
+    assert others_ticks(before, after, own_pid=50) == 7 + 5 + 30
 
 
 def test_a_busy_machine_is_not_quiet() -> None:

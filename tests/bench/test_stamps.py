@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -128,6 +129,16 @@ def test_delays_latencies_and_shares_follow_from_a_log(tmp_path: Path) -> None:
     assert seen.usable(0, seen.down_ns) == 0.5
     assert seen.usable(seen.down_ns, seen.up_ns) == 1.0
     assert seen.lost_writes() == plan.entries_through(3) - plan.entries_through(1)
+
+
+def test_a_writer_that_never_came_to_write_is_reduced_too(tmp_path: Path) -> None:
+    plan = Plan(32 * MIB, 4, 3, seed=1)
+    log = open_log(tmp_path / "log", plan.count, is_new=True)
+    seen = Observed(plan, log, down_ns=10 * SECOND, up_ns=20 * SECOND, end_ns=40 * SECOND)
+    seen.held_ns = np.zeros(len(plan.entries[0]), dtype=np.int64)
+    seen.wire_bytes = {"up": 5, "end": 7}
+    row = Row.of(seen, has_copy=True)
+    assert math.isnan(row.write_p99_us) and math.isnan(row.held_p50_s)
 
 
 @pytest.mark.system
