@@ -125,7 +125,7 @@ def _describe(found: dict[str, Any] | None, is_current: bool) -> str:
     if found is None:
         return "no result"
     return f"{found['verdict']}, {found['began_utc'][:16]}" + (
-        "" if is_current else ", of old code"
+        "" if is_current else "; to be measured again"
     )
 
 
