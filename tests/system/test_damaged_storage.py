@@ -135,11 +135,12 @@ async def test_a_journal_damaged_in_the_middle_is_fenced(site: Site):
 
 
 async def test_a_missing_journal_segment_is_fenced(site: Site):
-    segment, _ = find(directory(site) / "journal", FIRST[5000:5100])
     # Each recovery goes on in a segment of its own; that one tells that there was one before it.
     site.restart()
     await site.write(MIB, SECOND)
     site.kill()
+    # A slow machine has destaged, and recycled, some of them by now.
+    segment = min((directory(site) / "journal").glob("[0-9a-f]*.seg"))
     aside = site.root / "aside"
     segment.rename(aside)
     await check_fails_alone(site, exit_code=5, code="fenced")
