@@ -43,8 +43,8 @@ def ship_before_fsync() -> list[Patch]:
     """An epoch counts as sealed when its record is appended, not when it is durable."""
     real = Engine.complete_seal
 
-    def complete_seal(self: Engine, job: SealJob) -> None:
-        real(self, job)
+    def complete_seal(self: Engine, job: SealJob, *rest: Any) -> None:
+        real(self, job, *rest)
         self.sealed_epoch, self.sealed_hash = self.committed_epoch, self.committed_hash
 
     return [(Engine, "complete_seal", complete_seal)]
@@ -92,8 +92,8 @@ def durable_before_fsync() -> list[Patch]:
     """A secondary reports an epoch as durable when its record is appended."""
     real = Engine.commit
 
-    def commit(self: Engine, epoch: Any, wall_ns: int) -> None:
-        real(self, epoch, wall_ns)
+    def commit(self: Engine, epoch: Any, wall_ns: int, *rest: Any) -> None:
+        real(self, epoch, wall_ns, *rest)
         self.sealed_epoch, self.sealed_hash = self.committed_epoch, self.committed_hash
 
     return [(Engine, "commit", commit)]
