@@ -46,6 +46,7 @@ class Mounted:
         self._loop = ""
         for each in (directory, self.path, self._fuse):
             each.mkdir()
+            each.chmod(0o755)  # PostgreSQL's own user comes through here, whatever the umask.
         command = ["nbdfuse", str(self._fuse), uri]
         self._nbdfuse = Child("nbdfuse", command, directory / "nbdfuse.log", os.environ)
 
@@ -78,6 +79,7 @@ class Bound:
         self._below = below
         for each in (directory, self.path, below):
             each.mkdir()
+            each.chmod(0o755)
 
     async def mount(self) -> None:
         """Bind it: directories above it may be closed to others."""

@@ -15,10 +15,11 @@ class Attached:
     """The first volume of "pg" at a site, mounted at `mount`."""
 
     def __init__(self, site: Site, root: Path) -> None:
-        root.mkdir()
         self.mount = root / "mount"
         self._site = site
-        self.mount.mkdir()
+        for each in (root, self.mount):
+            each.mkdir()
+            each.chmod(0o755)  # PostgreSQL's own user comes through here, whatever the umask.
 
     def attach(self, *, make_file_system: bool = False) -> None:
         """Mount it; the file system's journal is replayed if it was dropped."""
