@@ -6,6 +6,7 @@ import struct
 
 import xxhash
 
+from geomirror.cluster.standing import LeftOut, Standing
 from geomirror.errors import RemoteProtocolError
 from geomirror.limits import PRODUCTION
 from geomirror.wan_protocol import frame, messages
@@ -24,6 +25,10 @@ MEMORY_MAX = (
 def sample_messages() -> list[messages.Message]:
     """One of each kind."""
     m, id16, hash32 = messages, bytes(16), bytes(range(32))
+    out = {"b": LeftOut(6, 5)}
+    standing = Standing(
+        id16.hex(), 1, 4, 5, 7, 100, 8, 7, {"a": "durable"}, 1, -1, True, ["a"], out, {"a": 3}
+    )
     chain = [m.GenerationEntry(id16, 1, b"", 0, b"", "created", "east-1", 5)]
     return [
         m.Hello(1, 1, ["x"], "east-1", id16, id16, "control", 0, 5),
@@ -41,6 +46,8 @@ def sample_messages() -> list[messages.Message]:
         m.ResyncBegin(1, id16, 7, hash32, 100, 1),
         m.ResyncEnd(1, 1, 7, 5),
         m.ResyncAcknowledge(1, 1, 5, 6, 7, True),
+        m.Announce(1, standing),
+        m.AnnounceAcknowledge(1, 4),
     ]
 
 

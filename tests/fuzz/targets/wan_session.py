@@ -37,6 +37,8 @@ _KINDS: list[type[Message]] = [
     messages.ResyncEnd,
     messages.ResyncAcknowledge,
     messages.Ping,
+    messages.Announce,
+    messages.AnnounceAcknowledge,
 ]
 _SAMPLES = [
     msgspec.structs.replace(each, generation=GENERATION)
@@ -193,6 +195,11 @@ def _other(value: Any, source: Source) -> Any:
         return source.pick(("", "blank", "inconsistent", "consistent", "x" * 5000, "\ud7ff\0"))
     if isinstance(value, list):
         return source.pick(([], value * 2, value[::-1], [*value, *[(1 << 62, b"\xff" * 9)]]))
+    if isinstance(value, dict):
+        return source.pick(({}, {"": -1}, {"x" * 65: "durable"}, dict.fromkeys(value, "completed")))
+    if isinstance(value, msgspec.Struct):
+        name = source.pick(type(value).__struct_fields__)
+        return msgspec.structs.replace(value, **{name: _other(getattr(value, name), source)})
     return value
 
 
