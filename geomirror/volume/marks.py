@@ -24,7 +24,8 @@ NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 _TIME_PATTERN = re.compile(
     r"[0-9_.-]+"  # numbers, dates, durations without a unit
     r"|[0-9]+(\.[0-9]+)?(ms|[smhdwy])"  # 10m
-    r"|[0-9]{4}-?[0-9]{2}-?[0-9]{2}T.*"  # RFC 3339 and what is close to it
+    r"|[0-9]{4}-[0-9]{2}-[0-9]{2}.*"  # RFC 3339 and what begins like it
+    r"|[0-9]{8}T.*"
     r"|now|today|yesterday|latest|newest|oldest|head|epoch",
     re.IGNORECASE,
 )

@@ -34,7 +34,7 @@ def same(left: MarkTable | None, right: MarkTable) -> bool:
 
 
 @pytest.mark.parametrize(
-    "name", ["a", "before-upgrade", "v1.2_x", "2026-11-23-before", "x" * 63, "10minutes", "1st"]
+    "name", ["a", "before-upgrade", "v1.2_x", "before-2026-11-23", "x" * 63, "10minutes", "1st"]
 )
 def test_a_plain_name_is_allowed(name: str) -> None:
     check_mark_name(name)
@@ -51,7 +51,18 @@ def test_a_name_that_is_unsafe_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["10m", "7", "1.5h", "20ms", "3D", "2026-11-23", "2026-11-23T12", "20261123T090000Z", "Latest"],
+    [
+        "10m",
+        "7",
+        "1.5h",
+        "20ms",
+        "3D",
+        "2026-11-23",
+        "2026-11-23-before",
+        "2026-11-23T12",
+        "20261123T090000Z",
+        "Latest",
+    ],
 )
 def test_a_name_that_reads_as_a_time_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match="reads as a point in time"):
