@@ -116,7 +116,8 @@ def test_what_a_mirror_reported_outlives_its_power(disk: PowerDisk, tmp_path: Pa
             assert position["durable_epoch"] >= reported
         until(lambda: count_links(a) == 1)
         a.call("resource.wait", name="pg", kind="applied", timeout_s=60)
-        assert a.peer()["resyncs"] == 0
+        # A slow machine fills the small journal while the mirror starts; nothing else is a reason.
+        assert a.peer()["resyncs"] == len(a.events("journal_overflow"))
         assert asyncio.run(load.lost(b.uri())) == []
         assert a.crashes() == b.crashes() == []
 
