@@ -273,6 +273,7 @@ class EngineBase:
         self._written = job.superblock
         if job.marks is not None:
             self.marks.complete_save(job.marks)
+        self.marks.table.forget_former()
         self._retention.checkpointed(job.superblock.applied_epoch, job.superblock.scan_lsn)
 
     # The position of a copy that is made anew.

@@ -170,8 +170,10 @@ def replay_marks(
 ) -> None:
     """Do to the table of the file what the log says; all of it is durable. Blocking.
 
+    The file may still name states from before this copy was made anew; the superblock decides.
     :raises IntegrityError: a MARK record cannot be understood.
     """
+    table.keep_boundaries(lambda epoch: holds_state(superblock, epoch))
     naming: Mark | None = None
     for record in records:
         if record.kind == RecordType.EPOCH:

@@ -14,7 +14,7 @@ Invariant: the table has only what is durable, in the journal or in the file; re
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from geomirror.errors import NotFoundError, UsageError
@@ -68,6 +68,8 @@ class MarkTable:
     def __init__(self, marks: Iterable[Mark] = (), boundaries: Iterable[int] = ()) -> None:
         self._marks = {mark.name: mark for mark in marks}
         self._boundaries = set(boundaries)
+        self._former: set[int] = set()
+        """Boundaries of the copy before, until it is durable that this one is made anew."""
         self.version = 0
         """Grows with every change."""
 
@@ -104,6 +106,10 @@ class MarkTable:
         """Marked epochs that are states of this copy, ascending, also those without a name yet."""
         return tuple(sorted(self._boundaries))
 
+    def saved_boundaries(self) -> tuple[int, ...]:
+        """What the file says: also those of the copy that is there again after a crash now."""
+        return tuple(sorted(self._boundaries | self._former))
+
     def put(self, mark: Mark) -> None:
         """Add a mark, or replace the one of its name."""
         if self._marks.get(mark.name) != mark:
@@ -129,17 +135,31 @@ class MarkTable:
     def drop_unnamed(self, through_epoch: int, named: set[int]) -> None:
         """Up to `through_epoch` marks are at these epochs only: others were deleted."""
         named = named | {mark.epoch for mark in self._marks.values()}
-        kept = {e for e in self._boundaries if e in named or e > through_epoch}
+        self.keep_boundaries(lambda epoch: epoch in named or epoch > through_epoch)
+
+    def keep_boundaries(self, is_kept: Callable[[int], bool]) -> None:
+        """Forget the marked epochs that are no states of this copy (any more)."""
+        kept = {epoch for epoch in self._boundaries if is_kept(epoch)}
         if kept != self._boundaries:
             self._boundaries = kept
             self.version += 1
 
     def drop_boundaries(self) -> None:
-        """The copy is made anew: it holds none of the marks; their names stay known."""
-        if self._boundaries:
-            self._boundaries.clear()
+        """The copy is made anew: it holds none of the marks; their names stay known.
+
+        The file says so only after `forget_former`: a crash before that is durable leaves the copy
+        as it was, with all that it held.
+        """
+        self._former |= self._boundaries
+        self._boundaries.clear()
+
+    def forget_former(self) -> None:
+        """It is durable that the copy is made anew."""
+        if self._former:
+            self._former.clear()
             self.version += 1
 
     def _drop_boundary(self, epoch: int) -> None:
         if all(mark.epoch != epoch for mark in self._marks.values()):
             self._boundaries.discard(epoch)
+            self._former.discard(epoch)

@@ -41,7 +41,7 @@ def pack_marks(table: MarkTable) -> bytes:
         (mark.name, mark.generation.hex(), mark.epoch, mark.wall_ns, mark.is_quiesced)
         for mark in table.marks()
     ]
-    body = msgspec.json.encode(_Body(marks, list(table.boundaries())))
+    body = msgspec.json.encode(_Body(marks, list(table.saved_boundaries())))
     digest = xxh3_128_digest(_COVERED.pack(FORMAT_VERSION, len(body)) + body)
     copy = _HEADER.pack(_MAGIC, FORMAT_VERSION, len(body), digest) + body
     return copy + bytes(-len(copy) % _ALIGNMENT) + copy

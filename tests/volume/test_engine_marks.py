@@ -253,3 +253,39 @@ def test_a_copy_that_is_made_anew_holds_no_older_mark() -> None:
     engine = open_engine(store, 1)
     assert names(engine) == {"first": 1, "inside": 21, "after": 25}
     assert engine.marks.table.marked_epochs() == (25,)
+
+
+def test_a_copy_that_is_there_again_after_a_crash_holds_its_marks_again() -> None:
+    store = SimStore(10)
+    engine = make_engine(store, role="secondary")
+    engine.superblock.data_state = "consistent"
+    first = secondary_epoch(1, 1, bytes(32), is_mark=True)
+    engine.commit(first, 9, Mark("first", GENERATION, 1, 9))
+    sync(engine)
+    apply(engine, 1)
+    persist(engine)
+    engine.reset_position(engine.generation, 20, b"h" * 32, data_state="inconsistent")
+    engine.superblock.consistent_from = -1
+    # A name comes just then, so the file of marks is written; the power goes before the superblock.
+    engine.marks.put(Mark("again", GENERATION, 1, 9))
+    sync(engine)
+    assert engine.marks.table.marked_epochs() == ()
+    job = engine.checkpoint_job()
+    assert job is not None
+    assert job.marks is not None
+    job.marks.run()
+    store.crash()
+    engine = open_engine(store, 1)
+    assert engine.superblock.data_state == "consistent"
+    assert engine.marks.table.marked_epochs() == (1,)
+    assert names(engine)["again"] == 1
+    # With the superblock the file may still say it; nobody reads it as if it were true.
+    engine.reset_position(engine.generation, 20, b"h" * 32, data_state="inconsistent")
+    engine.superblock.consistent_from = -1
+    job = engine.checkpoint_job()
+    assert job is not None
+    job.run()
+    store.crash()
+    engine = open_engine(store, 2)
+    assert engine.superblock.data_state == "inconsistent"
+    assert engine.marks.table.marked_epochs() == ()
