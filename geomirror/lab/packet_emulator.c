@@ -145,6 +145,8 @@ struct link {
     bool is_down, is_stalled, is_bursting;
     uint64_t up_at;    /* when a flap ends; 0: no flap */
     double free_at;    /* ns: when the bottleneck has sent all that is queued */
+    double old_until;  /* ns: until then it sends what was queued at another rate, */
+    double old_rate;   /* this one on the average, bits a second */
     uint64_t last_due; /* keeps the order under jitter */
     uint64_t epoch;    /* moves with every `down`; packets of an older one are dropped */
     struct chance chance;
@@ -498,6 +500,18 @@ static bool is_lost(struct link *link, const struct draws *draws) {
     return link->is_bursting || draws->loss < settings->loss;
 }
 
+/* Bytes that wait for the bottleneck. */
+static double queued_bytes(const struct link *link, uint64_t now) {
+    double from = (double)now, bits = 0;
+    if (link->old_until > from) {
+        bits += (link->old_until - from) * link->old_rate;
+        from = link->old_until;
+    }
+    if (link->free_at > from)
+        bits += (link->free_at - from) * (double)link->settings.rate;
+    return bits / 8e9;
+}
+
 /* When the bottleneck has sent a packet of `size`; 0: its queue is full. */
 static uint64_t pass_bottleneck(struct link *link, uint32_t size, uint64_t now) {
     if (!link->settings.rate)
@@ -505,7 +519,7 @@ static uint64_t pass_bottleneck(struct link *link, uint32_t size, uint64_t now) 
     double rate = (double)link->settings.rate, start = (double)now;
     if (link->free_at > start)
         start = link->free_at;
-    double backlog = (start - (double)now) * rate / 8e9;
+    double backlog = queued_bytes(link, now);
     if (backlog > 0 && backlog + size > (double)link->settings.queue)
         return 0;
     if (backlog > (double)link->count.queue_bytes_peak)
@@ -665,7 +679,7 @@ static void take_down(struct link *link, uint64_t up_at) {
     link->is_down = true;
     link->is_stalled = false;
     link->epoch++;
-    link->free_at = 0;
+    link->free_at = link->old_until = 0;
     link->last_due = 0;
     link->up_at = up_at;
 }
@@ -728,7 +742,7 @@ static bool set_one(struct settings *settings, const char *key, const char *valu
 }
 
 /* All of the settings or none. */
-static bool set_link(struct link *link, char **words, int count) {
+static bool set_link(struct link *link, char **words, int count, uint64_t now) {
     struct settings settings = link->settings;
     for (int i = 0; i < count; i++) {
         char *value = strchr(words[i], '=');
@@ -737,6 +751,11 @@ static bool set_link(struct link *link, char **words, int count) {
         *value++ = 0;
         if (!set_one(&settings, words[i], value))
             return false;
+    }
+    if (settings.rate != link->settings.rate && link->free_at > (double)now) {
+        /* What is queued keeps its times, and its size. */
+        link->old_rate = queued_bytes(link, now) * 8e9 / (link->free_at - (double)now);
+        link->old_until = link->free_at;
     }
     link->settings = settings;
     if (settings.burst_enter <= 0)
@@ -796,7 +815,7 @@ static bool change_link(char **words, int count, uint64_t now) {
         return false;
     struct link *link = &links[from][to];
     if (!strcmp(words[0], "set"))
-        return set_link(link, words + 3, count - 3);
+        return set_link(link, words + 3, count - 3, now);
     if (!strcmp(words[0], "flap") && count == 4 && parse_number(words[3], &duration)) {
         take_down(link, now + duration);
         return true;

@@ -36,13 +36,15 @@ class RoundTrip:
     smoothed_ns: int = 0
     """0 while unknown."""
     variation_ns: int = 0
+    last_ns: int = 0
+    """The newest measurement."""
     worst_ns: int = 0
     """Slowly decaying maximum: a queue that fills or a machine that stalls does so again, and the
     variation has forgotten it after a second."""
 
     def add(self, sample_ns: int) -> None:
         """Take one measurement into account."""
-        sample_ns = max(1, sample_ns)
+        self.last_ns = sample_ns = max(1, sample_ns)
         self.worst_ns = max(sample_ns, self.worst_ns - self.worst_ns // WORST_DECAY)
         if self.smoothed_ns == 0:
             self.smoothed_ns, self.variation_ns = sample_ns, sample_ns // 2
@@ -86,7 +88,8 @@ class ConnectionSet:
     ping_ns: int
     """When the next ping is due."""
     moved_ns: int
-    """When the other side last took bulk data: it acknowledged some."""
+    """When bulk data last got through: the other side acknowledged some, or some arrived, which
+    goes on only while our acknowledgements arrive."""
     round_trip: RoundTrip = field(default_factory=RoundTrip)
     has_echo: bool = False
     data: dict[int, int] = field(default_factory=dict)
@@ -104,12 +107,19 @@ class ConnectionSet:
         self.echo_ns = min(now_ns, self.echo_ns + late_ns)
 
     def sampled(self, index: int, reading: Reading, now_ns: int) -> DataProgress:
-        """A reading of a data connection."""
+        """A reading of a connection; −1 is the control connection, whose round trip a node that
+        only receives goes by."""
         progress = self.progress.setdefault(index, DataProgress(now_ns))
-        if progress.sample(reading, now_ns):
+        if progress.sample(reading, now_ns) and index >= 0:
+            # Not of pings: the kernel of a hung daemon takes them for hours.
             self.moved_ns = now_ns
         self.path_ns = max(item.path_ns(now_ns) for item in self.progress.values())
         return progress
+
+    def is_stuck(self, progress: DataProgress, now_ns: int, limits: Limits) -> bool:
+        """Whether a data connection gets nothing through a path that is well."""
+        is_answering = self.has_echo and now_ns - self.echo_ns <= self.patience_ns(limits)
+        return is_answering and progress.is_stuck(self.round_trip.last_ns, now_ns)
 
     def patience_ns(self, limits: Limits) -> int:
         """Silence after which the other side counts as gone."""
@@ -134,10 +144,6 @@ class ConnectionSet:
         if now_ns >= self.echo_deadline_ns(limits):
             return f"pings not answered for {echo_ms} ms, peer heard {heard_ms} ms ago"
         return ""
-
-    def is_answering(self, now_ns: int, limits: Limits) -> bool:
-        """Whether pings are answered at this time: the path and the peer's daemon are well."""
-        return self.has_echo and now_ns - self.echo_ns <= self.patience_ns(limits)
 
     def _deadline_ns(self, since_ns: int, patience_ns: int, limits: Limits) -> int:
         moving_ns = self.moved_ns + self.patience_ns(limits)

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from geomirror.environment import SECOND
 
 STUCK_NS_MIN = 3 * SECOND
-"""Nothing acknowledged for so long (or twice the patience): four of TCP's own tries on a short
-path. TCP's user timeout would come after ten seconds."""
+"""Nothing acknowledged for so long: four of TCP's own tries on a short path."""
+STUCK_PINGS = 4
+"""On a long one so many times what a ping takes now."""
 STALL_SHOWN_NS, STALL_TOLD_NS = 10 * SECOND, 60 * SECOND
 """A stall is shown for so long, since the next one is noticed sooner; one a minute is an event."""
 
@@ -61,9 +62,12 @@ class DataProgress:
         """The round trip of data now; 0 if none went lately."""
         return self.rtt_ns if now_ns < self.moved_ns + PATH_KNOWN_NS else 0
 
-    def is_stuck(self, patience_ns: int, now_ns: int) -> bool:
-        """Whether it had time enough."""
-        return now_ns - self.since_ns >= max(STUCK_NS_MIN, 2 * patience_ns)
+    def is_stuck(self, ping_ns: int, now_ns: int) -> bool:
+        """Whether it had time enough, on a path on which the last ping took `ping_ns`.
+
+        Not what data took before: after a queue has drained, TCP waits on for its old timer.
+        """
+        return now_ns - self.since_ns >= max(STUCK_NS_MIN, STUCK_PINGS * ping_ns)
 
 
 @dataclass(slots=True)

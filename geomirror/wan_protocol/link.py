@@ -211,11 +211,14 @@ class LinkCore:
             self._use(item, now_ns)
         self._settle(now_ns)
 
-    def heard(self, link: bytes, now_ns: int) -> None:
-        """Bytes of the peer arrived on any connection of the set. Cheap: called for each read."""
+    def heard(self, link: bytes, now_ns: int, *, is_bulk: bool = False) -> None:
+        """Bytes of the peer arrived on any connection of the set, or on a data connection. Cheap:
+        called for each read."""
         item = self._sets.get(link)
         if item is not None:
             item.heard_ns = now_ns
+            if is_bulk:
+                item.moved_ns = now_ns
 
     def moved(self, link: bytes, now_ns: int) -> None:
         """A data connection of the set that was full takes more: the other side took some."""
@@ -224,14 +227,13 @@ class LinkCore:
             item.moved_ns = now_ns
 
     def data_sampled(self, link: bytes, index: int, reading: Reading, now_ns: int) -> None:
-        """What TCP says of a data connection; one that is stuck while pings are answered is given
-        up."""
+        """What TCP says of a connection; a data connection that is stuck while pings are answered
+        is given up."""
         item = self._sets.get(link)
-        if item is None or index not in item.data:
+        if item is None or (index >= 0 and index not in item.data):
             return
         progress = item.sampled(index, reading, now_ns)
-        patience_ns = item.patience_ns(self._limits)
-        if progress.is_stuck(patience_ns, now_ns) and item.is_answering(now_ns, self._limits):
+        if index >= 0 and item.is_stuck(progress, now_ns, self._limits):
             silent_ms = (now_ns - progress.since_ns) // MS
             reason = f"data connection {index}: nothing gets through for {silent_ms} ms, "
             reason += "while pings are answered"

@@ -38,9 +38,12 @@ class LinkSet:
             task.cancel()
 
     def progress(self) -> list[tuple[int, Reading]]:
-        """What TCP says of each data connection."""
+        """What TCP says of each connection; the control connection is −1."""
         found = []
-        for index, connection in self.data.items():
+        every = [(CONTROL_INDEX, self.control), *self.data.items()]
+        for index, connection in every:
+            if connection is None:
+                continue
             reading = read_progress(connection.socket)
             if reading is not None:
                 found.append((index, reading))

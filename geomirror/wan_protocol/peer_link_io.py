@@ -209,7 +209,8 @@ class PeerLink:
             return
         self._bytes_received += count
         if connection.is_greeted:
-            self.core.heard(connection.link, self._clock.now_ns())
+            is_bulk = connection.index >= 0
+            self.core.heard(connection.link, self._clock.now_ns(), is_bulk=is_bulk)
         for packet in packets:
             if connection.is_closed:
                 return

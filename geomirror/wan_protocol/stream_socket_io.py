@@ -10,8 +10,10 @@ from typing import Any
 from geomirror.environment import US
 from geomirror.wan_protocol.data_progress import Reading
 
-USER_TIMEOUT_MS = 10_000
-"""Keepalive never notices a dead busy connection (measured: not in 40 s); this does."""
+USER_TIMEOUT_MS = 30_000
+"""Keepalive never notices a dead busy connection (measured: not in 40 s); this does, should the
+heartbeats not have done so long before. Shorter than a few round trips of a deep queue it would
+cut what only waits."""
 NOT_SENT_BYTES = 128 * 1024
 """Unsent bytes in the kernel before it takes no more: frames wait in our queue instead."""
 UNPACED = 2**32 - 1

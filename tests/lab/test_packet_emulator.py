@@ -12,6 +12,7 @@ import itertools
 import os
 import random
 import signal
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
@@ -173,6 +174,31 @@ async def test_the_rate_is_kept_within_a_tenth() -> None:
         seen = await link.statistics("a")
         # Drop-tail: it fills up to its bound, and not beyond.
         assert 64_000 <= seen["queue_bytes_peak"] <= 256 * 1024
+
+
+async def test_what_waits_keeps_its_size_when_the_rate_changes() -> None:
+    async with network("rate=20kbit,queue=64KiB") as made:
+        link = made.link("a", "b")
+        with made.node("a").socket(socket.SOCK_DGRAM) as sender:
+            target = (str(made.node("b").ipv4), 9)
+            for _ in range(100):  # 3.2 KB of packets: more than a second of this line
+                sender.sendto(b"data", target)
+            await until_packets(link, 100)
+            # At the new rate that second would be twelve megabytes.
+            await link.set("rate=100mbit")
+            for _ in range(50):
+                sender.sendto(b"data", target)
+            await until_packets(link, 150)
+        seen = await link.statistics("a")
+        assert seen["queue_drops"] == 0
+        assert seen["queue_bytes_peak"] <= 150 * 32
+
+
+async def until_packets(link: PacketLink, count: int) -> None:
+    """Until the emulator has taken so many out of node a."""
+    async with asyncio.timeout(10):
+        while (await link.statistics("a"))["packets_in"] < count:
+            await asyncio.sleep(0.02)
 
 
 async def rate(link: PacketLink, seconds: float) -> float:

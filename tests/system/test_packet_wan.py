@@ -168,3 +168,18 @@ def test_a_path_that_swallows_even_small_packets_is_named_and_used_again(pair: P
     pair.wan.set("mtu=1500")
     # An attempt may be in a handshake that began in the hole.
     assert pair.seconds_to_data(time.monotonic()) < 2 * RETURN_S_MAX
+
+
+def test_pings_behind_seconds_of_data_in_a_deep_queue_are_waited_for(pair: Pair) -> None:
+    downs = pair.a.downs(), pair.b.downs()
+    pair.writer.pause_s = 0.01  # more than the line will take
+    pair.wan.set("rate=10mbit,loss=0,reorder=0,duplicate=0")
+    time.sleep(2)
+    pair.wan.set("rate=1mbit,queue=4MiB")
+    time.sleep(5)
+    rtt_s = pair.a.link()["rtt_seconds"]
+    pair.writer.never_waited()
+    pair.writer.pause_s = 0.02
+    pair.wan.set("rate=100mbit")  # What is in the queue still leaves at its own pace.
+    until(lambda: lag_s(pair) < 1, what="the lag goes back")
+    assert (pair.a.downs(), pair.b.downs()) == downs, f"round trip {rtt_s:.1f} s"

@@ -218,7 +218,8 @@ class Node:
         if payload[0] != "step" and connection not in self._mine:
             self._mine.append(connection)
         if self.name in connection.greeted_at:
-            self.core.heard(connection.link, self.network.now_ns)
+            is_bulk = connection.index != CONTROL
+            self.core.heard(connection.link, self.network.now_ns, is_bulk=is_bulk)
         getattr(self, "_on_" + payload[0])(connection, *payload[1:])
         self.settle()
 

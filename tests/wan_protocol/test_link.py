@@ -694,3 +694,61 @@ def test_a_queue_of_the_past_asks_for_no_patience() -> None:
     sample(world, link, {0: Reading(1000, is_waiting=False, rtt_ns=3 * SECOND)}, 2)
     at_ns = next(at for at, d in world.log if isinstance(d, Down))
     assert at_ns - since_ns <= 900 * MS
+
+
+def test_a_node_that_only_receives_knows_a_deep_queue_by_its_control_connection() -> None:
+    """Its pings go out at once; the answers wait behind the data that it gets."""
+    world = World()
+    link = world.join(round_trip_ns=100 * MS)
+    world.run(5 * SECOND)
+    del world.talking[link]
+    # The queue fills: what the kernel measures on pings grows with it, and data arrives.
+    for step in range(40):
+        world.run(world.now_ns + 150 * MS)
+        world.core.heard(link, world.now_ns, is_bulk=True)
+        world.core.data_sampled(link, -1, waiting(100 * step, step * 100 * MS), world.now_ns)
+        world.drain()
+    assert world.changes() == [Up(link)]
+    # When data comes no more, it ends.
+    world.run(world.now_ns + 40 * SECOND)
+    assert isinstance(world.changes()[1], Down)
+
+
+@pytest.mark.parametrize(("is_bulk", "least", "most"), [(True, 4, 5), (False, 1, 2)])
+def test_bulk_data_that_arrives_is_progress_for_a_while(
+    is_bulk: bool, least: float, most: float
+) -> None:
+    """A queue that fills at once is known before any round trip through it has been measured."""
+    world = World()
+    link = world.join(round_trip_ns=10 * MS)
+    world.run(5 * SECOND)
+    del world.talking[link]
+    while len(world.changes()) == 1:
+        world.run(world.now_ns + 50 * MS)
+        world.core.heard(link, world.now_ns, is_bulk=is_bulk)
+        world.drain()
+    assert least < (world.now_ns - 5 * SECOND) / SECOND < most
+
+
+def test_pings_that_a_kernel_takes_for_a_hung_daemon_are_no_sign_of_life() -> None:
+    world = World()
+    link = world.join()
+    world.run(5 * SECOND)
+    del world.talking[link]
+    for step in range(20):
+        world.run(world.now_ns + 150 * MS)
+        world.core.data_sampled(link, -1, waiting(100 * step), world.now_ns)
+        world.drain()
+    at_ns = next(at for at, d in world.log if isinstance(d, Down))
+    assert at_ns - 5 * SECOND <= 900 * MS
+    assert not any(isinstance(d, CloseData) for _, d in world.log)
+
+
+def test_a_connection_that_waits_for_its_timer_after_a_queue_has_drained_is_replaced() -> None:
+    world = World()
+    link = world.join(round_trip_ns=100 * MS)
+    sample(world, link, {0: waiting(1000, 6 * SECOND)}, 1)
+    since_ns = world.now_ns
+    sample(world, link, {0: waiting(1000, 6 * SECOND)}, 5)
+    at_ns = next(at for at, d in world.log if isinstance(d, CloseData))
+    assert at_ns - since_ns <= 4 * SECOND
