@@ -103,6 +103,20 @@ class Limits:
     views_max: int = 4
     """Views of one resource on a node."""
 
+    branches_bytes_max: int = 64 * GIB
+    """Stored branches of one resource; a rollback whose tail does not fit is refused."""
+    branches_max: int = 64
+    """Branches of one resource: each is a file that its owner looks at one day."""
+    rollback_entries_max: int = 1 << 22
+    """Blocks changed since the epoch of a rollback (48 bytes of memory each)."""
+    way_back_fraction: float = 0.25
+    """Part of the journal that is kept beyond what peers need, so that a rollback can end within
+    an apply pass. Asserted: at most the backlog at which folding begins."""
+    way_back_bytes_max: int = 1 * GIB
+    """But not more than this, and `way_back_epochs_max` epochs: their tables are read at the start,
+    0.1 ms each."""
+    way_back_epochs_max: int = 4096
+
     marks_max: int = 1024
     """Marks of a resource. All of them travel in one message (120 bytes each) after each change; an
     hourly one is kept for six weeks."""
@@ -196,6 +210,7 @@ class Limits:
         # Two epochs per peer may be in flight while a third is open; none may fill the journal.
         assert self.epoch_bytes_max * 3 <= self.journal_bytes_min
         assert self.fold_backlog_fraction < self.bitmap_backlog_fraction < 1.0
+        assert self.way_back_fraction <= self.fold_backlog_fraction
         assert self.queue_bytes_max >= FRAME_RAW_BYTES_MAX
         # An EPOCH record (40 bytes an entry) must fit in one segment.
         assert self.epoch_entries_max * 40 + 16 * KIB <= self.segment_bytes
@@ -207,6 +222,10 @@ class Limits:
         assert self.data_connections <= self.data_connections_max
         # The largest member entry is under 1 KiB: endpoints_max names of at most 64 bytes.
         assert self.peers_max * KIB <= self.join_line_bytes_max
+
+    def way_back_bytes(self, journal_bytes: int) -> int:
+        """Bytes of a journal of this size that are kept for rollbacks, at most."""
+        return min(int(journal_bytes * self.way_back_fraction), self.way_back_bytes_max)
 
 
 PRODUCTION = Limits()

@@ -21,8 +21,8 @@ from geomirror.errors import GeomirrorError
 from geomirror.limits import BLOCK_BYTES, Limits
 from geomirror.volume.block_runs import BlockRuns
 from geomirror.volume.engine_recovery import info_of, lowest_address, read_epoch, record_start
+from geomirror.volume.engine_rollback import RollbackJob, RollbackPath
 from geomirror.volume.engine_setup import NewResource, VolumeSpec, create_parts, open_parts
-from geomirror.volume.engine_writes import WritePath
 from geomirror.volume.epoch_directory import EpochInfo
 from geomirror.volume.epoch_record import encode_epoch
 from geomirror.volume.epoch_table import Epoch, Table
@@ -43,7 +43,7 @@ from geomirror.volume.superblock import GenerationRecord, Role, VolumeRecord
 __all__ = ["Engine", "VolumeSpec", "Write"]
 
 
-class Engine(WritePath):
+class Engine(RollbackPath):
     """See the module; `create` and `open` are the ways to get one."""
 
     @classmethod
@@ -94,6 +94,7 @@ class Engine(WritePath):
         """
         engine = cls(open_parts(store, limits, entropy, open_backing))
         try:
+            engine.resume_rollback()
             engine._redo()
         except GeomirrorError:
             engine.close()
@@ -230,6 +231,64 @@ class Engine(WritePath):
                 cut_number=cut_number,
             ),
         )
+
+    # Going back, on an engine that nobody runs.
+
+    def seal_all(self, wall_ns: int) -> None:
+        """Make an epoch of what is in none yet, durably. Blocking.
+
+        :raises NoSpaceError, StorageError: it is not sealed.
+        """
+        draft = self.cut(wall_ns)
+        if draft is not None:
+            job = self.seal_job(draft)
+            job.run()
+            self.complete_seal(job)
+        sync = self.sync_job()
+        sync.run()
+        self.complete_sync(sync)
+
+    def apply_through(self, epoch: int) -> None:
+        """Bring the images to a sealed epoch, pass by pass as while running. Blocking.
+
+        :raises StorageError: a device failed; open the resource again.
+        """
+        while self.applied_epoch < epoch:
+            checkpoint = self.checkpoint_job()
+            if checkpoint is not None:
+                checkpoint.run()
+                self.complete_checkpoint(checkpoint)
+            job = self.apply_job(self.pass_end(epoch))
+            job.run()
+            self.complete_apply(job)
+
+    def roll_back(
+        self,
+        to_epoch: int,
+        branch_name: str,
+        *,
+        wall_ns: int,
+        chain_hash: bytes | None = None,
+        chain: Sequence[GenerationRecord] | None = None,
+    ) -> RollbackJob:
+        """Everything that `rollback_job` wants and does, at once. Blocking.
+
+        :raises GeomirrorError: as there. When `is_begun` of the job is true, or in any doubt, close
+            the engine and open it again, which ends what was begun.
+        """
+        self.seal_all(wall_ns)
+        self._target(to_epoch, chain_hash)
+        self.apply_through(to_epoch)
+        checkpoint = self.checkpoint_job()
+        if checkpoint is not None:
+            checkpoint.run()
+            self.complete_checkpoint(checkpoint)
+        job = self.rollback_job(
+            to_epoch, branch_name, wall_ns=wall_ns, chain_hash=chain_hash, chain=chain
+        )
+        job.run()
+        self.complete_rollback(job)
+        return job
 
     # What changed since when, for block status.
 

@@ -36,6 +36,7 @@ from geomirror.volume.retention import Retention
 from geomirror.volume.store import Store
 from geomirror.volume.superblock import DataState, Superblock, SuperblockFile, copy_of
 from geomirror.volume.undo import UndoStore
+from geomirror.volume.way_back import WAY_BACK, way_back
 
 NO_GENERATION = bytes(16)
 """Generation of a secondary that no primary has spoken to yet."""
@@ -98,6 +99,7 @@ class EngineBase:
         self._retention = Retention(self.journal, self._directory, self.superblock.scan_lsn)
         for peer, record in self.superblock.peers.items():
             self.retain(peer, needed_after(record))
+        self._retain_way_back()
         self._retention.checkpointed(self.applied_epoch, self.superblock.scan_lsn)
 
     # Positions.
@@ -225,6 +227,23 @@ class EngineBase:
             with_undo=self.superblock.data_state == "consistent",
         )
 
+    def pass_end(self, through_epoch: int) -> int:
+        """The sealed epoch, at most `through_epoch`, that a bounded apply pass from here reaches.
+
+        Bounded, because writers that wait for room and readers that wait for a pass to end wait
+        for the whole of it.
+        """
+        total, reached = 0, self.applied_epoch
+        for info in self.unapplied_epochs():
+            total += info.raw_bytes
+            is_enough = reached > self.applied_epoch and total > self.limits.apply_pass_bytes_max
+            if info.number > min(through_epoch, self.sealed_epoch) or is_enough:
+                break
+            reached = info.number
+            if info.is_mark:
+                break  # What was marked must be a state that the images were in.
+        return reached
+
     def complete_apply(self, job: ApplyJob) -> None:
         """Take note that the images hold `job.to_epoch`; persisted by the next checkpoint."""
         assert job.from_epoch == self.applied_epoch
@@ -274,6 +293,7 @@ class EngineBase:
         if job.marks is not None:
             self.marks.complete_save(job.marks)
         self.marks.table.forget_former()
+        self._retain_way_back()
         self._retention.checkpointed(job.superblock.applied_epoch, job.superblock.scan_lsn)
 
     # The position of a copy that is made anew.
@@ -317,6 +337,11 @@ class EngineBase:
         self._superblock_file.close()
         for image in self.images.values():
             image.close()
+
+    def _retain_way_back(self) -> None:
+        """Keep the journal from the boundary on that a rollback may have to begin at."""
+        wanted = way_back(self.undo.history, self.superblock, self._directory, self.limits)
+        self.retain(WAY_BACK, wanted)
 
     @property
     def _is_segment_unknown(self) -> bool:

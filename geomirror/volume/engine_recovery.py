@@ -106,13 +106,15 @@ def replay(
     records: Sequence[RecordInfo],
     indexes: dict[int, DirtyIndex],
     limits: Limits,
+    way_back_epoch: int,
 ) -> Replayed:
     """Rebuild directory, indexes and open epoch. Blocking.
 
+    :param way_back_epoch: later applied epochs are wanted, too, within the bounds of `way_back`.
     :param records: of the log, from the superblock's scan position on, ascending.
     :raises FencedError: epochs are missing or their hashes do not follow each other.
     """
-    history, applied_cut = _walk_back(superblock, journal, limits)
+    history, applied_cut = _walk_back(superblock, journal, limits, way_back_epoch)
     epochs, cuts = _sealed(superblock, journal, records, limits, applied_cut)
     owners, cut_number = _assign(records, applied_cut, cuts)
     boundaries = _boundaries(records, owners, len(epochs), journal.end_lsn)
@@ -165,21 +167,23 @@ def record_start(lsns: Sequence[int], address: int) -> int:
 
 
 def _walk_back(
-    superblock: Superblock, journal: Journal, limits: Limits
+    superblock: Superblock, journal: Journal, limits: Limits, way_back_epoch: int
 ) -> tuple[list[EpochInfo], int]:
-    """Rows of applied epochs that peers may still need, and the applied epoch's cut number.
+    """Rows of applied epochs that peers or a rollback may need, and the applied epoch's cut number.
 
-    That is in the superblock, because the epoch's record may be gone: everything before the scan
-    position is recycled as soon as no peer needs it.
+    The latter is in the superblock, because the epoch's record may be gone: everything before the
+    scan position is recycled as soon as no peer needs it.
     """
     needed = [needed_after(record) for record in superblock.peers.values()]
     lowest_needed = min(needed, default=superblock.applied_epoch)
+    lowest_wanted = min(lowest_needed, way_back_epoch)
     found: list[EpochInfo] = []
     cut_number = max(superblock.applied_cut, 0)
     record_lsn = superblock.last_epoch_lsn
     number = superblock.applied_epoch
     while record_lsn and journal.holds(record_lsn):
-        if number <= lowest_needed and found:
+        is_far = superblock.scan_lsn - record_lsn > limits.way_back_bytes(superblock.journal_bytes)
+        if found and (number <= lowest_wanted or (is_far and number <= lowest_needed)):
             break
         try:
             epoch, previous_lsn, flags = read_epoch(journal, limits, record_lsn)
@@ -190,7 +194,7 @@ def _walk_back(
         if number == superblock.applied_epoch and superblock.applied_cut < 0:
             cut_number = flags
         lowest = lowest_address(epoch, record_lsn)
-        if number <= lowest_needed or not _holds_all(journal, epoch, limits.segment_bytes):
+        if number <= lowest_wanted or not _holds_all(journal, epoch, limits.segment_bytes):
             break
         found.append(
             info_of(

@@ -25,7 +25,7 @@ from geomirror.volume.mark_log import replay_marks
 from geomirror.volume.marks import MarkTable
 from geomirror.volume.marks_file import load_marks
 from geomirror.volume.open_epoch import OpenEpoch
-from geomirror.volume.recovery import recover_journal
+from geomirror.volume.recovery import Recovered, recover_journal
 from geomirror.volume.store import File, Store
 from geomirror.volume.superblock import (
     GenerationRecord,
@@ -35,6 +35,7 @@ from geomirror.volume.superblock import (
     VolumeRecord,
 )
 from geomirror.volume.undo import UndoStore
+from geomirror.volume.way_back import way_back_floor
 
 VOLUMES_DIRECTORY = "volumes"
 
@@ -158,15 +159,7 @@ def open_parts(
         stack.callback(superblock_file.close)
         superblock = superblock_file.load()
         images = _open_images(store, superblock, open_backing, stack)
-        recovered = recover_journal(
-            store,
-            limits,
-            entropy,
-            resource_id=bytes.fromhex(superblock.resource_id),
-            journal_bytes=superblock.journal_bytes,
-            scan_lsn=superblock.scan_lsn,
-            known_durable_lsn=superblock.known_durable_lsn,
-        )
+        recovered = _recover(store, limits, entropy, superblock)
         stack.callback(recovered.journal.close)
         undo = UndoStore(store, limits, superblock.undo_next)
         if superblock.data_state != "consistent":
@@ -174,7 +167,14 @@ def open_parts(
         indexes = _indexes(images, limits)
         marks = load_marks(store)
         replay_marks(marks, superblock, recovered.journal, recovered.records)
-        replayed = replay(superblock, recovered.journal, recovered.records, indexes, limits)
+        replayed = replay(
+            superblock,
+            recovered.journal,
+            recovered.records,
+            indexes,
+            limits,
+            way_back_floor(undo.history, superblock, limits),
+        )
         stack.pop_all()
     return EngineParts(
         store,
@@ -194,6 +194,18 @@ def open_parts(
         marks,
         replayed.spooled,
         recovered.moved,
+    )
+
+
+def _recover(store: Store, limits: Limits, entropy: Entropy, superblock: Superblock) -> Recovered:
+    return recover_journal(
+        store,
+        limits,
+        entropy,
+        resource_id=bytes.fromhex(superblock.resource_id),
+        journal_bytes=superblock.journal_bytes,
+        scan_lsn=superblock.scan_lsn,
+        known_durable_lsn=superblock.known_durable_lsn,
     )
 
 

@@ -126,6 +126,13 @@ class EpochDirectory:
         del self._floor_numbers[:at]
         del self._floors[:at]
 
+    def drop_after(self, number: int) -> None:
+        """Forget epochs > `number`."""
+        kept = [self._at(at) for at in range(bisect_right(self._numbers, number))]
+        self.clear()
+        for info in kept:
+            self.append(info)
+
     def clear(self) -> None:
         """Forget all epochs."""
         self.__init__()  # type: ignore[misc]

@@ -150,6 +150,20 @@ class MarkLog:
             wall_ns=mark.wall_ns,
         )
 
+    def table_through(self, epoch: int) -> MarkTable:
+        """The marks up to an epoch, and which of them are states of this copy."""
+        table = self.table
+        marks = [mark for mark in table.marks() if mark.epoch <= epoch]
+        return MarkTable(marks, [each for each in table.boundaries() if each <= epoch])
+
+    def reset(self, table: MarkTable) -> None:
+        """`table` is what is durable, in the file: nothing else is known any more."""
+        self.table = table
+        self._changes.clear()
+        self._names = {mark.name: mark for mark in table.marks()}
+        self._naming = None
+        self._saved_version = table.version
+
     # Saving.
 
     def save_job(self) -> SaveMarksJob | None:

@@ -95,6 +95,24 @@ class SyncRecord(msgspec.Struct):
     is_binding: bool = False
 
 
+class RollbackRecord(msgspec.Struct):
+    """A rollback that was begun: whoever opens the resource finishes it first."""
+
+    to_epoch: int
+    to_hash: str
+    to_first_epoch: int
+    to_wall_ns: int
+    to_end_lsn: int
+    boundary_epoch: int
+    """The images go back to this epoch by undo, and on to `to_epoch` by the journal."""
+    branch: str
+    """Name of the branch that the tail was saved as, "" without a tail."""
+    chain: list[GenerationRecord]
+    """The generation chain afterwards."""
+    is_restored: bool = False
+    """The images are at `to_epoch`; undo beyond it is void."""
+
+
 class Superblock(msgspec.Struct):
     """The body of a slot. LSNs are of this node's journal; hashes and identities are hex.
 
@@ -127,6 +145,7 @@ class Superblock(msgspec.Struct):
     settings: dict[str, str] = msgspec.field(default_factory=dict)
     sync: SyncRecord = msgspec.field(default_factory=SyncRecord)
     """At a primary."""
+    rollback: RollbackRecord | None = None
     sequence: int = 0
     """Of the slot it was loaded from; given by the file, not by the caller."""
 

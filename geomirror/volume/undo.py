@@ -25,6 +25,8 @@ from geomirror.volume.undo_file import PassInfo, PassLabel, UndoReader, UndoWrit
 DIRECTORY = "undo"
 _TEMPORARY = f"{DIRECTORY}/pass.new"
 _SUFFIX = ".und"
+_JOINT = f"{DIRECTORY}/rollback.new"
+"""The pass from a boundary to the epoch that a rollback goes back to, until that is done."""
 _MERGED = ".m"
 """Between the number of the newest of the merged passes and how often it was merged."""
 
@@ -37,12 +39,16 @@ class History:
     """Oldest first."""
     incarnation: int
     """One more each time that images were made anew: no state from before can be restored."""
+    newest_epoch: int | None = None
+    """While the images are rolled back: no state after this epoch can be restored."""
 
     def since(self, epoch: int) -> tuple[PassInfo, ...]:
         """The passes that lead from `epoch` to the image, which has to be one's boundary.
 
         :raises NotFoundError: undo does not reach back to it, or it lies within a pass.
         """
+        if self.newest_epoch is not None and epoch > self.newest_epoch:
+            raise NotFoundError(f"the state at epoch {epoch} is being rolled back")
         at = bisect_right(self.passes, epoch, key=lambda each: each.to_epoch)
         newer = self.passes[at:]
         expected = epoch
@@ -230,6 +236,49 @@ class UndoStore:
         self.drop_all()
         return self._write(label, lambda _: None, is_gap=True)
 
+    # Rollback.
+
+    def close_after(self, epoch: int) -> None:
+        """States after `epoch` are about to be gone: nobody may look at one from now on."""
+        self._history = replace(self._history, newest_epoch=epoch)
+
+    def save_joint(self, label: PassLabel, fill: Callable[[UndoWriter], None]) -> None:
+        """Write the pass that `roll_back` will put at the end, durably.
+
+        :raises StorageError: nothing changed.
+        """
+        self._write_file(_JOINT, label, fill, is_gap=False)
+        self._store.sync_directory(DIRECTORY)
+
+    def roll_back(self, to_epoch: int) -> None:
+        """Drop all passes that lead past `to_epoch`, and let a saved joint lead to it; durable.
+
+        Repeating it after a crash in it does the rest.
+        """
+        for each in reversed(self._passes):
+            if each.to_epoch > to_epoch:
+                self._drop(each.name)
+        for name in list(self._damaged):
+            self._drop(name)
+        # Before the joint has its name: a merged pass that is still there would seem to cover it.
+        self._store.sync_directory(DIRECTORY)
+        passes = self._passes
+        if self._store.exists(_JOINT):
+            name = f"{DIRECTORY}/{self._next:016x}{_SUFFIX}"
+            self._store.rename(_JOINT, name)
+            self._next += 1
+            file = self._store.open(name)
+            try:
+                passes = (*passes, _inspect(file, name))
+            finally:
+                file.close()
+        self._store.sync_directory(DIRECTORY)
+        self._history = History(passes, self._history.incarnation)
+
+    def drop_joint(self) -> None:
+        """Forget a joint whose rollback was never begun."""
+        self._store.unlink(_JOINT)
+
     def reader(self, from_epoch: int, to_epoch: int) -> UndoReader:
         """The content of one pass; to be closed.
 
@@ -272,7 +321,7 @@ class UndoStore:
 
     def _keep(self, passes: Sequence[PassInfo]) -> None:
         # Replaced, never changed: views on other threads look at it without a lock.
-        self._history = History(tuple(passes), self._history.incarnation)
+        self._history = replace(self._history, passes=tuple(passes))
 
     @property
     def _passes(self) -> tuple[PassInfo, ...]:

@@ -16,17 +16,13 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from geomirror.errors import IntegrityError, LimitExceededError
-from geomirror.limits import BLOCK_BYTES, Limits
-from geomirror.volume.epoch_table import KIND_ZERO
-from geomirror.volume.store import File, Store
+from geomirror.limits import Limits
+from geomirror.volume.store import Store
 from geomirror.volume.undo import UndoStore
-from geomirror.volume.undo_chunks import BLOCKS_PER_CHUNK
+from geomirror.volume.undo_contents import old_contents
 from geomirror.volume.undo_file import PassInfo, PassLabel, UndoReader, UndoWriter
 from geomirror.volume.undo_levels import expired, next_merge
-from geomirror.volume.view_index import ViewIndex, block_of, file_of
-
-_BLOCKS_MAX = 256
-"""Blocks copied at once: 1 MiB."""
+from geomirror.volume.view_index import ViewIndex
 
 
 class ThinJob:
@@ -96,49 +92,12 @@ class ThinJob:
         )
         files = [self._store.open(each.name) for each in passes]
         try:
-            _Copy(index, files, writer).run()
+            for part in old_contents(index, files):
+                if part.contents is None:
+                    writer.add_zero(part.volume, part.blocks[0], part.block_count)
+                else:
+                    blocks = np.array(part.blocks)
+                    writer.add_blocks(part.volume, blocks, b"".join(part.contents))
         finally:
             for file in files:
                 file.close()
-
-
-class _Copy:
-    """One merge: contents in the order of their blocks."""
-
-    def __init__(self, index: ViewIndex, files: Sequence[File], writer: UndoWriter) -> None:
-        self._index = index
-        self._files = files
-        self._writer = writer
-        self._chunks: dict[int, tuple[int, bytes]] = {}
-
-    def run(self) -> None:
-        table = self._index.table()
-        fields = ["volume", "kind", "count", "block", "address"]
-        volume = -1
-        blocks: list[int] = []
-        contents: list[bytes] = []
-        for at in range(0, len(table), _BLOCKS_MAX):
-            for owner, kind, count, block, address in table[at : at + _BLOCKS_MAX][fields].tolist():
-                if owner != volume or kind == KIND_ZERO or len(blocks) >= _BLOCKS_MAX:
-                    self._add(volume, blocks, contents)
-                    volume, blocks, contents = owner, [], []
-                if kind == KIND_ZERO:
-                    self._writer.add_zero(volume, block, count)
-                else:
-                    blocks.append(block)
-                    contents.append(self._content(address))
-        self._add(volume, blocks, contents)
-
-    def _add(self, volume: int, blocks: list[int], contents: list[bytes]) -> None:
-        if blocks:
-            self._writer.add_blocks(volume, np.array(blocks), b"".join(contents))
-
-    def _content(self, address: int) -> bytes:
-        number = file_of(address)
-        chunk, inside = divmod(block_of(address), BLOCKS_PER_CHUNK)
-        held, raw = self._chunks.get(number, (-1, b""))
-        if held != chunk:
-            # Each file's blocks are in order, so each of its chunks is decompressed once.
-            raw = self._index.files[number].read(self._files[number], chunk)
-            self._chunks[number] = chunk, raw
-        return raw[inside * BLOCK_BYTES : (inside + 1) * BLOCK_BYTES]

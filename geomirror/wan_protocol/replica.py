@@ -141,22 +141,8 @@ class Replica:
         """The replica was fenced: drop what waits."""
 
     def _pass_end(self) -> int:
-        """The sealed epoch that a bounded apply pass from here reaches.
-
-        Bounded, because writers that wait for room and readers that wait for a pass to end wait
-        for the whole of it.
-        """
-        engine = self.engine
-        total, reached = 0, engine.applied_epoch
-        for info in engine.unapplied_epochs():
-            total += info.raw_bytes
-            is_enough = reached > engine.applied_epoch and total > self.limits.apply_pass_bytes_max
-            if info.number > engine.sealed_epoch or is_enough:
-                break
-            reached = info.number
-            if info.is_mark:
-                break  # What was marked must be a state that the images were in.
-        return reached
+        """The sealed epoch that the next apply pass reaches."""
+        return self.engine.pass_end(self.engine.sealed_epoch)
 
     # The shared machinery.
 

@@ -266,7 +266,10 @@ def test_a_restart_keeps_what_peers_need_and_their_epochs_are_readable() -> None
     sync(engine)
     assert engine.epoch_info(7).previous_lsn == engine.epoch_info(6).record_lsn
     engine.release("b")
-    assert engine.epoch_numbers() == [7]
+    assert engine.epoch_numbers()[0] <= 3, "a rollback may have to go as far as that peer"
+    del engine.superblock.peers["b"]
+    drain(engine)
+    assert engine.epoch_numbers() == []
 
 
 def test_a_volume_of_four_terabytes_costs_nothing() -> None:
