@@ -24,7 +24,7 @@ RTT_S = 0.080
 LINK = f"rtt={RTT_S * 1000:g}ms,rate={RATE_BITS // 1_000_000}mbit"
 USE_MIN = 0.90
 WARM_UP_S_MAX = 3.0
-"""Until the window is open and the link's own queue is full."""
+"""From the first frame until the window is open and the link's own queue is full."""
 
 
 async def run(options: Options) -> Result:
@@ -59,9 +59,10 @@ async def _use(lab: Rig, seconds: float, size: int, result: Result) -> tuple[flo
         is_incompressible=True,
         bytes_per_second=2 * RATE_BITS // 8,
     )
-    loop = asyncio.get_running_loop()
+    loop, before = asyncio.get_running_loop(), await lab.received_bytes()
     writing = asyncio.create_task(run_fio(load, lab.uri))
     try:
+        await lab.began(before)
         await asyncio.sleep(warm_up)
         async with lab.watch(1.0) as watch:
             began, crossed, cpu = loop.time(), await lab.link_bytes(), cpu_seconds(lab.pid)
@@ -81,17 +82,20 @@ async def _use(lab: Rig, seconds: float, size: int, result: Result) -> tuple[flo
 
 
 async def _lag(lab: Rig, seconds: float, size: int, result: Result) -> tuple[float, float]:
+    warm_up, window = min(1.0, seconds / 4), max(0.5, seconds - 2.0)
+    # A watch that outlives the load would count the idle time as no lag.
     load = Load(
-        *("randwrite", BLOCK_BYTES, 4, seconds, size),
+        *("randwrite", BLOCK_BYTES, 4, warm_up + window + 1, size),
         is_incompressible=True,
         bytes_per_second=RATE_BITS // 8 // 2,
     )
+    before = await lab.received_bytes()
     writing = asyncio.create_task(run_fio(load, lab.uri))
     try:
-        await asyncio.sleep(min(1.0, seconds / 4))
+        await lab.began(before)
+        await asyncio.sleep(warm_up)
         async with lab.watch(0.05) as watch:
-            # A watch that outlives the load would count the idle time as no lag.
-            await asyncio.sleep(max(0.5, seconds - 2.0))
+            await asyncio.sleep(window)
     finally:
         await writing
     result.judge_states(watch.states)

@@ -163,6 +163,15 @@ class Rig:
         document = await self.secondary.call("status", {"name": RESOURCE}, timeout_s=30.0)
         return int(document["resources"][0]["peers"][0]["wire_bytes"])
 
+    async def began(self, before: int) -> None:
+        """Wait until the secondary has received more than `before`: a load arrives. The tool that
+        makes it takes up to two seconds to start. WaitTimeoutError."""
+        deadline = asyncio.get_running_loop().time() + STATE_S_MAX
+        while await self.received_bytes() <= before:
+            if asyncio.get_running_loop().time() > deadline:
+                raise WaitTimeoutError(f"nothing has arrived after {STATE_S_MAX:g} s of load")
+            await asyncio.sleep(0.02)
+
     async def link_bytes(self) -> int:
         """Bytes that have crossed the link from the primary to the secondary."""
         links = await self.lab.emulator.call("status")

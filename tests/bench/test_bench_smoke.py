@@ -66,7 +66,7 @@ def test_a_short_run_in_a_lab_writes_valid_figures(
 ) -> None:
     need_fio()
     monkeypatch.chdir(ROOT)
-    found = bench(tmp_path, "--only", "link_use", "--seconds", "2", "--rounds", "1")
+    found = bench(tmp_path, "--only", "link_use", "--seconds", "0.5", "--rounds", "1")
     result = found["link_use"]
     assert result["verdict"] in ("ok", "not quiet"), result["invalid_because"]
     assert set(result["peer_states"]) <= {"Stream", "Fold"}
