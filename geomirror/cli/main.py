@@ -40,6 +40,7 @@ PANELS: dict[str, dict[str, str]] = {
     "Volumes": {
         "attach": "geomirror.cli.attach",
         "detach": "geomirror.cli.attach",
+        "volume": "geomirror.cli.volume",
         "nbd": "geomirror.cli.nbd",
         "mark": "geomirror.cli.mark",
         "timeline": "geomirror.cli.timeline",

@@ -40,9 +40,10 @@ from geomirror.node.resource_changes import ResourceChanges
 from geomirror.node.resource_definition import ResourceDefinition
 from geomirror.node.resource_host import ResourceHost, remove_tree
 from geomirror.node.rfc3339 import rfc3339
-from geomirror.node.service import ServiceFactory
+from geomirror.node.service import Service, ServiceFactory
 from geomirror.node.status import StatusReport
 from geomirror.node.view_calls import ViewCalls
+from geomirror.node.volume_changes import VolumeChanges
 from geomirror.tunnel.network_state_io import NetworkState
 from geomirror.tunnel.tls_io import TlsDriver
 from geomirror.wan_protocol.streams_io import PeerAddress, PeerLinks
@@ -120,7 +121,7 @@ class Node:
         :param activated: further sockets for NBD, handed over by the service manager.
         :raises GeomirrorError: a socket cannot be had; what was started is stopped by `stop`.
         """
-        self._host.on_started = self._router.service_started
+        self._host.on_started = self._service_started
         self._host.definition_of = self._definition_now
         self._router.on_link_up = self._network.link_up
         sockets = self._data_dir.prepare_socket_dir()
@@ -199,9 +200,15 @@ class Node:
         ViewCalls(calls, self._status.addresses).register(self._methods)
         failover = FailoverCalls(self._host, self._store, self._links, self._router.is_up)
         failover.register(self._methods)
+        self._volumes = VolumeChanges(calls)
+        self._volumes.register(self._methods)
         self._network.register(self._methods)
         self._calls = calls
         self._methods.add("status", StatusRequest, self._show_status)
+
+    def _service_started(self, service: Service) -> None:
+        self._volumes.reconcile(service)
+        self._router.service_started(service)
 
     async def _show_status(self, _caller: Caller, request: StatusRequest) -> Result:
         found = self._status.node(request.name)

@@ -145,8 +145,8 @@ class PrimaryExport:
 
     @property
     def size_bytes(self) -> int:
-        """Size of the volume."""
-        return self.core.engine.images[self.volume].size_bytes
+        """Size of the volume now."""
+        return self.core.engine.sizes.now[self.volume]
 
     def open(self, sink: ReplySink) -> object:
         """Attach a connection. :raises RefusedError: fenced, or a second writer."""

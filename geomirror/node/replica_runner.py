@@ -44,7 +44,7 @@ class ReleasedJob(Job, Protocol):
 
 _Reading = TypeVar("_Reading", bound=ReleasedJob)
 
-REPEATING = frozenset({"bad_frame", "spool_full", "storage_full"})
+REPEATING = frozenset({"bad_frame", "spool_full", "storage_full", "volume_waits"})
 """Events that a lasting trouble causes again and again: they must not push others out."""
 REPEAT_NS = 60 * SECOND
 

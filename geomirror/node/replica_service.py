@@ -10,18 +10,21 @@ from geomirror.errors import GeomirrorError, UsageError, WaitTimeoutError
 from geomirror.nbd.protocol import Export
 from geomirror.node.context import NodeContext
 from geomirror.node.full_disk import FullDisk
+from geomirror.node.grower import Grower
 from geomirror.node.mark_desk import MarkDesk
-from geomirror.node.primary_export import FlushToken, HeldWriters, PrimaryExport
+from geomirror.node.primary_export import FlushToken, HeldWriters
+from geomirror.node.replica_exports import ReplicaExports
 from geomirror.node.replica_runner import ReplicaRunner
 from geomirror.node.replica_status import PrimaryStatus, SecondaryStatus
 from geomirror.node.replica_storage import create_engine, open_engine
 from geomirror.node.resource_definition import ResourceDefinition
-from geomirror.node.secondary_export import ReaderPins, SecondaryExport
-from geomirror.node.status_contexts import StatusContexts
+from geomirror.node.secondary_export import ReaderPins
 from geomirror.node.sync_status import sync_object
 from geomirror.node.view_host import ViewHost
 from geomirror.volume.engine import Engine
 from geomirror.volume.store_io import DirectoryStore
+from geomirror.volume.superblock import VolumeRecord
+from geomirror.volume.volume_change import VolumeChange
 from geomirror.wan_protocol.member_answer import answer_of
 from geomirror.wan_protocol.messages import AnyMessage
 from geomirror.wan_protocol.primary import Primary
@@ -60,7 +63,8 @@ class ReplicaService:
         self._full_disk = FullDisk(node.limits.full_disk_wait_ns_max)
         self._pins: ReaderPins | None = None
         self.views = ViewHost(definition.name, engine, store, node)
-        self._exports: dict[str, Export] = {}
+        self._replica_exports: ReplicaExports
+        self._grower: Grower | None = None
         self._ticker: asyncio.Task[None] | None = None
         self._links_up: set[str] = set()
 
@@ -120,7 +124,11 @@ class ReplicaService:
         self.marks = MarkDesk(definition.name, self._engine, self._runner)
         if isinstance(self._core, Secondary):
             self._pins = ReaderPins(self._runner, limits)
-        self._make_exports()
+        else:
+            self._grower = Grower(self._core, self._runner, node)
+        self._replica_exports = ReplicaExports(
+            definition.name, node, self._runner, self._held, self._pins
+        )
         self._core.handle_timer(clock.now_ns())
         self._runner.drive()
         self._ticker = asyncio.get_running_loop().create_task(self._tick())
@@ -154,7 +162,7 @@ class ReplicaService:
 
     def exports(self) -> dict[str, Export]:
         """`RES/VOLUME` for every volume, `RES` for the first, and those of views."""
-        return {**self._exports, **self.views.exports()}
+        return {**self._replica_exports.exports, **self.views.exports()}
 
     def position(self) -> dict[str, Any]:
         """Epochs here; `lsn` is where the next write goes (primary) or what is applied."""
@@ -191,8 +199,7 @@ class ReplicaService:
             "disk_state": disk_state,
             "journal": journal,
             "volumes": [
-                {"name": volume.name, "size_bytes": volume.size_bytes}
-                for volume in engine.superblock.volumes
+                {"name": each.name, "size_bytes": each.size_bytes} for each in self.volumes()
             ],
             "position": self.position(),
             "peers": peers,
@@ -213,6 +220,21 @@ class ReplicaService:
                 break
             await asyncio.sleep(POLL_S)
         return answer_of(self._node.name, self._core)
+
+    def volumes(self) -> list[VolumeRecord]:
+        """The volumes now, or as of the applied epoch at a secondary, by index."""
+        return self._replica_exports.volumes()
+
+    async def grow(self, change: VolumeChange) -> int:
+        """Grow or add a volume; returns the epoch that has it, sealed.
+
+        :raises UsageError: a secondary. :raises GeomirrorError: see `Grower.grow`.
+        """
+        if self._grower is None:
+            raise UsageError(f'"{self.definition.name}" is a secondary here; grow at the primary')
+        number = await self._grower.grow(change)
+        self._replica_exports.update()
+        return number
 
     async def wait(self, kind: str, timeout_s: float) -> None:
         """Until every peer has all that is completed now.
@@ -319,34 +341,6 @@ class ReplicaService:
 
     # The inside.
 
-    def _make_exports(self) -> None:
-        name = self.definition.name
-        core, contexts = self._core, None
-        if isinstance(core, Primary):
-            contexts = StatusContexts(self._runner, core)
-        for volume in self._engine.superblock.volumes:
-            full = f"{name}/{volume.name}"
-            export: Export
-            if contexts is not None:
-                text = f"primary of {full}"
-                export = PrimaryExport(
-                    full,
-                    volume.index,
-                    self._runner,
-                    self._held,
-                    contexts,
-                    is_single_writer=self._node.is_single_writer,
-                    description=text,
-                    is_read_only=self._node.is_read_only,
-                    is_multi_conn=not self._node.is_single_writer,
-                )
-            else:
-                assert self._pins is not None
-                text = f"read-only secondary of {full}"
-                export = SecondaryExport(full, volume.index, self._pins, description=text)
-            self._exports[full] = export
-            self._exports.setdefault(name, export)
-
     def _flushed(self, token: object, error: GeomirrorError | None) -> None:
         assert isinstance(token, FlushToken)
         token.answer(error)
@@ -356,6 +350,7 @@ class ReplicaService:
             self._held.fail(self._core.fenced)
         if self._pins is not None:
             self._pins.progress()
+            self._replica_exports.progress()
         elif isinstance(self._core, Primary):
             for name in self._links_up:
                 # A session that was just accepted does not know the link's room yet.

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from geomirror.environment import SECOND
+from geomirror.errors import NoSpaceError
 from geomirror.wan_protocol.primary import Primary
 from geomirror.wan_protocol.secondary import BLANK, CONSISTENT, Secondary
 from geomirror.wan_protocol.sender import BITMAP, FOLD, RESYNC, STREAM, Sender
@@ -160,8 +161,10 @@ class SecondaryStatus:
         core = self._core
         if core.fenced is not None:
             return "fenced"
-        if core.stalled is not None:
+        if isinstance(core.stalled, NoSpaceError):
             return "storage_full"
+        if core.stalled is not None:
+            return "degraded"
         if core.data_state != CONSISTENT:
             return "inconsistent"
         return "ok" if core.is_open else "degraded"

@@ -6,12 +6,15 @@ import os
 from contextlib import ExitStack
 
 from geomirror.errors import NotFoundError, RefusedError
+from geomirror.node.backing_check import check_backing
 from geomirror.node.context import NodeContext
 from geomirror.node.resource_definition import ResourceDefinition
 from geomirror.volume.engine import Engine, VolumeSpec
+from geomirror.volume.engine_base import MakeBacking
 from geomirror.volume.store import File
 from geomirror.volume.store_io import DirectoryStore, open_backing
 from geomirror.volume.superblock import GenerationRecord, PeerRecord, VolumeRecord
+from geomirror.volume.volume_change import VolumeChange
 from geomirror.wan_protocol.secondary import BLANK, CONSISTENT
 from geomirror.wan_protocol.sender import BITMAP, STREAM
 
@@ -19,6 +22,19 @@ from geomirror.wan_protocol.sender import BITMAP, STREAM
 def starts_as_zeros(definition: ResourceDefinition) -> bool:
     """Every member begins with the same, empty content: nothing has to be copied first."""
     return definition.adopt is None and not definition.backings
+
+
+def backing_maker(node: str) -> MakeBacking:
+    """Opens what a volume that is added uses on this node, or makes it; for the engine."""
+
+    def make(change: VolumeChange) -> tuple[str, File] | None:
+        path = change.backings.get(node)
+        if path is None:
+            return None
+        check_backing(path, change.size_bytes, is_adopted=False, is_forced=change.is_forced)
+        return path, create_path(path, change.size_bytes)
+
+    return make
 
 
 def create_engine(
@@ -45,6 +61,7 @@ def create_engine(
             role="primary" if is_primary else "secondary",
             chain=[_first_generation(node)] if is_primary else [],
             wall_ns=node.clock.wall_ns(),
+            make_backing=backing_maker(node.name),
         )
         stack.callback(engine.close)
         _note_beginning(engine, definition, is_primary=is_primary)
@@ -56,10 +73,11 @@ def _volume_specs(definition: ResourceDefinition, node: str, stack: ExitStack) -
     specs: list[VolumeSpec] = []
     for volume in definition.volumes:
         path = definition.backing_path(node, volume.name)
-        file = None if path is None else _create_path(path, volume.size_bytes)
+        # As large as it is by now; the image has the size that the volume began with.
+        file = None if path is None else create_path(path, volume.size_bytes)
         if file is not None:
             stack.callback(file.close)
-        specs.append(VolumeSpec(volume.index, volume.name, volume.size_bytes, file, path or ""))
+        specs.append(VolumeSpec(volume.index, volume.name, volume.bytes_at_first, file, path or ""))
     return specs
 
 
@@ -96,7 +114,8 @@ def open_engine(definition: ResourceDefinition, node: NodeContext) -> tuple[Dire
         raise NotFoundError(f'the state of "{definition.name}" is not at {directory}')
     store = DirectoryStore(directory)
     try:
-        engine = Engine.open(store, node.limits, node.entropy, _open_volume)
+        maker = backing_maker(node.name)
+        engine = Engine.open(store, node.limits, node.entropy, _open_volume, maker)
         if engine.superblock.resource_id != definition.resource_id:
             engine.close()
             raise RefusedError(f"{directory} holds another resource of this name")
@@ -110,7 +129,7 @@ def _open_volume(volume: VolumeRecord) -> File:
     return _open_path(volume.backing, volume.size_bytes)
 
 
-def _create_path(path: str, size_bytes: int) -> File:
+def create_path(path: str, size_bytes: int) -> File:
     """The backing device of a new volume; a file that is missing or empty is made, one hole."""
     if os.path.isfile(path) and os.path.getsize(path) == 0:
         file = open_backing(path)

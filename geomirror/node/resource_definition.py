@@ -18,12 +18,19 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
 """Names of resources, nodes and sites: safe in a path, in a URI and in a metric label."""
 
 
-class VolumeDefinition(msgspec.Struct, forbid_unknown_fields=True):
+class VolumeDefinition(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     """One volume of a resource."""
 
     index: int
     name: str
     size_bytes: int
+    first_size_bytes: int | None = None
+    """At epoch 0, where that differs: the volume has grown, or was added (0)."""
+
+    @property
+    def bytes_at_first(self) -> int:
+        """Size at epoch 0: a copy that is new begins with it."""
+        return self.size_bytes if self.first_size_bytes is None else self.first_size_bytes
 
 
 class ResourceDefinition(msgspec.Struct, forbid_unknown_fields=True):
@@ -96,6 +103,8 @@ class ResourceDefinition(msgspec.Struct, forbid_unknown_fields=True):
         for volume in self.volumes:
             check_name("volume", volume.name)
             check_volume_size(f"{self.name}/{volume.name}", volume.size_bytes)
+            if not 0 <= volume.bytes_at_first <= volume.size_bytes:
+                raise UsageError(f'resource "{self.name}": volume {volume.name} has shrunk')
 
 
 def check_name(kind: str, name: str) -> None:

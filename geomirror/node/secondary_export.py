@@ -106,8 +106,8 @@ class SecondaryExport:
 
     @property
     def size_bytes(self) -> int:
-        """Size of the volume."""
-        return self.core.engine.images[self.volume].size_bytes
+        """Size of the volume at the epoch that a reader who comes now will see."""
+        return self.core.served_sizes.get(self.volume, 0)
 
     def open(self, sink: ReplySink) -> object:
         """Attach a reader.
@@ -146,6 +146,10 @@ class SecondaryExport:
     def read(self, reader: _Reader, request: Request) -> None:
         """Read the image; the pin keeps it still."""
         core, sink, cookie = self.core, reader.sink, request.cookie
+        if request.offset + request.length > core.engine.images[self.volume].size_bytes:
+            # The pass that was to grow the volume is waiting: it is not there yet.
+            sink.reply(cookie, errno.EIO)
+            return
         if reader.is_stale or core.fenced is not None or core.data_state != CONSISTENT:
             sink.reply(cookie, errno.EIO)
             return

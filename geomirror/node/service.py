@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from geomirror.nbd.protocol import Export
     from geomirror.node.mark_desk import MarkDesk
     from geomirror.node.view_host import ViewHost
+    from geomirror.volume.superblock import VolumeRecord
+    from geomirror.volume.volume_change import VolumeChange
     from geomirror.wan_protocol.messages import AnyMessage
 
 
@@ -54,6 +56,12 @@ class Service(Protocol):
 
     async def wait(self, kind: str, timeout_s: float) -> None:
         """Until every peer has all that is completed now."""
+
+    def volumes(self) -> list[VolumeRecord]:
+        """The volumes now, by index; `peers` are backings at other nodes."""
+
+    async def grow(self, change: VolumeChange) -> int:
+        """Grow or add a volume; returns the epoch that has it, sealed."""
 
     def pause(self, peer: str | None) -> None:
         """Stop sending to a peer, or to all."""

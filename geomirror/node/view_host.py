@@ -41,7 +41,7 @@ class ViewRecord(msgspec.Struct, forbid_unknown_fields=True):
     is_writable: bool
     quota_bytes: int
     sizes: dict[int, int]
-    """Bytes of each volume, by index."""
+    """Bytes of each volume at the epoch, by index."""
 
 
 class OpenView:
@@ -145,7 +145,7 @@ class ViewHost:
             expires_wall_ns=None if expires_s is None else now_ns + int(expires_s * SECOND),
             is_writable=is_writable,
             quota_bytes=quota_bytes,
-            sizes={v.index: v.size_bytes for v in self._engine.superblock.volumes},
+            sizes={},
         )
         view = self._views[record.name] = OpenView(record)
         self._engine.undo.pin(_owner(record.name), record.epoch)
@@ -249,11 +249,14 @@ class ViewHost:
             raise NotFoundError("it is of another history than this copy has now")
         if record.epoch > engine.applied_epoch or engine.superblock.data_state != CONSISTENT:
             raise NotFoundError("this copy was made anew since")
-        images = {index: engine.images[index] for index in record.sizes}
+        images = dict(engine.images) if is_new else {i: engine.images[i] for i in record.sizes}
         undo, entries_max = engine.undo, self._node.limits.view_entries_max
         seen = View(record.epoch, images, lambda: undo.history, store.open, entries_max)
         undo.pin(_owner(record.name), record.epoch)
         seen.prepare()
+        if is_new:
+            sizes = {index: seen.size_of(index) for index in sorted(images)}
+            record.sizes = {index: size for index, size in sizes.items() if size}
         scratch = None
         if record.is_writable and is_new:
             scratch = Scratch.create(

@@ -15,7 +15,7 @@ Deliberately not here: which epochs are applied and when (`engine`), how old con
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -29,12 +29,16 @@ from geomirror.volume.new_contents import plan_chunks, write_runs
 from geomirror.volume.store import Buffer
 from geomirror.volume.undo import UndoStore
 from geomirror.volume.undo_file import PassLabel, UndoWriter
+from geomirror.volume.volume_change import VolumeChange, merge_changes
 
 __all__ = ["ApplyImage", "ApplyJob", "merge_tables"]
 
 
 class ApplyImage(OldImage, Protocol):
     """What applying needs of a volume's image (`image.Image`)."""
+
+    def grown(self, size_bytes: int) -> Self:
+        """The same volume with another size; what is under it is large enough."""
 
     def write_runs(self, runs: Sequence[tuple[int, Sequence[Buffer]]]) -> None:
         """Write (offset, contents that follow each other), ascending; not durable yet."""
@@ -74,12 +78,17 @@ class ApplyJob:
         self._load = load
         self._read_into = read_into
         self._images = images
+        """As they are before the pass."""
+        self._grown: dict[int, ApplyImage] = {}
+        """Those that the pass makes larger, as they are after it."""
         self._undo = undo
         self._limits = limits
         self.table: Table = empty_table()
         """After `run`: what was applied, newest version of each block."""
         self.chain_hash = b""
         """After `run`: H(to_epoch)."""
+        self.changes: tuple[VolumeChange, ...] = ()
+        """After `run`: volumes that the pass grew or added."""
         self.bytes_written = 0
         """After `run`: data written to images; zeros count nothing."""
         self.undo_bytes = 0
@@ -99,12 +108,19 @@ class ApplyJob:
         assert expected == self.to_epoch + 1
         self.table = merge_tables([epoch.table for epoch in epochs])
         self.chain_hash = epochs[-1].chain_hash
+        self.changes = merge_changes(each for epoch in epochs for each in epoch.changes)
+        self._grown = {
+            each.index: self._images[each.index].grown(each.size_bytes) for each in self.changes
+        }
         if self.with_undo:
             self._save_old(epochs[-1])
         self._write_zeros()
         self._write_data()
         for volume, _ in _by_volume(self.table):
-            self._images[volume].fdatasync()
+            self._target(volume).fdatasync()
+
+    def _target(self, volume: int) -> ApplyImage:
+        return self._grown.get(volume) or self._images[volume]
 
     def _save_old(self, last: Epoch) -> None:
         pending = self._undo.pending_pass(self.from_epoch)
@@ -121,11 +137,13 @@ class ApplyJob:
         raw_bytes_max = self._limits.undo_pass_bytes_max
         for volume, entries in _by_volume(self.table):
             BeforeImages(writer, volume, self._images[volume], raw_bytes_max).save(entries)
+        for change in self.changes:
+            writer.add_size(change.index, change.old_size_bytes)
 
     def _write_zeros(self) -> None:
         for entry in self.table[self.table["kind"] != KIND_DATA]:
             punch = bool(entry["flags"] & FLAG_PUNCH)
-            image = self._images[int(entry["volume"])]
+            image = self._target(int(entry["volume"]))
             image.zero(int(entry["block"]), int(entry["count"]), punch=punch)
 
     def _write_data(self) -> None:
@@ -147,7 +165,7 @@ class ApplyJob:
             for volume, part in _parts(volumes[rows]):
                 chosen = rows[part]
                 runs = write_runs(blocks[chosen], chunk.positions[part], sizes[chosen], buffer)
-                self._images[volume].write_runs(runs)
+                self._target(volume).write_runs(runs)
         self.bytes_written = int(sizes.sum())
 
     def _sizes(self, volumes: Keys, blocks: Keys) -> Keys:
@@ -155,7 +173,7 @@ class ApplyJob:
         sizes = np.full(len(blocks), BLOCK_BYTES, dtype=np.int64)
         for volume, part in _parts(volumes):
             last = part.stop - 1
-            short = (int(blocks[last]) + 1) * BLOCK_BYTES - self._images[volume].size_bytes
+            short = (int(blocks[last]) + 1) * BLOCK_BYTES - self._target(volume).size_bytes
             assert short < BLOCK_BYTES, "a block beyond the end of the volume"
             sizes[last] -= max(short, 0)
         return sizes

@@ -76,6 +76,12 @@ class BeforeImages:
 
         :raises UndoOverflowError: it is more than `raw_bytes_max`.
         """
+        # What lies behind the end of a volume that grows is not there before the pass.
+        end = -(-self._image.size_bytes // BLOCK_BYTES)
+        entries = entries[entries["block"] < end].copy()
+        if not len(entries):
+            return
+        entries["count"] = np.minimum(entries["count"], end - entries["block"])
         self._image.expect_scattered_reads(True)
         try:
             self._save(entries)

@@ -198,6 +198,17 @@ class DirtyBitmap:
         """The peer holds the content of these regions durably."""
         self._bits[volume].clear_run(first_region, count)
 
+    def grow(self, volumes: Mapping[int, int]) -> None:
+        """Follow grown and new volumes; added regions are clean.
+
+        :param volumes: size in bytes by volume index.
+        """
+        regions = {volume: bits.regions for volume, bits in self._bits.items()}
+        wanted = {volume: _regions(size_bytes) for volume, size_bytes in volumes.items()}
+        if any(count > regions.get(volume, 0) for volume, count in wanted.items()):
+            counts = {v: max(regions.get(v, 0), wanted.get(v, 0)) for v in {**regions, **wanted}}
+            self.resize({volume: count * REGION_BYTES for volume, count in counts.items()})
+
     def resize(self, volumes: Mapping[int, int]) -> None:
         """Follow grown, new and removed volumes; added regions are clean.
 

@@ -151,6 +151,12 @@ class DirtyIndex:
         for block, start, stop in self._edges(offset, end_offset, first, end):
             self._write_part(block, start, stop, source)
 
+    def grow(self, size_bytes: int, lsn: int) -> None:
+        """The volume has another size since the record at `lsn`; the new bytes are zeros."""
+        old_size_bytes, self.size_bytes = self.size_bytes, size_bytes
+        # A last block that was short is changed in part, so its new content is in the epoch, too.
+        self.zero(old_size_bytes, size_bytes - old_size_bytes, lsn, punch=True)
+
     def _edges(
         self, offset: int, end_offset: int, first: int, end: int
     ) -> list[tuple[int, int, int]]:

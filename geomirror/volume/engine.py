@@ -20,6 +20,7 @@ from geomirror.environment import Entropy
 from geomirror.errors import GeomirrorError
 from geomirror.limits import BLOCK_BYTES, Limits
 from geomirror.volume.block_runs import BlockRuns
+from geomirror.volume.engine_base import MakeBacking
 from geomirror.volume.engine_recovery import info_of, lowest_address, read_epoch, record_start
 from geomirror.volume.engine_rollback import RollbackJob, RollbackPath
 from geomirror.volume.engine_setup import NewResource, VolumeSpec, create_parts, open_parts
@@ -60,16 +61,21 @@ class Engine(RollbackPath):
         role: Role,
         chain: Sequence[GenerationRecord],
         wall_ns: int,
+        make_backing: MakeBacking | None = None,
     ) -> Engine:
         """Make a resource's storage, durable on return. Blocking.
 
         :param journal_bytes: a multiple of the segment size is used.
         :param chain: generation chain, oldest first; empty on a secondary before first contact.
+        :param make_backing: for volumes that are added later; without it they get a file in the
+            store.
         :raises StorageError: no space, or files are there already.
         :raises UsageError: a size is not allowed. :raises RefusedError: a backing is too small.
         """
         new = NewResource(name, resource_id, volumes, journal_bytes, role, chain, wall_ns)
-        return cls(create_parts(store, limits, entropy, new))
+        parts = create_parts(store, limits, entropy, new)
+        parts.make_backing = make_backing
+        return cls(parts)
 
     @classmethod
     def open(
@@ -78,6 +84,7 @@ class Engine(RollbackPath):
         limits: Limits,
         entropy: Entropy,
         open_backing: Callable[[VolumeRecord], File],
+        make_backing: MakeBacking | None = None,
     ) -> Engine:
         """Recover a resource's storage after a stop or a crash. Blocking.
 
@@ -85,6 +92,7 @@ class Engine(RollbackPath):
         blocks that were being written may hold anything, also where nothing new was to be.
 
         :param open_backing: opens a backing that lies outside the store.
+        :param make_backing: as for `create`.
 
         Epochs that peers may need, as the superblock knows them, are retained in their names.
 
@@ -92,9 +100,13 @@ class Engine(RollbackPath):
         :raises IntegrityError: both superblock copies are damaged.
         :raises StorageError: a device failed; nothing is lost.
         """
-        engine = cls(open_parts(store, limits, entropy, open_backing))
+        parts = open_parts(store, limits, entropy, open_backing)
+        parts.make_backing = make_backing
+        engine = cls(parts)
         try:
             engine.resume_rollback()
+            if engine.superblock.role == "primary":
+                engine.prepare_now()  # A secondary waits until a pass needs it.
             engine._redo()
         except GeomirrorError:
             engine.close()
@@ -178,6 +190,7 @@ class Engine(RollbackPath):
             job.chain_hash,
             job.table,
             is_mark=draft.is_mark,
+            changes=draft.changes,
         )
         self._append_epoch(
             epoch,
@@ -254,6 +267,10 @@ class Engine(RollbackPath):
         :raises StorageError: a device failed; open the resource again.
         """
         while self.applied_epoch < epoch:
+            grow = self.grow_job(self.pass_end(epoch))
+            if grow is not None:
+                grow.run()
+                self.complete_grow(grow)
             checkpoint = self.checkpoint_job()
             if checkpoint is not None:
                 checkpoint.run()
@@ -354,4 +371,5 @@ class Engine(RollbackPath):
             wall_ns=wall_ns,
         )
         self._cut_number += 1
+        self.sizes.add(epoch.number, epoch.changes)
         self._open = OpenEpoch(epoch.number + 1, epoch.end_lsn, end_lsn)

@@ -11,14 +11,14 @@ Deliberately not here: writing and sealing, spooling and committing (`engine`).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
 
 from geomirror.environment import Entropy
-from geomirror.errors import FencedError, RefusedError
+from geomirror.errors import FencedError
 from geomirror.limits import Limits
 from geomirror.volume.apply import ApplyJob
 from geomirror.volume.dirty_index import DirtyIndex
@@ -26,17 +26,24 @@ from geomirror.volume.engine_jobs import CheckpointJob
 from geomirror.volume.engine_recovery import needed_after, read_epoch
 from geomirror.volume.epoch_directory import EpochDirectory, EpochInfo
 from geomirror.volume.epoch_table import Epoch
-from geomirror.volume.generations import ChainEntry, chain_records
 from geomirror.volume.image import Image
 from geomirror.volume.journal import Journal, SyncJob
 from geomirror.volume.mark_log import MarkLog
 from geomirror.volume.marks import MarkTable
 from geomirror.volume.open_epoch import EpochDraft, OpenEpoch
 from geomirror.volume.retention import Retention
-from geomirror.volume.store import Store
-from geomirror.volume.superblock import DataState, Superblock, SuperblockFile, copy_of
+from geomirror.volume.store import File, Store
+from geomirror.volume.superblock import Superblock, SuperblockFile, copy_of
 from geomirror.volume.undo import UndoStore
+from geomirror.volume.volume_change import VolumeChange
+from geomirror.volume.volume_sizes import VolumeSizes
 from geomirror.volume.way_back import WAY_BACK, way_back
+
+MakeBacking = Callable[[VolumeChange], tuple[str, File] | None]
+"""Path and file of an added volume's backing on this node; None for a file in the store. Blocking.
+
+Raises GeomirrorError: it is missing, in use, or holds data that must not be overwritten."""
+
 
 NO_GENERATION = bytes(16)
 """Generation of a secondary that no primary has spoken to yet."""
@@ -61,6 +68,8 @@ class EngineParts:
     sealed_epoch: int
     sealed_hash: bytes
     marks: MarkTable
+    sizes: VolumeSizes
+    make_backing: MakeBacking | None = None
     spooled: list[int] = field(default_factory=list)
     moved: list[tuple[int, int]] = field(default_factory=list)
 
@@ -76,6 +85,11 @@ class EngineBase:
         self.images = parts.images
         self.indexes = parts.indexes
         self.undo = parts.undo
+        self.sizes = parts.sizes
+        """Of the volumes: now, and at earlier epochs; an image has its own, of the applied one."""
+        self._make_backing = parts.make_backing
+        self._prepared = {index: image.size_bytes for index, image in self.images.items()}
+        """Sizes that what lies under the volumes surely has."""
         self.moved = parts.moved
         """(old LSN, new LSN) of records that recovery wrote again."""
         self.marks = MarkLog(parts.journal, parts.store, parts.marks)
@@ -254,6 +268,7 @@ class EngineBase:
                 low, high = np.searchsorted(job.table["volume"], [volume, volume + 1]).tolist()
                 index.forget(job.table[low:high], info.boundary_lsn)
         superblock = self.superblock
+        self._grow_images(job.changes)
         superblock.applied_epoch = info.number
         superblock.applied_hash = info.chain_hash.hex()
         superblock.applied_first_epoch = info.first_number
@@ -261,6 +276,16 @@ class EngineBase:
         superblock.applied_wall_ns = info.wall_ns
         superblock.applied_cut = info.cut
         superblock.last_epoch_lsn = info.record_lsn
+
+    def _grow_images(self, changes: Sequence[VolumeChange]) -> None:
+        """The images hold an epoch in which the volumes have these sizes."""
+        sizes = {each.index: each.size_bytes for each in changes}
+        for index, size_bytes in sizes.items():
+            assert self._prepared[index] >= size_bytes
+            self.images[index] = self.images[index].grown(size_bytes)
+            self.indexes[index].size_bytes = max(self.indexes[index].size_bytes, size_bytes)
+        for record in self.superblock.volumes:
+            record.size_bytes = sizes.get(record.index, record.size_bytes)
 
     # Checkpoint.
 
@@ -295,41 +320,6 @@ class EngineBase:
         self.marks.table.forget_former()
         self._retain_way_back()
         self._retention.checkpointed(job.superblock.applied_epoch, job.superblock.scan_lsn)
-
-    # The position of a copy that is made anew.
-
-    def reset_position(
-        self, generation: bytes, epoch: int, chain_hash: bytes, *, data_state: DataState
-    ) -> None:
-        """The images hold (or are being given) `epoch` of another node: forget all epochs here.
-
-        No job may be running. The next checkpoint persists it and drops the undo.
-
-        :raises RefusedError: `generation` is not the current one here.
-        """
-        if generation != self.generation:
-            raise RefusedError(
-                f'resource "{self.superblock.name}" follows another history: '
-                f"{self.generation.hex()} here, {generation.hex()} there"
-            )
-        assert not self._open_entries
-        self._directory.clear()
-        self._spooled.clear()
-        self._unsealed.clear()
-        superblock = self.superblock
-        superblock.applied_epoch = superblock.applied_first_epoch = epoch
-        superblock.applied_hash = chain_hash.hex()
-        superblock.applied_end_lsn = superblock.last_epoch_lsn = superblock.applied_wall_ns = 0
-        superblock.data_state = data_state
-        self.sealed_epoch = self.committed_epoch = epoch
-        self.sealed_hash = self.committed_hash = chain_hash
-        self._open.number = epoch + 1
-        self.undo.void()
-        self.marks.table.drop_boundaries()
-
-    def adopt_chain(self, chain: Sequence[ChainEntry]) -> None:
-        """Take over the primary's generation chain; persisted by the next checkpoint."""
-        self.superblock.chain = chain_records(chain)
 
     def close(self) -> None:
         """Close all files; nothing is synced."""

@@ -27,12 +27,14 @@ from geomirror.volume.dirty_index import DirtyIndex
 from geomirror.volume.epoch_directory import EpochDirectory, EpochInfo
 from geomirror.volume.epoch_record import decode_epoch
 from geomirror.volume.epoch_table import KIND_DATA, Epoch, chain_hash
+from geomirror.volume.growth_replay import GrowthReplay
 from geomirror.volume.journal import Journal
 from geomirror.volume.open_epoch import OpenEpoch
 from geomirror.volume.record import HEADER_BYTES, RecordInfo, RecordType
 from geomirror.volume.superblock import PeerRecord, Superblock
+from geomirror.volume.volume_sizes import VolumeSizes
 
-_CHANGES = frozenset((RecordType.WRITE, RecordType.ZERO, RecordType.TRIM))
+_CHANGES = frozenset((RecordType.WRITE, RecordType.ZERO, RecordType.TRIM, RecordType.RESIZE))
 
 
 @dataclass
@@ -105,16 +107,18 @@ def replay(
     journal: Journal,
     records: Sequence[RecordInfo],
     indexes: dict[int, DirtyIndex],
+    sizes: VolumeSizes,
     limits: Limits,
     way_back_epoch: int,
 ) -> Replayed:
-    """Rebuild directory, indexes and open epoch. Blocking.
+    """Rebuild directory, indexes, sizes and open epoch. Blocking.
 
     :param way_back_epoch: later applied epochs are wanted, too, within the bounds of `way_back`.
     :param records: of the log, from the superblock's scan position on, ascending.
+    :param sizes: of the applied epoch.
     :raises FencedError: epochs are missing or their hashes do not follow each other.
     """
-    history, applied_cut = _walk_back(superblock, journal, limits, way_back_epoch)
+    history, applied_cut = _walk_back(superblock, journal, limits, sizes, way_back_epoch)
     epochs, cuts = _sealed(superblock, journal, records, limits, applied_cut)
     owners, cut_number = _assign(records, applied_cut, cuts)
     boundaries = _boundaries(records, owners, len(epochs), journal.end_lsn)
@@ -122,13 +126,17 @@ def replay(
     directory = EpochDirectory()
     for info in [*history, *_rows(superblock, epochs, cuts, boundaries, spooled)]:
         directory.append(info)
-    open_epoch = _fill_indexes(superblock, records, owners, len(epochs), indexes)
+    fresh = GrowthReplay(journal, indexes, limits.zero_run_blocks_min)
+    open_epoch = _fill_indexes(superblock, records, owners, len(epochs), fresh)
     sealed_hash = bytes.fromhex(superblock.applied_hash)
     if epochs:
         last = epochs[-1][1]
         open_epoch.number, open_epoch.first_lsn = last.number + 1, last.end_lsn
         open_epoch.boundary_lsn = boundaries[-1]
         sealed_hash = last.chain_hash
+    for _, epoch, _ in epochs:
+        sizes.add(epoch.number, epoch.changes)
+    sizes.add(open_epoch.number, open_epoch.changes)
     return Replayed(directory, open_epoch, cut_number, open_epoch.number - 1, sealed_hash, spooled)
 
 
@@ -167,7 +175,11 @@ def record_start(lsns: Sequence[int], address: int) -> int:
 
 
 def _walk_back(
-    superblock: Superblock, journal: Journal, limits: Limits, way_back_epoch: int
+    superblock: Superblock,
+    journal: Journal,
+    limits: Limits,
+    sizes: VolumeSizes,
+    way_back_epoch: int,
 ) -> tuple[list[EpochInfo], int]:
     """Rows of applied epochs that peers or a rollback may need, and the applied epoch's cut number.
 
@@ -206,6 +218,7 @@ def _walk_back(
                 cut_number=flags,
             )
         )
+        sizes.note_past(epoch.number, epoch.changes)
         number = epoch.first_number - 1
         record_lsn = previous_lsn
     found.reverse()
@@ -273,6 +286,7 @@ def _follows(epoch: Epoch, previous_hash: bytes) -> bool:
         epoch.first_lsn,
         epoch.end_lsn,
         epoch.table,
+        epoch.changes,
     )
 
 
@@ -321,7 +335,7 @@ def _fill_indexes(
     records: Sequence[RecordInfo],
     owners: Sequence[int],
     sealed_count: int,
-    indexes: dict[int, DirtyIndex],
+    growth: GrowthReplay,
 ) -> OpenEpoch:
     """Enter every change that is not applied; what no epoch holds is touched.
 
@@ -332,8 +346,7 @@ def _fill_indexes(
         superblock.applied_end_lsn or superblock.scan_lsn,
         superblock.scan_lsn,
     )
-    sizes = {volume.index: volume.size_bytes for volume in superblock.volumes}
-    is_open = False
+    is_open, indexes = False, growth.indexes
     for record, owner in zip(records, owners, strict=True):
         if owner < 0:
             continue
@@ -341,7 +354,14 @@ def _fill_indexes(
             is_open = True
             _settle(indexes)
             open_epoch.since_wall_ns = record.wall_ns
-        if record.offset + record.length > sizes.get(record.volume, 0) or not record.length:
+        if record.kind == RecordType.RESIZE:
+            change = growth.replay(record)
+            if owner == sealed_count:
+                open_epoch.changes.append(change)
+            open_epoch.last_wall_ns = record.wall_ns
+            continue
+        size = indexes[record.volume].size_bytes if record.volume in indexes else 0
+        if record.offset + record.length > size or not record.length:
             raise _impossible(superblock, record)
         index = indexes[record.volume]
         if record.kind == RecordType.WRITE:

@@ -21,13 +21,13 @@ from geomirror.volume.branch_view import BranchView
 from geomirror.volume.branches import BranchRecord, BranchStore
 from geomirror.volume.dirty_index import DirtyIndex
 from geomirror.volume.engine_base import EngineParts
+from geomirror.volume.engine_growth import VolumeGrowth
 from geomirror.volume.engine_recovery import read_epoch
-from geomirror.volume.engine_writes import WritePath
 from geomirror.volume.epoch_directory import EpochInfo
 from geomirror.volume.epoch_table import Epoch
 from geomirror.volume.marks_file import SaveMarksJob
 from geomirror.volume.open_epoch import OpenEpoch
-from geomirror.volume.rollback import RollbackJob, RollbackParts, Tail, Versions
+from geomirror.volume.rollback import RollbackJob, RollbackParts, Tail, Versions, grown_since
 from geomirror.volume.superblock import (
     GenerationRecord,
     PeerRecord,
@@ -39,7 +39,7 @@ from geomirror.volume.superblock import (
 __all__ = ["RollbackJob", "RollbackPath"]
 
 
-class RollbackPath(WritePath):
+class RollbackPath(VolumeGrowth):
     """The part of `Engine` that goes back."""
 
     def __init__(self, parts: EngineParts) -> None:
@@ -57,7 +57,7 @@ class RollbackPath(WritePath):
             return []
         boundaries = self._boundaries()
         numbers = self._directory.numbers()
-        low = max(boundaries[0], self.superblock.consistent_from)
+        low = max(boundaries[0], self.superblock.consistent_from, self.sizes.newest_change)
         found = {each for each in boundaries if self._hash_of(each) is not None}
         if numbers:
             start = self._directory.info(numbers[0]).first_number - 1
@@ -86,7 +86,7 @@ class RollbackPath(WritePath):
         :param chain_hash: H(to_epoch) as somebody else has it, to be compared.
         :param chain: the generation chain afterwards; None: what is left of this one.
         :raises NotFoundError: the state is not kept; names the nearest ones that are.
-        :raises RefusedError: H differs, or branches leave no room.
+        :raises RefusedError: H differs, a volume has grown since, or branches leave no room.
         """
         info = self._target(to_epoch, chain_hash)
         assert self.half_applied_through is None
@@ -254,7 +254,9 @@ class RollbackPath(WritePath):
     def _has_epochs_after(self, epoch: int) -> bool:
         """Whether every epoch after it is in the journal."""
         first = self._directory.first_after(epoch)
-        return first is None or first.first_number == epoch + 1
+        if first is None:
+            return epoch >= self.committed_epoch
+        return first.first_number == epoch + 1
 
     # Looking up.
 
@@ -264,6 +266,8 @@ class RollbackPath(WritePath):
         return [each.from_epoch for each in kept] + [self.applied_epoch]
 
     def _target(self, epoch: int, chain_hash: bytes | None) -> EpochInfo:
+        if epoch < self.sizes.newest_change:
+            raise grown_since(epoch)
         points = self.rollback_points()
         found = self._info_of(epoch, chain_hash)
         is_boundary = epoch in self._boundaries() and epoch <= self.applied_epoch

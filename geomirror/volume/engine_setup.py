@@ -16,6 +16,7 @@ from geomirror.errors import IntegrityError, RefusedError, UsageError
 from geomirror.limits import SECTOR_BYTES, Limits
 from geomirror.volume.dirty_index import DirtyIndex
 from geomirror.volume.engine_base import EngineParts
+from geomirror.volume.engine_growth import VOLUMES_DIRECTORY, volume_file_name
 from geomirror.volume.engine_recovery import replay
 from geomirror.volume.epoch_directory import EpochDirectory
 from geomirror.volume.epoch_table import HASH_ZERO
@@ -35,9 +36,8 @@ from geomirror.volume.superblock import (
     VolumeRecord,
 )
 from geomirror.volume.undo import UndoStore
+from geomirror.volume.volume_sizes import VolumeSizes
 from geomirror.volume.way_back import way_back_floor
-
-VOLUMES_DIRECTORY = "volumes"
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,6 @@ class VolumeSpec:
     backing: File | None = None
     backing_name: str = ""
     """How the superblock names the backing, for `open`; "" for the file in the store."""
-
-
-def volume_file_name(index: int) -> str:
-    """Name in the store of a volume's own backing file."""
-    return f"{VOLUMES_DIRECTORY}/{index}.img"
 
 
 @dataclass(frozen=True)
@@ -106,6 +101,7 @@ def create_parts(store: Store, limits: Limits, entropy: Entropy, new: NewResourc
         sealed_epoch=0,
         sealed_hash=HASH_ZERO,
         marks=MarkTable(),
+        sizes=volume_sizes(superblock),
     )
 
 
@@ -164,14 +160,14 @@ def open_parts(
         undo = UndoStore(store, limits, superblock.undo_next)
         if superblock.data_state != "consistent":
             undo.drop_all()
-        indexes = _indexes(images, limits)
-        marks = load_marks(store)
-        replay_marks(marks, superblock, recovered.journal, recovered.records)
+        sizes, indexes = volume_sizes(superblock), _indexes(images, limits)
+        marks, log = load_marks(store), (recovered.journal, recovered.records)
+        replay_marks(marks, superblock, *log)
         replayed = replay(
             superblock,
-            recovered.journal,
-            recovered.records,
+            *log,
             indexes,
+            sizes,
             limits,
             way_back_floor(undo.history, superblock, limits),
         )
@@ -192,8 +188,9 @@ def open_parts(
         replayed.sealed_epoch,
         replayed.sealed_hash,
         marks,
-        replayed.spooled,
-        recovered.moved,
+        sizes,
+        spooled=replayed.spooled,
+        moved=recovered.moved,
     )
 
 
@@ -230,6 +227,11 @@ def _open_images(
     return images
 
 
+def volume_sizes(superblock: Superblock) -> VolumeSizes:
+    """Sizes at the applied epoch."""
+    return VolumeSizes((each.index, each.name, each.size_bytes) for each in superblock.volumes)
+
+
 def _indexes(images: dict[int, Image], limits: Limits) -> dict[int, DirtyIndex]:
     run_min = limits.zero_run_blocks_min
     return {index: DirtyIndex(image.size_bytes, run_min) for index, image in images.items()}
@@ -244,8 +246,11 @@ def _check(limits: Limits, volumes: Sequence[VolumeSpec], journal_bytes: int) ->
         raise UsageError(
             f"a journal of {journal_bytes} bytes is too small; at least {limits.journal_bytes_min}"
         )
+    if not any(spec.size_bytes for spec in volumes):
+        raise UsageError("no volume has a size")
     for spec in volumes:
-        if spec.size_bytes % SECTOR_BYTES or not 0 < spec.size_bytes <= limits.volume_bytes_max:
+        # 0: it is added in a later epoch.
+        if spec.size_bytes % SECTOR_BYTES or not 0 <= spec.size_bytes <= limits.volume_bytes_max:
             raise UsageError(
                 f'volume "{spec.name}" of {spec.size_bytes} bytes: a multiple of {SECTOR_BYTES} '
                 f"up to {limits.volume_bytes_max} is wanted"

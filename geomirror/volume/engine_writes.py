@@ -17,13 +17,14 @@ from collections.abc import Iterable, Sequence
 from geomirror.errors import JournalFullError
 from geomirror.limits import BLOCK_BYTES
 from geomirror.volume.dirty_index import Piece
-from geomirror.volume.engine_base import EngineBase
+from geomirror.volume.engine_copy import CopyPosition
 from geomirror.volume.engine_jobs import ReadJob, read_pieces
 from geomirror.volume.epoch_record import EPOCH_HEADER_BYTES
 from geomirror.volume.epoch_table import ENTRY
 from geomirror.volume.journal import Write
 from geomirror.volume.record import HEADER_BYTES, RecordType
 from geomirror.volume.segment import SEGMENT_HEADER_BYTES
+from geomirror.volume.volume_change import encode_changes
 
 _WRITE, _TRIM = int(RecordType.WRITE), int(RecordType.TRIM)
 _BLOCK_MASK = BLOCK_BYTES - 1
@@ -33,7 +34,12 @@ _PARTS_MAX = 4
 """Index entries and parts that one partly written block adds, at most."""
 
 
-class WritePath(EngineBase):
+def record_room_bytes(payload_length: int) -> int:
+    """Journal bytes that a record takes, at most."""
+    return payload_length + _RECORD_BYTES
+
+
+class WritePath(CopyPosition):
     """The part of `Engine` that NBD requests reach."""
 
     _room_budget = 0
@@ -149,6 +155,8 @@ class WritePath(EngineBase):
         reserve = parts * BLOCK_BYTES + 2 * (blocks + parts) * ENTRY.itemsize
         if self._draft is not None:
             reserve += self._draft.reserve_bytes + EPOCH_HEADER_BYTES
+        if self._open.changes:
+            reserve += len(encode_changes(self._open.changes))
         kept = self.limits.segment_bytes - SEGMENT_HEADER_BYTES
         return max(0, reserve - (kept - 2 * self.limits.record_payload_bytes_max))
 

@@ -9,8 +9,9 @@ import numpy as np
 from geomirror.errors import IntegrityError
 from geomirror.limits import PRODUCTION
 from geomirror.volume.epoch_table import ENTRY, KIND_ZERO, Epoch, Table, is_canonical
+from geomirror.volume.volume_change import decode_changes, encode_changes
 
-_HEADER = struct.Struct("<QQ16sQQQQ32sIIQ")
+_HEADER = struct.Struct("<QQ16sQQQQ32sIIII")
 EPOCH_HEADER_BYTES = 112
 assert _HEADER.size == EPOCH_HEADER_BYTES
 
@@ -27,6 +28,7 @@ def encode_epoch(epoch: Epoch, previous_lsn: int) -> bytes:
     assert len(epoch.chain_hash) == 32
     assert epoch.table.dtype == ENTRY
     flags = _FLAG_ASSERTED * epoch.is_asserted | _FLAG_MARK * epoch.is_mark
+    changes = encode_changes(epoch.changes)
     header = _HEADER.pack(
         epoch.number,
         epoch.first_number,
@@ -38,9 +40,10 @@ def encode_epoch(epoch: Epoch, previous_lsn: int) -> bytes:
         epoch.chain_hash,
         len(epoch.table),
         flags,
+        len(changes),
         0,
     )
-    return header + epoch.table.tobytes()
+    return header + epoch.table.tobytes() + changes
 
 
 def peek_epoch(payload: bytes) -> tuple[int, bool]:
@@ -60,16 +63,17 @@ def decode_epoch(
         raise IntegrityError(f"epoch record of {len(payload)} bytes is shorter than its header")
     fields = _HEADER.unpack_from(payload)
     number, first_number, count, flags = fields[0], fields[1], fields[8], fields[9]
+    table_end = EPOCH_HEADER_BYTES + count * ENTRY.itemsize
     what = f"record of epoch {number}"
     if count > entries_max:
         raise IntegrityError(f"{what} has {count} entries, more than {entries_max}")
-    if len(payload) != EPOCH_HEADER_BYTES + count * ENTRY.itemsize:
+    if len(payload) != table_end + fields[10]:
         raise IntegrityError(f"{what} has {len(payload)} bytes, wrong for {count} entries")
     if not 0 < first_number <= number or fields[3] > fields[4]:
         raise IntegrityError(f"{what} covers no range of epochs or LSNs")
-    if flags & ~(_FLAG_ASSERTED | _FLAG_MARK) or fields[10]:
+    if flags & ~(_FLAG_ASSERTED | _FLAG_MARK) or fields[11]:
         raise IntegrityError(f"{what} has unknown flags {flags}")
-    table = np.frombuffer(payload, dtype=ENTRY, offset=EPOCH_HEADER_BYTES).copy()
+    table = np.frombuffer(payload, dtype=ENTRY, count=count, offset=EPOCH_HEADER_BYTES).copy()
     if not is_canonical(table) or not _are_zeros_bare(table):
         raise IntegrityError(f"{what} has a table that is not in canonical form")
     epoch = Epoch(
@@ -83,6 +87,7 @@ def decode_epoch(
         table=table,
         is_asserted=bool(flags & _FLAG_ASSERTED),
         is_mark=bool(flags & _FLAG_MARK),
+        changes=decode_changes(payload[table_end:], what),
     )
     return epoch, fields[6]
 

@@ -7,7 +7,8 @@
  └────────┴──────┴───────┴───────┴───────┴─────────┴───────────┘
 ```
 DATA entries have count 1. ZERO entries are runs, address 0, digest all zero. The chain hash covers
-(volume, count, block, digest) only, so it does not depend on where or how contents are stored.
+(volume, count, block, digest) and the epoch's volume changes only, so it does not depend on where
+or how contents are stored.
 Deliberately not here: reading contents (`seal`, `apply`) and the record around it (`record`).
 """
 
@@ -19,6 +20,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+
+from geomirror.volume.volume_change import VolumeChange, canonical_changes
 
 KIND_DATA = 0
 KIND_ZERO = 1
@@ -77,6 +80,8 @@ class Epoch:
     table: Table = field(repr=False)
     is_asserted: bool = False
     is_mark: bool = False
+    changes: tuple[VolumeChange, ...] = ()
+    """Volumes that it grows and adds, by index."""
 
     def raw_bytes(self, block_bytes: int = 4096) -> int:
         """Bytes of data blocks in it; zero runs count nothing."""
@@ -89,7 +94,13 @@ def empty_table(count: int = 0) -> Table:
 
 
 def chain_hash(
-    previous: bytes, generation: bytes, number: int, first_lsn: int, end_lsn: int, table: Table
+    previous: bytes,
+    generation: bytes,
+    number: int,
+    first_lsn: int,
+    end_lsn: int,
+    table: Table,
+    changes: tuple[VolumeChange, ...] = (),
 ) -> bytes:
     """H(e) of invariant I9, as `docs/disk_format.md` spells it out. 32 bytes."""
     assert len(previous) == 32
@@ -101,6 +112,7 @@ def chain_hash(
         _CHAIN.pack(previous, generation, number, first_lsn, end_lsn, len(table))
     )
     digest.update(canonical.tobytes())
+    digest.update(canonical_changes(changes))
     return digest.digest()
 
 

@@ -49,6 +49,15 @@ class Image:
         """The content of one block."""
         return self.file.pread(self.block_bytes(block), block * BLOCK_BYTES)
 
+    def read_existing(self, block: int) -> bytes:
+        """What the image has of a block; nothing where the volume has grown beyond the image."""
+        length = min(BLOCK_BYTES, self.size_bytes - block * BLOCK_BYTES)
+        return self.file.pread(length, block * BLOCK_BYTES) if length > 0 else b""
+
+    def grown(self, size_bytes: int) -> Image:
+        """The same volume with another size, over the same file, which has it already."""
+        return Image(self.index, self.name, size_bytes, self.file)
+
     def read_each(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """The bytes of many (offset, length), ascending and within the volume."""
         assert not ranges or sum(ranges[-1]) <= self.size_bytes

@@ -24,6 +24,7 @@ from geomirror.limits import Limits
 from geomirror.volume.journal_jobs import Health, Pin, SpareJob, SparePool, SyncJob, TrimJob
 from geomirror.volume.journal_plan import BatchPlan, LogEnd, PlanPart, Write
 from geomirror.volume.record import (
+    DATA_KINDS,
     HEADER_BYTES,
     RecordInfo,
     RecordType,
@@ -42,8 +43,6 @@ from geomirror.volume.segment import (
 from geomirror.volume.store import Buffer, File, Store
 
 __all__ = ["Journal", "Pin", "SpareJob", "SyncJob", "TrimJob", "Write"]
-
-_DATA_KINDS = frozenset((RecordType.WRITE, RecordType.ZERO, RecordType.TRIM, RecordType.BLOCKS))
 
 
 class Journal:
@@ -211,7 +210,7 @@ class Journal:
         info = RecordInfo(kind, flags, volume, 0, offset, length, wall_ns, size)
         plan = BatchPlan(self._end, self.durable_lsn, self._entropy)
         lsn = plan.add_record(info, digest.intdigest() if size else 0, parts)
-        self._commit(plan, is_data=kind in _DATA_KINDS)
+        self._commit(plan, is_data=kind in DATA_KINDS)
         return lsn
 
     def read(self, address: int, length: int) -> bytes:

@@ -24,6 +24,7 @@ from geomirror.limits import BLOCK_BYTES
 from geomirror.volume.block_runs import BlockRuns, indices
 from geomirror.volume.dirty_index import DirtyIndex, Parts, source_lsn
 from geomirror.volume.epoch_table import ENTRY
+from geomirror.volume.volume_change import VolumeChange, encode_changes, merge_changes
 
 Column = npt.NDArray[np.int64]
 
@@ -41,6 +42,12 @@ class VolumeDraft:
     """Blocks written in part, with all their undestaged parts at the cut."""
     extents: list[tuple[int, int, int]]
     """Zero extents (first, end, source), ascending; blocks named above override them."""
+    size_bytes: int
+    """Of the volume at the end of the epoch: its last block may be short."""
+
+    def block_bytes(self, block: int) -> int:
+        """Bytes that exist of a block."""
+        return min(BLOCK_BYTES, self.size_bytes - block * BLOCK_BYTES)
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,8 @@ class EpochDraft:
     wall_ns: int
     is_mark: bool
     volumes: list[VolumeDraft] = field(repr=False)
+    changes: tuple[VolumeChange, ...] = ()
+    """Volumes that grew or were added in it."""
 
     @property
     def entries_max(self) -> int:
@@ -67,7 +76,7 @@ class EpochDraft:
     def reserve_bytes(self) -> int:
         """Journal bytes that sealing it needs: fills and table, without record headers."""
         fills = sum(len(each.parts) for each in self.volumes) * BLOCK_BYTES
-        return fills + self.entries_max * ENTRY.itemsize
+        return fills + self.entries_max * ENTRY.itemsize + len(encode_changes(self.changes))
 
 
 @dataclass
@@ -81,6 +90,8 @@ class OpenEpoch:
     since_wall_ns: int | None = None
     """Wall clock of its first write; None while it is empty."""
     last_wall_ns: int = 0
+    changes: list[VolumeChange] = field(default_factory=list)
+    """Volumes that grew or were added in it, in order."""
 
 
 def cut_volume(volume: int, index: DirtyIndex, boundary_lsn: int) -> VolumeDraft:
@@ -106,7 +117,7 @@ def cut_volume(volume: int, index: DirtyIndex, boundary_lsn: int) -> VolumeDraft
     extents = [each for each in index.extents if source_lsn(each[2]) >= boundary_lsn]
     index.touched = {}
     index.open_partial = set()
-    return VolumeDraft(volume, blocks, sources, parts, extents)
+    return VolumeDraft(volume, blocks, sources, parts, extents, index.size_bytes)
 
 
 def cut(
@@ -119,7 +130,16 @@ def cut(
 ) -> EpochDraft:
     """The draft of everything since the last cut; the caller opens the next epoch at `end_lsn`."""
     volumes = [cut_volume(i, index, epoch.boundary_lsn) for i, index in sorted(indexes.items())]
-    return EpochDraft(epoch.number, epoch.first_lsn, end_lsn, end_lsn, wall_ns, is_mark, volumes)
+    return EpochDraft(
+        epoch.number,
+        epoch.first_lsn,
+        end_lsn,
+        end_lsn,
+        wall_ns,
+        is_mark,
+        volumes,
+        merge_changes(epoch.changes),
+    )
 
 
 def open_changes(index: DirtyIndex, boundary_lsn: int) -> list[BlockRuns]:

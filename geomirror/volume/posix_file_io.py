@@ -14,7 +14,7 @@ import stat
 import threading
 from collections.abc import Sequence
 
-from geomirror.errors import StorageError
+from geomirror.errors import NoSpaceError, StorageError
 from geomirror.limits import MIB
 from geomirror.volume.store import Buffer
 
@@ -220,15 +220,19 @@ class PosixFile:
         """Grow or shrink. :raises StorageError: it is a block device of another size."""
         self._require()
         if self._is_block_device:
-            if size != self.size():
-                raise StorageError(
-                    f"block device {self._name} has {self.size()} bytes, not {size}",
-                    hint="resize the device first",
+            if size > self.size():
+                raise NoSpaceError(
+                    f"block device {self._name} has {self.size()} bytes, {size} are needed",
+                    hint="enlarge the device",
                 )
+            if size != self.size():
+                raise StorageError(f"block device {self._name} cannot be cut to {size} bytes")
             return
         try:
             os.ftruncate(self._descriptor, size)
         except OSError as error:
+            if error.errno == errno.EFBIG:
+                raise NoSpaceError(f"{self._name} cannot have {size} bytes: {error}") from error
             raise self._error(error, "truncate") from error
 
     def close(self) -> None:

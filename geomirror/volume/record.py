@@ -51,6 +51,17 @@ class RecordType(IntEnum):
     GENERATION = 9
 
 
+DATA_KINDS = frozenset(
+    (
+        RecordType.WRITE,
+        RecordType.ZERO,
+        RecordType.TRIM,
+        RecordType.BLOCKS,
+        RecordType.RESIZE,
+    )
+)
+"""Records that clients and peers ask for: not those that seal what was taken in."""
+
 _KINDS = {int(kind): kind for kind in RecordType}
 
 

@@ -11,6 +11,7 @@ both only repeat what depends on nothing that they change. So what 5 reads (undo
 in (b, p]) is kept until 6.
 Invariants: the tail is durable before anything of it is overwritten (I13); the images are at one
 epoch whenever the superblock names no rollback.
+No volume may have grown in (p, end]: volumes never shrink.
 Deliberately not here: where p can be (`engine_rollback`), what a tail is (`rollback_tail`).
 """
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from geomirror.errors import RefusedError
 from geomirror.limits import Limits
 from geomirror.volume.apply import ApplyJob
 from geomirror.volume.branches import BranchRecord, BranchStore
@@ -32,7 +34,7 @@ from geomirror.volume.store import File, Store
 from geomirror.volume.superblock import RollbackRecord, Superblock, SuperblockFile
 from geomirror.volume.undo import UndoStore
 from geomirror.volume.undo_contents import OldPart, old_contents
-from geomirror.volume.undo_file import PassInfo, PassLabel, UndoReader
+from geomirror.volume.undo_file import PassInfo, PassLabel, UndoReader, UndoWriter
 from geomirror.volume.view_index import ViewIndex
 
 
@@ -109,7 +111,8 @@ class RollbackJob:
     def run(self) -> None:
         """Roll back; durable on return.
 
-        :raises RefusedError: the tail is too large for what is left for branches.
+        :raises RefusedError: the tail is too large for what is left for branches, or a volume has
+            grown in it.
         :raises StorageError: see `is_begun`.
         """
         if self.sync is not None:
@@ -132,11 +135,18 @@ class RollbackJob:
         if tail is None:
             return
         room = parts.branches.room_bytes()
-        in_journal = merge_tables([epoch.table for epoch in tail.in_journal()])
+        later = list(tail.in_journal())
+        in_journal = merge_tables([epoch.table for epoch in later])
         if tail.in_image is not None:
-            in_image = merge_tables([epoch.table for epoch in tail.in_image()])
+            applied = tail.in_image()
+            later += applied
+            in_image = merge_tables([epoch.table for epoch in applied])
+            is_grown = False
         else:
-            in_image = self._index(tail.record.base_epoch)[0].table()
+            index = self._index(tail.record.base_epoch)[0]
+            in_image, is_grown = index.table(), bool(index.sizes)
+        if is_grown or any(epoch.changes for epoch in later):
+            raise grown_since(tail.record.base_epoch)
         table = tail_table(in_image, in_journal)
         self.branch = parts.branches.save(
             tail.record,
@@ -157,10 +167,15 @@ class RollbackJob:
 
         index, passes = self._index(record.boundary_epoch)
         files = self._open(passes)
+
+        def fill(writer: UndoWriter) -> None:
+            fill_joint(writer, old_contents(index, files), changed)
+            # No volume has grown after the target, so all of these have grown within this pass.
+            for volume, size_bytes in index.sizes.items():
+                writer.add_size(volume, size_bytes)
+
         try:
-            undo.save_joint(
-                label, lambda writer: fill_joint(writer, old_contents(index, files), changed)
-            )
+            undo.save_joint(label, fill)
         finally:
             _close(files)
 
@@ -236,3 +251,11 @@ class RollbackJob:
 def _close(files: Sequence[File]) -> None:
     for file in files:
         file.close()
+
+
+def grown_since(epoch: int) -> RefusedError:
+    """Volumes never shrink, so nothing goes back to an epoch before one has grown."""
+    return RefusedError(
+        f"a volume has grown or was added since epoch {epoch}, and volumes never shrink",
+        hint='look at that state instead: "geomirror view create"',
+    )

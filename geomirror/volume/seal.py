@@ -103,6 +103,7 @@ class SealJob:
             draft.first_lsn,
             draft.end_lsn,
             self.table,
+            draft.changes,
         )
 
     def _whole_blocks(self, draft: VolumeDraft) -> Table:
@@ -115,11 +116,10 @@ class SealJob:
         table["kind"] = np.where(is_data, KIND_DATA, KIND_ZERO)
         table["flags"] = np.where(is_data, 0, -draft.sources & ZERO_SOURCE_PUNCH)
         table["address"] = np.where(is_data, draft.sources, 0)
-        image = self._images[draft.volume]
         # Only the last block of a volume can be short: it is handled alone, all others alike.
-        is_short = draft.blocks == (image.size_bytes // BLOCK_BYTES)
+        is_short = draft.blocks == (draft.size_bytes // BLOCK_BYTES)
         for row in np.flatnonzero(is_data & is_short).tolist():
-            length = image.block_bytes(int(draft.blocks[row]))
+            length = draft.block_bytes(int(draft.blocks[row]))
             content = self._read(int(draft.sources[row]), length)
             _set_content(table, row, content)
         self._digest(table, np.flatnonzero(is_data & ~is_short))
@@ -151,17 +151,20 @@ class SealJob:
         table["count"] = 1
         image = self._images[draft.volume]
         for row, (block, parts) in enumerate(draft.parts):
-            content = self._content(image, block, parts)
+            content = self._content(image, block, parts, draft.block_bytes(block))
             table["block"][row] = block
             _set_content(table, row, content)
             if table["kind"][row] == KIND_DATA:
                 self.fills.append(content)
         return table
 
-    def _content(self, image: Image, block: int, parts: Parts) -> bytes:
-        length = image.block_bytes(block)
+    def _content(self, image: Image, block: int, parts: Parts, length: int) -> bytes:
         covered = sum(end - start for start, end, _ in parts)
-        content = bytearray(image.read_block(block)) if covered < length else bytearray(length)
+        content = bytearray(length)
+        if covered < length:
+            # Less than the block where the volume has grown since: the rest is a part of zeros.
+            old = image.read_existing(block)[:length]
+            content[: len(old)] = old
         for start, end, source in parts:
             content[start:end] = (
                 self._read(source, end - start) if source > 0 else bytes(end - start)

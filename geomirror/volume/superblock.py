@@ -32,12 +32,19 @@ DataState = Literal["blank", "inconsistent", "consistent"]
 
 
 class VolumeRecord(msgspec.Struct):
-    """A volume; `backing` is "" for the resource's own `volumes/INDEX.img`."""
+    """A volume; `backing` is "" for the resource's own `volumes/INDEX.img`.
+
+    Of size 0 is one whose backing is taken and that no applied epoch has yet.
+    """
 
     index: int
     name: str
     size_bytes: int
     backing: str = ""
+    peers: dict[str, str] = msgspec.field(default_factory=dict)
+    """Of a volume that was added later: its backings at other nodes, for a resync."""
+    is_forced: bool = False
+    """They are overwritten if they hold data."""
 
 
 class GenerationRecord(msgspec.Struct):
@@ -152,6 +159,11 @@ class Superblock(msgspec.Struct):
 
 _ENCODER = msgspec.json.Encoder()
 _DECODER = msgspec.json.Decoder(Superblock)
+
+
+def body_bytes(superblock: Superblock) -> int:
+    """Bytes that it takes in a slot, of `BODY_BYTES_MAX`."""
+    return len(_ENCODER.encode(superblock))
 
 
 def copy_of(superblock: Superblock) -> Superblock:

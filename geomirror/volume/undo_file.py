@@ -32,6 +32,10 @@ from geomirror.volume.zero_blocks import ZERO_BLOCK, zero_mask
 COMPRESSION_LEVEL = 1
 KIND_DATA = 0
 KIND_ZERO = 1
+KIND_SIZE = 2
+"""Not of a block: `position` is the size that the volume had before, 0 when it was not there."""
+SIZE_BLOCK = (1 << 46) - 1
+"""Where such an entry stands: behind every block of its volume."""
 FLAG_GAP = 1
 PLACE_BITS = 40
 """Of an `address` of `UndoReader.located`: 4 PiB of old contents in one file."""
@@ -140,6 +144,12 @@ class UndoWriter:
         entry[0] = (volume, KIND_ZERO, 0, count, block, 0)
         self._tables.append(entry)
 
+    def add_size(self, volume: int, size_bytes: int) -> None:
+        """Note the size of a volume before the pass; at any time."""
+        entry = np.zeros(1, dtype=_ENTRY)
+        entry[0] = (volume, KIND_SIZE, 0, 1, SIZE_BLOCK, size_bytes)
+        self._tables.append(entry)
+
     def _write_chunks(self, data: memoryview) -> None:
         for position in range(0, len(data), CHUNK_BYTES):
             raw = data[position : position + CHUNK_BYTES]
@@ -158,9 +168,12 @@ class UndoWriter:
         assert label.from_epoch < label.to_epoch
         self._write_chunks(memoryview(self._pending))
         table = _joined(joined(self._tables, _ENTRY))
+        # Blocks are ascending; only sizes have to find their place behind them.
+        table = table[np.argsort(keys_of(table), kind="stable")]
         held = np.where(table["kind"] == KIND_DATA, table["count"].astype(np.uint64), 0)
         held *= np.uint64(BLOCK_BYTES)
-        table["position"] = np.where(held > 0, np.cumsum(held) - held, 0)
+        places = np.where(held > 0, np.cumsum(held) - held, 0)
+        table["position"] = np.where(table["kind"] == KIND_SIZE, table["position"], places)
         tables = table.tobytes() + np.array(self._chunks, dtype=CHUNK).tobytes()
         footer = _FOOTER.pack(
             self._end,
@@ -259,17 +272,16 @@ class UndoReader:
         ]
 
     def located(self, number: int) -> Table:
-        """The runs as a table for merging: DATA of one block each, ZERO as it is.
+        """The runs as a table for merging: DATA of one block each, ZERO as it is, sizes left out.
 
         :param number: of this file among others: `address` of a DATA entry is `number` << 40 and
             the block's place in the concatenation of all raw chunks, in blocks.
         """
-        counts = np.where(self._table["kind"] == KIND_DATA, self._table["count"], 1).astype(
-            np.int64
-        )
+        table = self._table[self._table["kind"] != KIND_SIZE]
+        counts = np.where(table["kind"] == KIND_DATA, table["count"], 1).astype(np.int64)
         first = np.repeat(np.cumsum(counts) - counts, counts)
         step = (np.arange(len(first)) - first).astype(np.uint64)
-        source = np.repeat(self._table, counts)
+        source = np.repeat(table, counts)
         located = empty_table(len(source))
         is_data = source["kind"] == KIND_DATA
         for name in ("volume", "kind"):
@@ -287,7 +299,14 @@ class UndoReader:
 
     def _located_counts(self) -> Keys:
         is_data = self._table["kind"] == KIND_DATA
-        return np.where(is_data, self._table["count"], 1).astype(np.int64)
+        counts = np.where(is_data, self._table["count"], 1).astype(np.int64)
+        counts[self._table["kind"] == KIND_SIZE] = 0
+        return counts
+
+    def old_sizes(self) -> dict[int, int]:
+        """Sizes before the pass of the volumes that it grew; 0 of those that it added."""
+        sizes = self._table[self._table["kind"] == KIND_SIZE]
+        return dict(zip(sizes["volume"].tolist(), sizes["position"].tolist(), strict=True))
 
     def read_block(self, volume: int, block: int) -> bytes | None:
         """The old content, 4096 bytes (a short last block padded), or None: not in this pass.

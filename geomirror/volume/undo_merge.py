@@ -98,6 +98,8 @@ class ThinJob:
                 else:
                     blocks = np.array(part.blocks)
                     writer.add_blocks(part.volume, blocks, b"".join(part.contents))
+            for volume, size_bytes in index.sizes.items():
+                writer.add_size(volume, size_bytes)
         finally:
             for file in files:
                 file.close()

@@ -70,6 +70,14 @@ class View:
         """Index what was changed since the epoch, which the first read would do otherwise."""
         self._current(self._history())
 
+    def size_of(self, volume: int) -> int:
+        """Size of a volume at the epoch, in bytes; 0 when it was added later. Raises as `read`.
+
+        A pass that runs meanwhile is in the history before the image has another size.
+        """
+        size_bytes = self._images[volume].size_bytes
+        return self._current(self._history()).sizes.get(volume, size_bytes)
+
     def read(self, volume: int, offset: int, length: int) -> bytes:
         """The bytes of a range, at most some MiB, as they were.
 

@@ -12,7 +12,7 @@ Deliberately not here: reading contents (`view`), what is kept (`undo`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -75,6 +75,8 @@ class ViewIndex:
     passes: tuple[PassInfo, ...] = ()
     files: tuple[ChunkMap, ...] = field(default=(), repr=False)
     """One for each pass."""
+    sizes: Mapping[int, int] = field(default_factory=dict)
+    """Bytes at the epoch of the volumes that have grown since, 0 of those that were added."""
     base: _Layer = field(default_factory=_Layer, repr=False)
     recent: _Layer = field(default_factory=_Layer, repr=False)
 
@@ -91,6 +93,7 @@ class ViewIndex:
         :raises NotFoundError, IntegrityError: a file is gone, or damaged.
         """
         files, base, recent = list(self.files), self.base, self.recent.table
+        sizes = dict(self.sizes)
         group: list[Table] = []
         grouped = 0
         for info in passes:
@@ -98,6 +101,7 @@ class ViewIndex:
             try:
                 files.append(reader.chunks)
                 group.append(reader.located(len(files) - 1))
+                sizes = {**reader.old_sizes(), **sizes}  # What is older wins.
             finally:
                 reader.close()
             grouped += len(group[-1])
@@ -114,7 +118,7 @@ class ViewIndex:
         if len(recent) > len(base.table) // _RECENT_PART:
             base, recent = _Layer.of([recent, base.table]), empty_table()
         everything = (*self.passes, *passes)
-        return ViewIndex(self.epoch, everything, tuple(files), base, _Layer.of([recent]))
+        return ViewIndex(self.epoch, everything, tuple(files), sizes, base, _Layer.of([recent]))
 
     def table(self) -> Table:
         """All of it as one canonical table; `address` of a DATA entry is its place."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from geomirror.volume.engine import Engine
 from geomirror.volume.epoch_table import Epoch
 from geomirror.wan_protocol.epoch_encode import EncodedEpoch, EncodeJob
+from geomirror.wan_protocol.growth import change_infos
 from geomirror.wan_protocol.messages import EpochCommit
 
 
@@ -21,15 +23,22 @@ class EncodeUnitJob:
     numbers: list[int]
     raw_bytes_max: int
     level: int
+    base_sizes: Mapping[int, int]
+    """Of the volumes before the first epoch."""
+    changed: frozenset[int] = frozenset()
+    """Volumes that grew before it since the epoch that the peer has durable."""
     encoded: EncodedEpoch | None = None
 
     def run(self) -> None:
         """Blocking. Raises StorageError, IntegrityError."""
+        epochs = self._load()
+        changes = [each for epoch in epochs for each in epoch.changes]
         job = EncodeJob(
-            self._load,
+            epochs,
             self.engine.journal.read,
             self.level,
-            volume_bytes={index: i.size_bytes for index, i in self.engine.images.items()},
+            volume_bytes={**self.base_sizes, **{c.index: c.size_bytes for c in changes}},
+            declared=self.changed | {each.index for each in changes},
             limits=self.engine.limits,
         )
         job.run()
@@ -65,4 +74,5 @@ def commit_message(encoded: EncodedEpoch, session: int) -> EpochCommit:
         encoded.chain_hash,
         encoded.table_hash,
         encoded.is_mark,
+        change_infos(encoded.changes),
     )

@@ -9,7 +9,7 @@ Deliberately not here: whether the blocks belong to the epoch; the commit's hash
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,7 +17,7 @@ import xxhash
 import zstandard
 
 from geomirror.errors import BadFrameError, LimitExceededError, RemoteProtocolError
-from geomirror.limits import BLOCK_BYTES, FRAME_RAW_BYTES_MAX, Limits
+from geomirror.limits import BLOCK_BYTES, FRAME_RAW_BYTES_MAX, SECTOR_BYTES, Limits
 from geomirror.volume.epoch_table import (
     ENTRY,
     FLAG_PUNCH,
@@ -31,6 +31,7 @@ from geomirror.wan_protocol.epoch_encode import (
     CODEC_ZSTD,
     FRAME_ENTRY,
     FRAME_HEADER,
+    KIND_SIZE,
     frame_hash,
 )
 from geomirror.wan_protocol.frame import FRAME_BODY_BYTES_MAX
@@ -54,12 +55,15 @@ class DecodedFrame:
     content in `data`. ZERO runs have address 0. The caller's own: it may be changed."""
     data: bytes = field(repr=False)
     """Contents of the DATA blocks, in order."""
+    sizes: dict[int, int]
+    """Size in bytes, as it was taken here, of every volume that is named."""
 
 
 class FrameDecoder:
     """Checks and decompresses the frames of one resource; not to be shared between threads.
 
-    :param volume_bytes: size in bytes of each volume of the resource, by index.
+    :param volume_bytes: size in bytes of each volume of the resource, by index, where a frame does
+        not name another; looked at again for each frame.
     """
 
     def __init__(self, limits: Limits, volume_bytes: Mapping[int, int]) -> None:
@@ -99,9 +103,29 @@ class FrameDecoder:
         data = self._decompress(codec, view[data_at:], raw_bytes)
         if frame_hash(header, entries, data) != expected:
             raise BadFrameError("frame does not match its hash")
-        return DecodedFrame(
-            _expand(FRAME_ENTRY.iter_unpack(entries), data, self._volume_bytes), data
-        )
+        rows = list(FRAME_ENTRY.iter_unpack(entries))
+        sizes = self._declared_sizes(rows)
+        volumes = {row[0] for row in rows}
+        known = self._volume_bytes
+        if sizes:
+            rows = rows[len(sizes) :]
+            known = {**known, **sizes}
+        table = _expand(rows, data, known)
+        return DecodedFrame(table, data, {volume: known[volume] for volume in volumes})
+
+    def _declared_sizes(self, rows: Sequence[tuple[int, ...]]) -> dict[int, int]:
+        """Sizes that the frame itself names; their entries are its first ones."""
+        sizes: dict[int, int] = {}
+        for volume, kind, flags, count, size in rows:
+            if kind != KIND_SIZE:
+                break
+            limits, last = self._limits, next(reversed(sizes), -1)
+            if not 0 < size <= limits.volume_bytes_max or size % SECTOR_BYTES or flags or count:
+                raise RemoteProtocolError(f"frame names a volume {volume} of {size} bytes")
+            if not last < volume < limits.volumes_max:
+                raise RemoteProtocolError(f"frame names the size of volume {volume} after {last}")
+            sizes[volume] = size
+        return sizes
 
     def _decompress(self, codec: int, wire: memoryview, raw_bytes: int) -> bytes:
         if codec == CODEC_RAW:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,6 +26,7 @@ from geomirror.volume.arrays import run_heads, run_tails
 from geomirror.volume.epoch_table import HASH_ZERO, KIND_DATA, KIND_ZERO, Epoch, chain_hash
 from geomirror.volume.merge import merge_tables
 from geomirror.volume.store import Buffer
+from geomirror.volume.volume_change import VolumeChange, merge_changes
 from geomirror.wan_protocol.frame_layout import (
     ENTRIES_MAX,
     FRAME_ENTRY_TYPE,
@@ -37,6 +38,8 @@ CODEC_RAW = 0
 CODEC_ZSTD = 1
 CODEC_ZSTD_PREFIX = 2
 KIND_SAME = 2
+KIND_SIZE = 3
+"""Of a volume: `block` is its size in bytes at the frame's epoch, count 0. First in a frame."""
 RUN_COUNT_MAX = (1 << 32) - 1
 RAW_FRACTION_MIN = 0.97
 """A frame that zstd does not bring below this part of its size is sent raw."""
@@ -77,6 +80,8 @@ class EncodedEpoch:
     wire_bytes: int
     """Frame bodies, bytes."""
     is_mark: bool = False
+    changes: tuple[VolumeChange, ...] = ()
+    """Volumes that grow or are added in it."""
 
 
 def frame_hash(header: bytes, entries: Buffer, data: Buffer) -> int:
@@ -163,6 +168,7 @@ class EncodeJob:
     :param read: journal reader; every address of the epochs' tables must be retained (pinned).
     :param level: zstd level. 1 is right up to about 1 Gbit/s a core.
     :param volume_bytes: size of each volume, by index: the last block of one may be short.
+    :param declared: volumes whose size every frame names: the peer may know another one.
     :param limits: `segment_bytes`: no read crosses a segment.
     """
 
@@ -173,12 +179,17 @@ class EncodeJob:
         level: int = 1,
         *,
         volume_bytes: Mapping[int, int],
+        declared: Iterable[int] = (),
         limits: Limits = PRODUCTION,
     ) -> None:
         self._epochs = epochs
         self._read = read
         self._volume_bytes = dict(volume_bytes)
         self._level = level
+        self._declared = [
+            FRAME_ENTRY.pack(volume, KIND_SIZE, 0, 0, volume_bytes[volume])
+            for volume in sorted(declared)
+        ]
         self._limits = limits
         self._result: EncodedEpoch | None = None
 
@@ -200,18 +211,21 @@ class EncodeJob:
             assert newer.first_number == older.number + 1
             assert newer.generation == older.generation
         table = last.table if len(epochs) == 1 else merge_tables([e.table for e in epochs])
+        changes = merge_changes(each for epoch in epochs for each in epoch.changes)
         table_hash = b""
         if first.first_number < last.number:
-            table_hash = chain_hash(
-                HASH_ZERO, last.generation, last.number, first.first_lsn, last.end_lsn, table
-            )
+            lsns = first.first_lsn, last.end_lsn
+            table_hash = chain_hash(HASH_ZERO, last.generation, last.number, *lsns, table, changes)
         encoder = FrameEncoder(self._level)
+        declared, declared_count = b"".join(self._declared), len(self._declared)
         for start in range(0, len(table), WINDOW_BLOCKS):
-            layout = WindowLayout(table[start : start + WINDOW_BLOCKS], self._volume_bytes)
+            window = table[start : start + WINDOW_BLOCKS]
+            layout = WindowLayout(window, self._volume_bytes, ENTRIES_MAX - declared_count)
             contents = self._contents(layout)
             for frame in layout.frames():
                 data = contents[frame.start : frame.stop]
-                encoder.add(frame.entry_count, frame.entries, data)
+                count = declared_count + frame.entry_count
+                encoder.add(count, declared + frame.entries, data)
         self._result = EncodedEpoch(
             number=last.number,
             first_number=first.first_number,
@@ -226,6 +240,7 @@ class EncodeJob:
             raw_bytes=encoder.raw_bytes,
             wire_bytes=sum(map(len, encoder.frames)),
             is_mark=last.is_mark,
+            changes=changes,
         )
 
     def _contents(self, layout: WindowLayout) -> memoryview:

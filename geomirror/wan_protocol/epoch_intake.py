@@ -22,6 +22,7 @@ from geomirror.volume.engine import Engine
 from geomirror.wan_protocol.decisions import Emit
 from geomirror.wan_protocol.epoch_decode import FrameDecoder
 from geomirror.wan_protocol.frame import FRAME_BODY_BYTES_MAX
+from geomirror.wan_protocol.growth import growth_problem
 from geomirror.wan_protocol.incoming import FRAMES_MAX, Incoming, check_commit
 from geomirror.wan_protocol.mark_intake import MarkIntake, check_marks
 from geomirror.wan_protocol.messages import EpochCommit, Marks
@@ -43,7 +44,7 @@ class EpochIntake(Replica):
         self.taken_bytes = 0
         """Frame body bytes taken in this session. What is dropped here is asked for and sent again,
         so only what is taken opens the primary's window."""
-        self.decoder = FrameDecoder(limits, {i: v.size_bytes for i, v in engine.images.items()})
+        self.decoder = FrameDecoder(limits, engine.sizes.now)
         self._unspooled: NoSpaceError | None = None
         """Why the last frame found no room on the disk."""
 
@@ -89,7 +90,7 @@ class EpochIntake(Replica):
                 return
             self._unspooled = None
         incoming.progress_ns = self.now_ns
-        incoming.add(sequence, frame.table, address, len(body))
+        incoming.add(sequence, frame, address, len(body))
         self.taken_bytes += len(body)
         if incoming.is_complete:  # Else no epoch can have become so.
             self.commit_complete()
@@ -148,7 +149,10 @@ class EpochIntake(Replica):
                 return
             incoming = ready[0]
             try:
-                epoch = incoming.assemble(engine.committed_hash)
+                epoch = incoming.assemble(engine.committed_hash, engine.sizes.now)
+                problem = growth_problem(engine, epoch.changes)
+                if problem:
+                    raise IntegrityError(f"epoch {epoch.number}: {problem}")
             except IntegrityError as error:
                 self._not_as_sealed(incoming, error)
                 return

@@ -44,10 +44,14 @@ class WindowLayout:
     """Divides some rows of a table, ascending, into frames.
 
     :param volume_bytes: size of each volume, by index: the last block of one may be short.
+    :param entries_max: of one frame.
     """
 
-    def __init__(self, window: Table, volume_bytes: Mapping[int, int]) -> None:
+    def __init__(
+        self, window: Table, volume_bytes: Mapping[int, int], entries_max: int = ENTRIES_MAX
+    ) -> None:
         self._window = window
+        self._entries_max = entries_max
         self._is_data = window["kind"] == KIND_DATA
         lengths = np.where(self._is_data, BLOCK_BYTES, 0)
         for volume, size in volume_bytes.items():
@@ -90,12 +94,12 @@ class WindowLayout:
         is_first[0] = True
         firsts: Indices = is_first.nonzero()[0]
         lengths = run_lengths(firsts, total)
-        if int(lengths.max()) <= ENTRIES_MAX:
+        if int(lengths.max()) <= self._entries_max:
             return firsts
         found = [
             row
             for first, length in zip(firsts.tolist(), lengths.tolist(), strict=True)
-            for row in range(first, first + length, ENTRIES_MAX)
+            for row in range(first, first + length, self._entries_max)
         ]
         return np.array(found, dtype=np.int64)
 

@@ -7,11 +7,13 @@ epoch), so memory holds only tables: 40 bytes a block. Deliberately not here: or
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from geomirror.errors import IntegrityError, RemoteProtocolError
+from geomirror.limits import PRODUCTION
 from geomirror.volume.epoch_table import (
     HASH_ZERO,
     KIND_DATA,
@@ -21,6 +23,8 @@ from geomirror.volume.epoch_table import (
     empty_table,
     is_canonical,
 )
+from geomirror.wan_protocol.epoch_decode import DecodedFrame
+from geomirror.wan_protocol.growth import changes_of
 from geomirror.wan_protocol.messages import EpochCommit
 
 GENERATION_BYTES = 16
@@ -49,6 +53,7 @@ def check_commit(commit: EpochCommit, entries_max: int) -> None:
         or not all(0 <= position < 1 << 63 for position in positions)
         or not 0 <= commit.frames <= FRAMES_MAX
         or not 0 <= commit.entries <= entries_max
+        or len(commit.volumes) > PRODUCTION.volumes_max
         or len(commit.generation) != GENERATION_BYTES
         or len(commit.chain_hash) != HASH_BYTES
         or len(commit.table_hash) != (HASH_BYTES if is_fold else 0)
@@ -62,6 +67,8 @@ class Incoming:
 
     number: int
     parts: dict[int, Table] = field(default_factory=dict)
+    sizes: dict[int, int] = field(default_factory=dict)
+    """Of volumes, as the frames were read; -1 when two of them were read with different ones."""
     commit: EpochCommit | None = None
     lowest_address: int = 0
     wire_bytes: int = 0
@@ -69,9 +76,13 @@ class Incoming:
     is_second_try: bool = False
     """All of it was once here and was not what the commit says."""
 
-    def add(self, sequence: int, table: Table, address: int, wire_bytes: int) -> None:
+    def add(self, sequence: int, frame: DecodedFrame, address: int, wire_bytes: int) -> None:
         """Take the table of a spooled frame whose data begins at journal address `address`."""
         assert 0 <= sequence < FRAMES_MAX
+        table = frame.table
+        for volume, size in frame.sizes.items():
+            if self.sizes.setdefault(volume, size) != size:
+                self.sizes[volume] = -1
         if address:
             # By the kind, because the entries of zeros have no address.
             table["address"] += np.uint64(address) * (table["kind"] == KIND_DATA)
@@ -84,6 +95,7 @@ class Incoming:
         """Forget all frames; they are asked for again once the commit is here. Returns bytes."""
         dropped_bytes, self.wire_bytes = self.wire_bytes, 0
         self.parts.clear()
+        self.sizes.clear()
         self.lowest_address = 0
         return dropped_bytes
 
@@ -98,10 +110,11 @@ class Incoming:
             return []
         return [i for i in range(self.commit.frames) if i not in self.parts]
 
-    def assemble(self, previous_hash: bytes) -> Epoch:
+    def assemble(self, previous_hash: bytes, sizes: Mapping[int, int]) -> Epoch:
         """The epoch, if its table is what the primary sealed.
 
         :param previous_hash: chain hash of the epoch before it, as this node has it durable.
+        :param sizes: of the volumes at that epoch; the commit's changes follow them.
         :raises IntegrityError: the table or its hash is not what the commit says.
         """
         commit = self.commit
@@ -113,6 +126,8 @@ class Incoming:
             raise IntegrityError(
                 f"epoch {self.number}: {len(table)} entries received, {commit.entries} committed"
             )
+        changes = changes_of(commit.volumes)
+        self._check_sizes({**sizes, **{each.index: each.size_bytes for each in changes}})
         is_fold = commit.first_epoch != commit.epoch
         found = chain_hash(
             HASH_ZERO if is_fold else previous_hash,
@@ -121,6 +136,7 @@ class Incoming:
             commit.first_lsn,
             commit.end_lsn,
             table,
+            changes,
         )
         if found != (commit.table_hash if is_fold else commit.chain_hash):
             raise IntegrityError(
@@ -138,4 +154,14 @@ class Incoming:
             table,
             is_asserted=is_fold,
             is_mark=commit.is_mark,
+            changes=changes,
         )
+
+    def _check_sizes(self, sizes: Mapping[int, int]) -> None:
+        """Were the frames read with the sizes of their epoch?"""
+        for volume, size in sorted(self.sizes.items()):
+            if sizes.get(volume) != size:
+                raise IntegrityError(
+                    f"epoch {self.number}: frames say that volume {volume} has {size} bytes, "
+                    f"it has {sizes.get(volume, 0)}"
+                )

@@ -109,6 +109,12 @@ class VolumeInfo(Message, frozen=True):
     index: int
     name: str
     size_bytes: int
+    old_size_bytes: int = 0
+    """In an `EpochCommit`: before it; 0 for a volume that it adds."""
+    backings: dict[str, str] = {}
+    """Of a volume that was added later: node -> path."""
+    is_forced: bool = False
+    """Those backings are overwritten if they hold data."""
 
 
 class SessionOpen(Message, frozen=True):
@@ -121,6 +127,7 @@ class SessionOpen(Message, frozen=True):
     chain: list[GenerationEntry]
     """Generation chain, oldest first."""
     volumes: list[VolumeInfo]
+    """As of the epoch below."""
     epoch: int
     """Last sealed epoch."""
     chain_hash: bytes
@@ -150,6 +157,8 @@ class SessionAccept(Message, frozen=True):
     """Version of the standing that is durable here, 0 for none; -1: does not know `Announce`."""
     takes_marks: bool = False
     """`Marks` may be sent: an older version closes the link at a message it does not know."""
+    volumes: list[VolumeInfo] = []
+    """As of `durable_epoch`; empty from a node of the previous version: its volumes never grow."""
 
 
 class SessionRefuse(Message, frozen=True):
@@ -177,6 +186,8 @@ class EpochCommit(Message, frozen=True):
     table_hash: bytes = b""
     """Folds only: the chain hash that starts from 32 zero bytes over the fold's own table."""
     is_mark: bool = False
+    volumes: list[VolumeInfo] = []
+    """Volumes that grow or are added in it, by index. Only to a peer that knows growth."""
 
 
 class MarkEntry(Message, frozen=True):
@@ -227,6 +238,8 @@ class ResyncBegin(Message, frozen=True):
     total_bytes: int
     number: int
     """Serial number of the resync: frames and acknowledgements of an older one are ignored."""
+    volumes: list[VolumeInfo] = []
+    """All volumes as of `epoch`; empty from a node of the previous version."""
 
 
 class ResyncEnd(Message, frozen=True):

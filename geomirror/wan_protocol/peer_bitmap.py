@@ -34,9 +34,12 @@ class BitmapJob:
     bitmap: DirtyBitmap
     numbers: list[int]
     through_epoch: int
+    sizes: dict[int, int]
+    """Of the volumes at that epoch."""
 
     def run(self) -> None:
         """Blocking; raises StorageError, IntegrityError."""
+        self.bitmap.grow(self.sizes)
         for number in self.numbers:
             self.bitmap.set_table(self.engine.load_epoch(number).table, number)
         job = self.bitmap.write_job()

@@ -22,12 +22,16 @@ from geomirror.limits import Limits
 from geomirror.volume.engine import Engine
 from geomirror.wan_protocol.decisions import Emit, SendMessage
 from geomirror.wan_protocol.encode_unit import EncodeUnitJob, commit_message
+from geomirror.wan_protocol.growth import volumes_at
 from geomirror.wan_protocol.mark_intake import marks_message
 from geomirror.wan_protocol.messages import ResyncAcknowledge, SessionAccept
 from geomirror.wan_protocol.peer_bitmap import PeerBitmap
 from geomirror.wan_protocol.peer_records import BITMAP_INTERVAL_NS, PeerRecords
 from geomirror.wan_protocol.resync_sender import ResyncSender
 from geomirror.wan_protocol.sender import BITMAP, FOLD, RESYNC, STREAM, Sender
+
+FOREVER = 1 << 62
+"""Behind every epoch."""
 
 
 class PeerModes(PeerRecords):
@@ -43,6 +47,9 @@ class PeerModes(PeerRecords):
     def _place_peer(self, sender: Sender, message: SessionAccept) -> str:
         """Choose stream or resync for the reported position; returns why it can be neither."""
         epoch = message.durable_epoch
+        if not message.volumes and self.engine.sizes.between(epoch, FOREVER):
+            return f'"{sender.name}" runs a version that does not know growing volumes: update it'
+        sender.knows_growth = bool(message.volumes)
         if message.data_state == "blank":
             kept = self.bitmaps.get(sender.name)
             # A blank peer has nothing of what was copied: its disk is another one.
@@ -57,6 +64,11 @@ class PeerModes(PeerRecords):
         known = self._known_hash(sender, epoch)
         if epoch > self.engine.sealed_epoch or known not in (None, message.durable_hash):
             return f'"{sender.name}" holds another history at epoch {epoch}: diverged'
+        if message.volumes and self._has_epochs_after(epoch):
+            theirs = {each.index: each.size_bytes for each in message.volumes}
+            ours = self.engine.sizes.at(epoch)
+            if theirs != ours:
+                return f"volumes differ: {ours} here, {theirs} at {sender.name}"
         if sender.mode in (STREAM, FOLD):
             # What was copied to it is not known any more: it is an older disk.
             is_half_copied = message.data_state == "inconsistent" and message.consistent_from < 0
@@ -183,6 +195,7 @@ class PeerModes(PeerRecords):
             self._resync_number,
             base_epoch,
             base_hash,
+            volumes_at(self.engine, base_epoch),
             progress_ns=self.now_ns,
         )
         self.resyncs[sender.name] = resync
@@ -266,7 +279,15 @@ class PeerModes(PeerRecords):
         if sender.mode == FOLD:
             numbers = list(range(first, min(last, first + self.limits.fold_epochs_max - 1) + 1))
         sender.is_encoding = True
-        job = EncodeUnitJob(self.engine, numbers, self.limits.fold_bytes_max, level=1)
+        sizes = self.engine.sizes
+        job = EncodeUnitJob(
+            self.engine,
+            numbers,
+            self.limits.fold_bytes_max,
+            level=1,
+            base_sizes=sizes.at(first - 1),
+            changed=frozenset(c.index for c in sizes.between(sender.durable_epoch, first - 1)),
+        )
         self._run(kind, job, partial(self._encoded_unit, sender))
 
     def _encoded_unit(self, sender: Sender, job: EncodeUnitJob) -> None:

@@ -87,7 +87,8 @@ class PeerRecords(Replica):
     # Bitmaps.
 
     def _volume_sizes(self) -> dict[int, int]:
-        return {index: image.size_bytes for index, image in self.engine.images.items()}
+        """As of the last sealed epoch: later ones grow a bitmap when they are entered."""
+        return self.engine.sizes.at(self.engine.sealed_epoch)
 
     def _load_bitmap(self, name: str, record: PeerRecord) -> PeerBitmap:
         store = self.engine.store
@@ -133,7 +134,7 @@ class PeerRecords(Replica):
             return
         sealed = self.engine.sealed_epoch
         numbers = [n for n in self.engine.epoch_numbers() if kept.through_epoch < n <= sealed]
-        update = BitmapJob(self.engine, kept.bitmap, numbers, sealed)
+        update = BitmapJob(self.engine, kept.bitmap, numbers, sealed, self._volume_sizes())
         self._run(f"bitmap:{name}", update, partial(self._bitmap_done, name))
 
     def _bitmap_done(self, name: str, job: BitmapJob) -> None:

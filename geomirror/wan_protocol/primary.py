@@ -20,13 +20,17 @@ from geomirror.errors import (
     JournalFullError,
     LocalProtocolError,
     NoSpaceError,
+    RefusedError,
     RemoteProtocolError,
     StorageError,
 )
 from geomirror.limits import Limits
 from geomirror.volume.engine import Engine, Write
+from geomirror.volume.engine_growth import GrowJob
+from geomirror.volume.volume_change import VolumeChange
 from geomirror.wan_protocol.decisions import Emit, SendMessage
 from geomirror.wan_protocol.epoch_sealing import EpochSealing
+from geomirror.wan_protocol.growth import volumes_at
 from geomirror.wan_protocol.messages import (
     Acknowledge,
     AnnounceAcknowledge,
@@ -41,7 +45,6 @@ from geomirror.wan_protocol.session import (
     chain_entries,
     check_accept,
     session_number,
-    volume_infos,
 )
 
 
@@ -100,6 +103,42 @@ class Primary(EpochSealing):
             self._pump_role()
         return lsn
 
+    def prepared(self, job: GrowJob) -> None:
+        """What lies under volumes was made large enough."""
+        self._grow_done(job)
+        self._pump()
+
+    def grow(self, change: VolumeChange, now_ns: int, wall_ns: int) -> int:
+        """Journal a checked and prepared change of a volume; returns the epoch that will hold it,
+        which is sealed next. The volume has its new size at once.
+
+        :raises RefusedError: a peer cannot follow; nothing changed.
+        :raises JournalFullError, NoSpaceError: no room; nothing changed.
+        """
+        if self.fenced is not None:
+            raise self.fenced
+        self.now_ns = now_ns
+        for sender in self.senders.values():
+            if sender.is_open and not sender.knows_growth:
+                raise RefusedError(f'"{sender.name}" does not know growing volumes: update it')
+        try:
+            number = self.engine.grow(change, wall_ns)
+        except JournalFullError:
+            self._room_wanted = True
+            self._pump()
+            raise
+        except NoSpaceError:
+            raise
+        except StorageError as error:
+            self._fence(error)
+            raise
+        self._last_wall_ns, self._wrote_ns = wall_ns, now_ns
+        if self.open_since_ns is None:
+            self.open_since_ns = now_ns
+        self._seal_wanted = True
+        self._pump()
+        return number
+
     def link_up(self, peer: str, now_ns: int) -> None:
         """A link to the peer is there: offer the session."""
         self.now_ns = max(self.now_ns, now_ns)
@@ -117,7 +156,7 @@ class Primary(EpochSealing):
             bytes.fromhex(superblock.resource_id),
             superblock.name,
             chain_entries(superblock),
-            volume_infos(superblock),
+            volumes_at(self.engine, self.engine.sealed_epoch),
             self.engine.sealed_epoch,
             self.engine.sealed_hash,
             self.incarnation,

@@ -48,6 +48,7 @@ class Replica:
         self._flushes: deque[tuple[object, int]] = deque()
         self._sync_wanted = False
         self._checkpoint_wanted = True
+        self._applying_through = 0
         self._retry_at_ns: int | None = None
         self._room_wanted = False
         self._spare_not_before_ns = 0
@@ -84,7 +85,7 @@ class Replica:
 
     @property
     def stalled(self) -> GeomirrorError | None:
-        """Why something waits for disk space at this moment."""
+        """Why something waits for disk space, or for a backing, at this moment."""
         return self._stalled
 
     def flush(self, token: object, now_ns: int) -> None:
@@ -104,6 +105,15 @@ class Replica:
     def is_idle(self) -> bool:
         """No job runs and nothing is decided."""
         return not self._running and not self._decisions
+
+    @property
+    def served_sizes(self) -> dict[int, int]:
+        """Sizes of the volumes at the epoch that a reader who comes now will see: a pass that runs
+        is waited for."""
+        engine = self.engine
+        is_applying = self.is_running("apply")
+        through = self._applying_through if is_applying else engine.half_applied_through
+        return engine.sizes.at(engine.applied_epoch if through is None else through)
 
     @property
     def is_image_settled(self) -> bool:
@@ -216,7 +226,16 @@ class Replica:
         # Repeated as it was (I6), held or not: until then the image is at no epoch at all.
         target = self._apply_target() if half_done is None else half_done
         if target is not None and target > self.engine.applied_epoch:
-            self._run("apply", self.engine.apply_job(target), self._apply_done)
+            grow = self.engine.grow_job(target)
+            if grow is None:
+                self._applying_through = target
+                self._run("apply", self.engine.apply_job(target), self._apply_done)
+            elif not self.is_running("grow"):
+                self._run("grow", grow, self._grow_done)
+
+    def _grow_done(self, job: Any) -> None:
+        if self.engine.complete_grow(job):
+            self._checkpoint_wanted = True
 
     def _apply_done(self, job: Any) -> None:
         self.engine.complete_apply(job)
@@ -273,6 +292,10 @@ class Replica:
         self._room_moved()
 
     def _job_failed(self, run: RunJob, error: GeomirrorError) -> None:
+        if run.kind == "grow":
+            # Nothing was changed: what is in the way can be mended.
+            self._stall(run.kind, error)
+            return
         if not isinstance(error, NoSpaceError) or run.kind == "sync":
             self._fence(error)
             return
@@ -285,13 +308,15 @@ class Replica:
         self._retry_job(run)
         self._stall(run.kind, error)
 
-    def _stall(self, kind: str, error: StorageError) -> None:
-        """Wait for disk space. Nothing is lost: the data stays in the journal until then."""
+    def _stall(self, kind: str, error: GeomirrorError) -> None:
+        """Wait for disk space, or for a backing. Nothing is lost: until then the data stays in the
+        journal."""
         self._stalled = error
         if self._retry_at_ns is None or self._retry_at_ns <= self.now_ns:
             # Never put off: trims and passes wait for it, too, and may be what makes room.
             self._retry_at_ns = self.now_ns + RETRY_NS
-        self._decide(Emit("storage_full", {"job": kind, "error": str(error)}))
+        what = "volume_waits" if kind == "grow" else "storage_full"
+        self._decide(Emit(what, {"job": kind, "error": str(error)}))
 
     def _retry_job(self, run: RunJob) -> None:
         if run.kind == "checkpoint":

@@ -19,7 +19,12 @@ from geomirror.limits import BLOCK_BYTES, REGION_BYTES, Limits
 from geomirror.volume.dirty_bitmap import DirtyBitmap
 from geomirror.volume.engine import Engine
 from geomirror.wan_protocol.decisions import Decision, SendFrame, SendMessage
-from geomirror.wan_protocol.messages import ResyncAcknowledge, ResyncBegin, ResyncEnd
+from geomirror.wan_protocol.messages import (
+    ResyncAcknowledge,
+    ResyncBegin,
+    ResyncEnd,
+    VolumeInfo,
+)
 from geomirror.wan_protocol.resync_job import ResyncReadJob, Run
 from geomirror.wan_protocol.sender import Sender
 
@@ -42,6 +47,8 @@ class ResyncSender:
     number: int
     base_epoch: int
     base_hash: bytes
+    volumes: list[VolumeInfo]
+    """As of the base epoch: what has grown since comes with its epoch."""
     end_epoch: int = 0
     total_bytes: int = 0
     copied_bytes: int = 0
@@ -67,6 +74,7 @@ class ResyncSender:
             self.base_hash,
             self.total_bytes,
             self.number,
+            self.volumes,
         )
         return SendMessage(self.sender.name, self.sender.session, message)
 
@@ -87,7 +95,7 @@ class ResyncSender:
 
     def _next_runs(self) -> list[Run]:
         """Dirty regions from the cursor on, as sealed pieces; at most one run of regions."""
-        volumes = sorted(self.engine.images)
+        volumes = self.bitmap.volumes
         for volume in volumes[self._cursor[0] :]:
             position = volumes.index(volume)
             first = self._cursor[1] if position == self._cursor[0] else 0
@@ -96,8 +104,11 @@ class ResyncSender:
                 return self._runs_of(volume, start, count)
         return []
 
+    def _size_of(self, volume: int) -> int:
+        return next(each.size_bytes for each in self.volumes if each.index == volume)
+
     def _runs_of(self, volume: int, start: int, count: int) -> list[Run]:
-        size = self.engine.images[volume].size_bytes
+        size = self._size_of(volume)
         sparse = self.engine.indexes[volume].entry_count < SPARSE_INDEX_ENTRIES
         bound = self.limits.resync_run_bytes_max if sparse else DENSE_RUN_BYTES
         bound = max(min(bound, self.limits.resync_run_bytes_max), REGION_BYTES)
@@ -138,7 +149,7 @@ class ResyncSender:
             reached = self._reading_end
         volume = self._reading[0].volume
         first = self._cursor[1]
-        is_at_end = reached >= self.engine.images[volume].size_bytes
+        is_at_end = reached >= self._size_of(volume)
         stop = -(-reached // REGION_BYTES) if is_at_end else reached // REGION_BYTES
         stop = max(stop, first)
         for body in job.frames:

@@ -12,17 +12,14 @@ Deliberately not here: who reads the image; `hold_apply` is how readers keep it 
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
 from geomirror.errors import GeomirrorError, IntegrityError, RefusedError, RemoteProtocolError
 from geomirror.limits import Limits
 from geomirror.volume.engine import Engine
 from geomirror.volume.engine_base import NO_GENERATION
-from geomirror.volume.superblock import DataState
 from geomirror.wan_protocol.decisions import Emit
 from geomirror.wan_protocol.epoch_intake import MISSING_AFTER_NS
-from geomirror.wan_protocol.incoming import HASH_BYTES, Incoming, number_bitmap
+from geomirror.wan_protocol.growth import volumes_at
+from geomirror.wan_protocol.incoming import Incoming, number_bitmap
 from geomirror.wan_protocol.messages import (
     Acknowledge,
     Announce,
@@ -35,25 +32,20 @@ from geomirror.wan_protocol.messages import (
     SessionOpen,
     SessionRefuse,
 )
-from geomirror.wan_protocol.resync_receiver import ResyncReceiver
+from geomirror.wan_protocol.resync_intake import BLANK, CONSISTENT, INCONSISTENT, ResyncIntake
 from geomirror.wan_protocol.session import session_number, session_problem
-from geomirror.wan_protocol.standing_keeper import StandingKeeper
 
-BLANK: DataState = "blank"
-INCONSISTENT: DataState = "inconsistent"
-CONSISTENT: DataState = "consistent"
-UNKNOWN_EPOCH = -1
-"""`consistent_from` while a resync has not told its end."""
+__all__ = ["BLANK", "CONSISTENT", "INCONSISTENT", "Secondary"]
+
 SPOOLED_REPORTED_MAX = 64
 """Epochs under way that are reported when a session opens; the rest is sent again."""
 
 
-class Secondary(StandingKeeper):
+class Secondary(ResyncIntake):
     """Core of the secondary role; see `Replica` for the shape."""
 
     def __init__(self, engine: Engine, limits: Limits, *, primary: str) -> None:
-        super().__init__(engine, limits)
-        self.primary = primary
+        super().__init__(engine, limits, primary=primary)
         self.session = session_number(engine.superblock.resource_id)
         self.is_open = False
         self._is_accepting = False
@@ -62,17 +54,9 @@ class Secondary(StandingKeeper):
         self.refusal = ""
         self.primary_epoch = 0
         self.received_total = 0
-        self.resync: ResyncReceiver | None = None
         self._incarnation = b""
-        self._unreported_bytes = 0
         self._acknowledge_at_ns: int | None = None
-        self._applied_reported = engine.applied_epoch
         self._state_reported = self.data_state
-
-    @property
-    def data_state(self) -> str:
-        """`blank`, `inconsistent` or `consistent`."""
-        return self.engine.superblock.data_state
 
     # Events.
 
@@ -197,7 +181,7 @@ class Secondary(StandingKeeper):
 
     def _opened(self, message: SessionOpen) -> None:
         engine = self.engine
-        problem = session_problem(engine.superblock, message)
+        problem = session_problem(engine.superblock, engine.sizes.now, message)
         if problem:
             self._refuse_session(RefusedError(problem))
             return
@@ -239,6 +223,7 @@ class Secondary(StandingKeeper):
                 engine.superblock.consistent_from,
                 self.standing_version,
                 takes_marks=True,
+                volumes=volumes_at(engine, engine.sealed_epoch),
             )
         )
         for incoming in self.incoming.values():
@@ -310,10 +295,6 @@ class Secondary(StandingKeeper):
             return None
         return self._pass_end()
 
-    def _apply_done(self, job: Any) -> None:
-        super()._apply_done(job)
-        self._try_consistent()
-
     def _applied_moved(self) -> None:
         # Also when only the state moved: the end of a resync that streams no epoch after it.
         is_news = self.engine.applied_epoch != self._applied_reported
@@ -323,66 +304,6 @@ class Secondary(StandingKeeper):
             self._acknowledge()
         if self.resync is not None and self.resync.is_begun:
             self._resync_checkpointed(self.resync)
-
-    # Plain resync.
-
-    def _resync_began(self, message: ResyncBegin) -> None:
-        is_known = message.generation == self.engine.generation and message.epoch >= 0
-        if not is_known or len(message.chain_hash) != HASH_BYTES:
-            raise RemoteProtocolError(f'primary "{self.primary}" resyncs to another history')
-        self.forget_incoming()
-        self.resync = ResyncReceiver(self.engine, self.limits, message)
-        self.taken_bytes = self._unreported_bytes = 0  # As at the primary; it waits for credit.
-        self._acknowledge()
-        self._decide(Emit("resync_began", {"epoch": message.epoch, "bytes": message.total_bytes}))
-
-    def _pump_role(self) -> None:
-        self.commit_complete()
-        self.write_marks()
-        resync = self.resync
-        if resync is None:
-            return
-        busy = {"apply", "resync", "checkpoint", "sync", "thin"}
-        is_applied = self.engine.applied_epoch == self.engine.committed_epoch
-        if not resync.is_begun and is_applied and not any(map(self.is_running, busy)):
-            # What is durable here is not copied, so it is in the image before it is forgotten.
-            begin = resync.begin
-            self.engine.reset_position(
-                begin.generation, begin.epoch, begin.chain_hash, data_state=INCONSISTENT
-            )
-            self.engine.superblock.consistent_from = UNKNOWN_EPOCH
-            self._applied_reported, resync.is_begun = begin.epoch, True
-        if resync.needs_checkpoint():
-            self._checkpoint_wanted = True
-        if not self.is_running("resync"):
-            job = resync.next_job()
-            if job is not None:
-                self._run("resync", job, partial(self._resync_written, resync))
-
-    def _resync_written(self, resync: ResyncReceiver, job: Any) -> None:
-        # Numbers begin anew with each start of the primary, so they do not tell an old one apart.
-        if self.resync is resync:
-            self.taken_bytes -= resync.written(job)
-            self._acknowledge()
-            if job.hostile is not None:
-                self._refuse_session(job.hostile)
-
-    def _resync_checkpointed(self, resync: ResyncReceiver) -> None:
-        resync.checkpointed()
-        self._acknowledge()
-        if resync.is_finished:
-            self.resync = None
-            self._try_consistent()
-
-    def _try_consistent(self) -> None:
-        """Consistent from the moment that the end epoch of the resync is applied."""
-        superblock = self.engine.superblock
-        is_caught_up = self.engine.applied_epoch >= superblock.consistent_from >= 0
-        if superblock.data_state == INCONSISTENT and self.resync is None and is_caught_up:
-            superblock.data_state = CONSISTENT
-            self.engine.marks.became_consistent(self.engine.applied_epoch)
-            self._checkpoint_wanted = True
-            self._decide(Emit("consistent", {"epoch": self.engine.applied_epoch}))
 
     def _release_everything(self, error: GeomirrorError) -> None:
         self.is_open = False

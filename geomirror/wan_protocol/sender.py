@@ -88,6 +88,8 @@ class Sender:
     """The peer knows the message; of this session."""
     marks_told: int = -1
     """Version of the table that the peer was told in this session."""
+    knows_growth: bool = False
+    """Its version knows volumes that grow; of the last session."""
     refusal: str = ""
     room_bytes: int = 0
     mode_since_ns: int = 0

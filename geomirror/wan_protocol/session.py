@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from geomirror.errors import RemoteProtocolError
 from geomirror.volume.superblock import Superblock
 from geomirror.wan_protocol.messages import (
@@ -38,18 +40,21 @@ def chain_entries(superblock: Superblock) -> list[GenerationEntry]:
 
 
 def volume_infos(superblock: Superblock) -> list[VolumeInfo]:
-    """Volumes as both sides must agree on them."""
-    return [VolumeInfo(v.index, v.name, v.size_bytes) for v in superblock.volumes]
+    """Volumes as of the applied epoch."""
+    return [VolumeInfo(v.index, v.name, v.size_bytes) for v in superblock.volumes if v.size_bytes]
 
 
-def session_problem(superblock: Superblock, message: SessionOpen) -> str:
-    """Why a secondary with this superblock cannot take what the primary offers, "" if it can."""
+def session_problem(superblock: Superblock, sizes: Mapping[int, int], message: SessionOpen) -> str:
+    """Why a secondary with this superblock cannot take what the primary offers, "" if it can.
+
+    :param sizes: of its volumes at its newest epoch. Volumes may be larger at the primary, and
+        more: that comes with epochs that are not here yet.
+    """
     if message.resource.hex() != superblock.resource_id:
         return f'resource "{superblock.name}" has another identity here'
-    mine = {v.index: v.size_bytes for v in superblock.volumes}
     theirs = {v.index: v.size_bytes for v in message.volumes}
-    if mine != theirs:
-        return f'volumes of "{superblock.name}" differ: {mine} here, {theirs} at the primary'
+    if any(size > theirs.get(index, 0) for index, size in sizes.items()):
+        return f'volumes of "{superblock.name}" differ: {sizes} here, {theirs} at the primary'
     known = [entry.identity.hex() for entry in message.chain]
     if superblock.chain and superblock.chain[-1].identity not in known:
         return f'"{superblock.name}" has another history here: diverged'

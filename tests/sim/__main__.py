@@ -30,6 +30,7 @@ class Totals:
     checks: int = 0
     lost: int = 0
     detected: int = 0
+    growths: int = 0
 
     def add(self, outcome: Outcome) -> None:
         """One more run."""
@@ -43,13 +44,14 @@ class Totals:
         self.checks += outcome.checks
         self.lost += outcome.lost
         self.detected += outcome.is_detected
+        self.growths += outcome.growths
 
     def __str__(self) -> str:
         speed = self.simulated / self.spent if self.spent else 0.0
         return (
             f"{self.seeds} seeds, {self.simulated:.0f} simulated s, {speed:.0f} times real time: "
             f"{self.operations} writes in {self.epochs} epochs, {self.crashes} crashes, "
-            f"{self.resyncs} resyncs, {self.checks} images compared, "
+            f"{self.growths} growths, {self.resyncs} resyncs, {self.checks} images compared, "
             f"{self.detected} times planted damage was noticed"
         )
 

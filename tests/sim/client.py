@@ -7,10 +7,11 @@ from collections.abc import Callable
 from geomirror.errors import GeomirrorError, JournalFullError
 from geomirror.volume.record import RecordType
 from geomirror.wan_protocol.primary import Primary
+from tests.sim.growth import Grower
 from tests.sim.node import SimNode
 from tests.sim.options import Options
 from tests.sim.oracle import Entry, Oracle, OracleError
-from tests.sim.reading import Reading
+from tests.sim.reading import Reading, draw_volume
 from tests.sim.sync_check import SyncCheck
 from tests.sim.world import MS, SECOND, World
 
@@ -38,6 +39,7 @@ class Client:
         self.options = options
         self.oracle = oracle
         self.sync = sync
+        self.grower = Grower(world, oracle)
         self.operations = 0
         self.is_ending = False
         self.is_held = False
@@ -112,6 +114,8 @@ class Client:
         for _ in range(1 + int(chance.random() * burst)):
             if not self._write_batch(primary):
                 return
+        if self.options.growth_chance and chance.random() < self.options.growth_chance:
+            self.grower.grow(primary)
         if chance.random() < 0.5:
             Reading(primary, self.oracle).start()
         if chance.random() < 0.3:
@@ -154,13 +158,13 @@ class Client:
 
     def _draw_entry(self) -> Entry:
         random = self.world.random.random
-        volume = 0 if random() < 0.75 else 1
-        size = self.oracle.sizes[volume]
+        volume = draw_volume(random(), self.oracle)
+        size = len(self.oracle.content[volume])
         length = min(LENGTHS[int(random() * len(LENGTHS))], size)
         offset = int(random() * (size - length + 1))
         if random() < 0.5:
             # Most of the writes of a storm fall into one quarter.
-            offset = self._hot * size // 4 + offset % (size // 4)
+            offset = self._hot * size // 4 + offset % max(1, size // 4)
         if random() < 0.8:
             offset = offset // 4096 * 4096
         offset = min(offset, size - length)

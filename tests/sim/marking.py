@@ -203,14 +203,19 @@ class Marking:
     def _check_state(self, node: SimNode, epoch: int) -> None:
         engine, oracle = node.engine, self._simulation.oracle
         last = min(epoch + EPOCHS_MAX, engine.applied_epoch)
-        changed = sorted({key for n in range(epoch, last + 1) for key in oracle.changes.get(n, [])})
+        sizes = oracle.epoch_sizes[epoch]
+        touched = {key for n in range(epoch, last + 1) for key in oracle.changes.get(n, [])}
+        changed = sorted((v, block) for v, block in touched if block * BLOCK < sizes.get(v, 0))
         entries_max = engine.limits.view_entries_max
         view = View(
             epoch, engine.images, lambda: engine.undo.history, engine.store.open, entries_max
         )
         for volume, block in self._chance.sample(changed, min(BLOCKS_MAX, len(changed))):
-            size = min(BLOCK, oracle.sizes[volume] - block * BLOCK)
-            content = view.read(volume, block * BLOCK, size)
+            size = min(BLOCK, sizes[volume] - block * BLOCK)
+            try:
+                content = view.read(volume, block * BLOCK, size)
+            except LimitExceededError:
+                return  # Volumes have grown: more was changed since than a view may hold.
             oracle.undone(node.name, volume, block, epoch, content)
 
     @property

@@ -33,6 +33,7 @@ from geomirror.wan_protocol.replica import Replica
 from geomirror.wan_protocol.resync_receiver import ResyncReceiver
 from geomirror.wan_protocol.resync_sender import ResyncSender
 from geomirror.wan_protocol.secondary import Secondary
+from tests.sim.growth_mutations import GROWTH_MUTATIONS
 from tests.sim.mark_mutations import MARK_MUTATIONS
 from tests.sim.sync_mutations import SYNC_MUTATIONS, Patch
 
@@ -65,7 +66,13 @@ def drop_last_write() -> list[Patch]:
         self.fill_rows = self.fill_rows[kept]
         first, end = draft.first_lsn, draft.end_lsn
         self.chain_hash = chain_hash(
-            self._previous_hash, self.generation, draft.number, first, end, self.table
+            self._previous_hash,
+            self.generation,
+            draft.number,
+            first,
+            end,
+            self.table,
+            draft.changes,
         )
 
     return [(SealJob, "run", run)]
@@ -216,8 +223,8 @@ def inconsistent_not_said() -> list[Patch]:
     """A copy that is being made anew says that it is consistent."""
     real = Engine.reset_position
 
-    def reset_position(self: Engine, *position: Any, data_state: Any) -> None:
-        real(self, *position, data_state="consistent")
+    def reset_position(self: Engine, *position: Any, **options: Any) -> None:
+        real(self, *position, **{**options, "data_state": "consistent"})
 
     return [(Engine, "reset_position", reset_position)]
 
@@ -345,6 +352,7 @@ MUTATIONS: dict[str, Callable[[], list[Patch]]] = {
         status_without_the_bitmap,
         merge_keeps_newest,
         *MARK_MUTATIONS,
+        *GROWTH_MUTATIONS,
     )
 }
 

@@ -17,6 +17,7 @@ from geomirror.limits import Limits
 from geomirror.volume.engine import Engine, VolumeSpec
 from geomirror.volume.open_epoch import EpochDraft
 from geomirror.volume.superblock import GenerationRecord, PeerRecord
+from geomirror.volume.volume_change import VolumeChange
 from geomirror.wan_protocol.decisions import (
     Emit,
     FlushDone,
@@ -36,7 +37,7 @@ from geomirror.wan_protocol.primary import Primary
 from geomirror.wan_protocol.secondary import CONSISTENT, Secondary
 from tests.sim.disk import SimStore
 from tests.sim.network import Network
-from tests.sim.oracle import Entry, Oracle
+from tests.sim.oracle import Entry, Growth, Oracle
 from tests.sim.sync_check import SyncCheck
 from tests.sim.verdict_check import VerdictCheck
 from tests.sim.watch import Watch
@@ -184,7 +185,7 @@ class SimNode:
 
     def _watch_writes(self) -> None:
         engine, oracle = self.engine, self.setup.oracle
-        real_cut, real_write = engine.cut, engine.write
+        real_cut, real_write, real_grow = engine.cut, engine.write, engine.grow
 
         def cut(wall_ns: int, *, is_mark: bool = False) -> EpochDraft | None:
             draft = real_cut(wall_ns, is_mark=is_mark)
@@ -203,6 +204,15 @@ class SimNode:
                 oracle.forget_last(len(oracle.log) - before)
                 raise
 
+        def grow(change: VolumeChange, wall_ns: int) -> int:
+            oracle.add(Growth(change.index, change.old_size_bytes, change.size_bytes))
+            try:
+                return real_grow(change, wall_ns)
+            except GeomirrorError:
+                oracle.forget_last(1)
+                raise
+
+        engine.grow = grow  # type: ignore[method-assign]
         engine.cut = cut  # type: ignore[method-assign]
         engine.write = write  # type: ignore[method-assign]
 

@@ -44,6 +44,8 @@ class Options:
     snapshot_mean_ns: int
     promise_crash_chance: float
     """That the power goes away right after something was said to be durable."""
+    growth_chance: float = 0.0
+    """That a volume grows or is added after a round of writes."""
     policy: SyncPolicy = ASYNCHRONOUS
     """What flushes wait for at first."""
     policy_mean_ns: int = NEVER

@@ -35,9 +35,46 @@ class Entry:
         target[self.offset : end] = bytes(self.length) if self.data is None else self.data
         return old
 
+    def revert(self, content: dict[int, bytearray], old: bytes) -> None:
+        """Undo `apply`."""
+        content[self.volume][self.offset : self.offset + self.length] = old
+
+    def touches(self, volume: int, offset: int, length: int) -> bool:
+        """Whether it changes a part of a range."""
+        is_apart = self.offset >= offset + length or self.offset + self.length <= offset
+        return self.volume == volume and not is_apart
+
     def blocks(self) -> range:
         """The blocks that it changes."""
         return range(self.offset // BLOCK, (self.offset + self.length + BLOCK - 1) // BLOCK)
+
+
+@dataclass(slots=True)
+class Growth:
+    """A volume got a new size, from 0 when it was added."""
+
+    volume: int
+    old_size: int
+    size: int
+
+    def apply(self, content: dict[int, bytearray]) -> bytes:
+        """Change the content."""
+        content.setdefault(self.volume, bytearray()).extend(bytes(self.size - self.old_size))
+        return b""
+
+    def revert(self, content: dict[int, bytearray], _old: bytes) -> None:
+        """Undo `apply`."""
+        del content[self.volume][self.old_size :]
+        if not self.old_size:
+            del content[self.volume]
+
+    def touches(self, _volume: int, _offset: int, _length: int) -> bool:
+        """Nothing that was there."""
+        return False
+
+    def blocks(self) -> range:
+        """The blocks that it changes."""
+        return range(self.old_size // BLOCK, (self.size + BLOCK - 1) // BLOCK)
 
 
 @dataclass
@@ -63,10 +100,13 @@ class Oracle:
     """The log of one resource and all checks."""
 
     sizes: dict[int, int]
-    log: list[Entry] = field(default_factory=list)
+    """At the beginning."""
+    log: list[Entry | Growth] = field(default_factory=list)
     undo: list[bytes] = field(default_factory=list)
     flushed: int = 0
     epoch_prefix: dict[int, int] = field(default_factory=dict)
+    epoch_sizes: dict[int, dict[int, int]] = field(default_factory=dict)
+    """Sizes of the volumes after an epoch."""
     epoch_hash: dict[int, bytes] = field(default_factory=dict)
     changes: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     """Blocks that an epoch changes."""
@@ -79,13 +119,14 @@ class Oracle:
     def __post_init__(self) -> None:
         self.content = self.blank()
         self.epoch_prefix[0] = 0
+        self.epoch_sizes[0] = dict(self.sizes)
         self.touched: set[tuple[int, int]] = set()
 
     def blank(self) -> dict[int, bytearray]:
         """All volumes as zeros."""
         return {volume: bytearray(size) for volume, size in self.sizes.items()}
 
-    def add(self, entry: Entry) -> None:
+    def add(self, entry: Entry | Growth) -> None:
         """An operation was handed to the primary."""
         self.undo.append(entry.apply(self.content))
         self.log.append(entry)
@@ -95,13 +136,12 @@ class Oracle:
     def forget_last(self, count: int) -> None:
         """The last operations were refused: they never happened."""
         for _ in range(count):
-            entry = self.log.pop()
-            target = self.content[entry.volume]
-            target[entry.offset : entry.offset + entry.length] = self.undo.pop()
+            self.log.pop().revert(self.content, self.undo.pop())
 
     def cut(self, epoch: int) -> None:
         """The primary ended an epoch after the last operation."""
         self.epoch_prefix[epoch] = len(self.log)
+        self.epoch_sizes[epoch] = {v: len(content) for v, content in self.content.items()}
         changed = sorted(self.touched)
         self.touched.clear()
         self.changes[epoch] = changed
@@ -126,7 +166,7 @@ class Oracle:
             raise OracleError(f"recovered epoch {sealed_epoch}, {self.sealed_epoch} was sealed")
         least = max(self.flushed, self.epoch_prefix[self.sealed_epoch])
         total = len(self.log)
-        while any(content[volume] != target for volume, target in self.content.items()):
+        while content != self.content:
             if len(self.log) <= least:
                 raise OracleError(f"recovered content is no prefix in [{least}, {total}]")
             self.forget_last(1)
@@ -142,7 +182,7 @@ class Oracle:
 
     def _forget_epoch(self, epoch: int) -> None:
         """It was cut but never sealed: another one will have its number."""
-        del self.epoch_prefix[epoch]
+        del self.epoch_prefix[epoch], self.epoch_sizes[epoch]
         for key in self.changes.pop(epoch):
             history = self.history[key]
             assert history.epochs.pop() == epoch
@@ -161,6 +201,13 @@ class Oracle:
         if content.ljust(BLOCK, b"\0") != self.block_at(volume, block, epoch):
             raise OracleError(
                 f"{name}: undo gives another block {block} of volume {volume} at epoch {epoch}"
+            )
+
+    def check_old_sizes(self, name: str, found: dict[int, int], epoch: int) -> None:
+        """O5: volumes have these sizes in a view of an epoch."""
+        if found != self.epoch_sizes[epoch]:
+            raise OracleError(
+                f"{name}: at epoch {epoch} volumes have {self.epoch_sizes[epoch]}, not {found}"
             )
 
     def reported_durable(self, name: str, epoch: int, chain_hash: bytes) -> None:
@@ -189,9 +236,16 @@ class Oracle:
             raise OracleError(f"{name} fell from epoch {mirror.at_epoch} to {epoch}")
         if epoch not in self.epoch_prefix:
             raise OracleError(f"{name} applied epoch {epoch}, which never was")
+        sizes = self.epoch_sizes[epoch]
+        for volume, size in sizes.items():
+            known = mirror.content.setdefault(volume, bytearray())
+            known.extend(bytes(size - len(known)))
+        found = {volume: len(data) for volume, data in content.items()}
+        if found != sizes:
+            raise OracleError(f"{name} at epoch {epoch} has volumes {found}, not {sizes}")
         changed = {key for n in range(mirror.at_epoch + 1, epoch + 1) for key in self.changes[n]}
         for volume, block in changed:
-            size = min(BLOCK, self.sizes[volume] - block * BLOCK)
+            size = min(BLOCK, sizes[volume] - block * BLOCK)
             start = block * BLOCK
             mirror.content[volume][start : start + size] = self.block_at(volume, block, epoch)[
                 :size

@@ -5,10 +5,15 @@ from __future__ import annotations
 from geomirror.errors import StorageError
 from geomirror.volume.engine_jobs import ReadJob
 from tests.sim.node import MachineStoppedError, SimNode
-from tests.sim.oracle import Entry, Oracle, OracleError
+from tests.sim.oracle import Oracle, OracleError
 from tests.sim.world import MS
 
 LENGTH_MAX = 60_000
+
+
+def draw_volume(number: float, oracle: Oracle) -> int:
+    """Mostly the first; `number` is in [0, 1)."""
+    return 0 if number < 0.75 else 1 + int((number - 0.75) * 4 * (len(oracle.content) - 1))
 
 
 class Reading:
@@ -17,8 +22,8 @@ class Reading:
     def __init__(self, node: SimNode, oracle: Oracle) -> None:
         chance = node.world.random
         self._node, self._oracle, self._life = node, oracle, node.life
-        self._volume = 0 if chance.random() < 0.75 else 1
-        size = oracle.sizes[self._volume]
+        self._volume = draw_volume(chance.random(), oracle)
+        size = len(oracle.content[self._volume])
         self._offset = int(chance.random() * size)
         self._length = 1 + int(chance.random() * min(LENGTH_MAX, size - self._offset - 1))
         self._position = 0
@@ -52,13 +57,9 @@ class Reading:
             node.setup.on_stopped(node)
             return
         job.release()
-        if not any(self._touches(entry) for entry in self._oracle.log[self._position :]):
+        place = (self._volume, self._offset, self._length)
+        if not any(entry.touches(*place) for entry in self._oracle.log[self._position :]):
             self._compare(b"".join(job.buffers))
-
-    def _touches(self, entry: Entry) -> bool:
-        end = self._offset + self._length
-        is_apart = entry.offset >= end or entry.offset + entry.length <= self._offset
-        return entry.volume == self._volume and not is_apart
 
     def _compare(self, found: bytes) -> None:
         expected = self._oracle.content[self._volume][self._offset : self._offset + self._length]

@@ -13,6 +13,7 @@ from geomirror.wan_protocol.primary import Primary
 from geomirror.wan_protocol.secondary import CONSISTENT
 from tests.sim.client import Client
 from tests.sim.faults import STOPPED_OPERATIONS_MAX, Faults
+from tests.sim.growth import draw_growth, leave_garbage
 from tests.sim.marking import Marking, draw_marks
 from tests.sim.network import Network
 from tests.sim.node import MachineStoppedError, Setup, SimNode
@@ -46,6 +47,7 @@ class Outcome:
     crashes: int
     operations: int
     lost: int
+    growths: int
     resyncs: int
     epochs: int
     is_detected: bool
@@ -63,7 +65,7 @@ class Simulation:
         drawn = Options.draw(self.chance, seconds, NAMES)
         policies = random.Random(f"{seed}/policy")
         drawn = replace(drawn, policy=draw_policy(policies, SECONDARIES))
-        drawn = replace(drawn, marks_mean_ns=draw_marks(seed))
+        drawn = replace(drawn, marks_mean_ns=draw_marks(seed), growth_chance=draw_growth(seed))
         options = replace(drawn, **focus)  # type: ignore[arg-type]
         self.options = options
         self.oracle = Oracle(VOLUMES)
@@ -142,6 +144,7 @@ class Simulation:
             self.crashes,
             self.client.operations,
             self.lost,
+            self.client.grower.count,
             sum(s.counters.resyncs for s in core.senders.values()),
             self.oracle.sealed_epoch,
             self.is_detected,
@@ -153,6 +156,8 @@ class Simulation:
             self.oracle.mirrors[name] = Mirror(self.oracle.blank())
         for node in self.nodes.values():
             node.create()
+            if self.options.growth_chance:
+                leave_garbage(node)
         for name in SECONDARIES:
             self.network.connect_later(PRIMARY, name)
         self.client.begin()
@@ -225,7 +230,7 @@ class Simulation:
         if node.is_primary:
             self.sync.recovered(engine.superblock.peers)
             with node.store.undisturbed():
-                sizes = self.oracle.sizes.items()
+                sizes = engine.sizes.now.items()
                 content = {volume: engine.read(volume, 0, size) for volume, size in sizes}
             self.lost += self.oracle.recovered(content, engine.sealed_epoch)
             self.marking.recovered(node)

@@ -35,6 +35,7 @@ RULES: dict[str, Any] = {
     "bytes_per_second": 2_000_000,
     "first_sync": False,
 }
+GROWTHS: dict[str, Any] = {"growth_chance": 0.1}
 FOCUS: dict[str, dict[str, Any]] = {
     "ship_before_fsync": CRASHES,
     "durable_before_fsync": CRASHES,
@@ -52,6 +53,10 @@ FOCUS: dict[str, dict[str, Any]] = {
     },
     "rules_given_up_untold": RULES,
     "standing_acknowledged_early": {**RULES, "promise_crash_chance": 0.3},
+    "sizes_not_applied": GROWTHS,
+    "sizes_before_their_epoch": GROWTHS,
+    "grown_bytes_not_zeroed": GROWTHS,
+    "old_sizes_not_kept": GROWTHS,
     "apply_while_held": {"hold_mean_ns": 2 * SECOND},
 }
 

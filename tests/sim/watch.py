@@ -79,7 +79,8 @@ class Watch:
         """O1 for this secondary."""
         engine = self._node.engine
         with self._node.store.undisturbed():
-            content = {i: image.read(0, image.size_bytes) for i, image in engine.images.items()}
+            images = [(i, image) for i, image in engine.images.items() if image.size_bytes]
+            content = {i: image.read(0, image.size_bytes) for i, image in images}
         self._node.setup.oracle.applied(self._node.name, engine.applied_epoch, content)
 
     def _check_undo(self) -> None:
@@ -91,10 +92,23 @@ class Watch:
         view = self._view
         if view is None:
             return
-        changed = oracle.changes.get(view.epoch + 1, [])
+        sizes = oracle.epoch_sizes[view.epoch]
+        try:
+            found = {index: view.size_of(index) for index in sorted(node.engine.images)}
+        except (NotFoundError, LimitExceededError):
+            self._view = None
+            return
+        oracle.check_old_sizes(
+            node.name, {i: size for i, size in found.items() if size}, view.epoch
+        )
+        changed = [
+            (volume, block)
+            for volume, block in oracle.changes.get(view.epoch + 1, [])
+            if block * BLOCK < sizes.get(volume, 0)
+        ]
         for _ in range(min(UNDO_SAMPLES, len(changed))):
             volume, block = changed[int(chance.random() * len(changed))]
-            size = min(BLOCK, oracle.sizes[volume] - block * BLOCK)
+            size = min(BLOCK, sizes[volume] - block * BLOCK)
             try:
                 content = view.read(volume, block * BLOCK, size)
             except (NotFoundError, LimitExceededError):

@@ -19,6 +19,7 @@ from geomirror.limits import KIB, SIMULATION, Limits
 from geomirror.volume.engine import Engine, VolumeSpec
 from geomirror.volume.open_epoch import EpochDraft
 from geomirror.volume.superblock import GenerationRecord, PeerRecord
+from geomirror.volume.volume_change import VolumeChange
 from geomirror.wan_protocol.primary import Primary
 from geomirror.wan_protocol.secondary import Secondary
 from geomirror.wan_protocol.sender import Sender
@@ -209,8 +210,10 @@ class Stage(Machinery):
 
     def _take_recovered(self, engine: Engine) -> None:
         """A crash of the primary may lose what was not flushed; never what is sealed."""
-        for volume, size in self.sizes.items():
-            self.content[volume][:] = engine.read(volume, 0, size)
+        self.content = {
+            volume: bytearray(engine.read(volume, 0, size))
+            for volume, size in engine.sizes.now.items()
+        }
 
     def snapshot(self, name: str) -> SimStore:
         """A copy of a machine's disk as it is now."""
@@ -234,6 +237,26 @@ class Stage(Machinery):
 
     def write(self, offset: int, data: bytes, volume: int = 0) -> None:
         self.submit([write_of(offset, data, volume)])
+
+    def grow(self, volume: int, size: int, **backings: str) -> int:
+        """Grow a volume or add one, as the node does; returns the epoch that will have it."""
+        engine, old = self.primary.engine, len(self.content.get(volume, b""))
+        change = VolumeChange(volume, str(volume), old, size, backings)
+        engine.check_growth(change)
+        job = engine.grow_job_for([change])
+        if job is not None:
+            job.run()
+            self.primary.prepared(job)
+        self.content.setdefault(volume, bytearray()).extend(bytes(size - old))
+        try:
+            number = self.primary.grow(change, self.now_ns, self.wall_ns)
+        except GeomirrorError:
+            del self.content[volume][old:]
+            if not old:
+                del self.content[volume]
+            raise
+        self.settle()
+        return number
 
     def write_blocks(self, first: int, count: int, seed: int, volume: int = 0) -> None:
         """`count` adjacent blocks of noise in one batch."""
@@ -301,7 +324,8 @@ class Stage(Machinery):
     def image(self, name: str = PEER) -> dict[int, bytes]:
         """What the backing devices of a secondary hold."""
         images = self.nodes[name].engine.images
-        return {index: image.read(0, image.size_bytes) for index, image in images.items()}
+        sizes = {index: image.size_bytes for index, image in images.items() if image.size_bytes}
+        return {index: images[index].read(0, size) for index, size in sizes.items()}
 
     def check(self, name: str = PEER) -> int:
         """O1: the image is the primary's content at exactly the applied epoch; returns it."""
@@ -309,7 +333,9 @@ class Stage(Machinery):
         assert engine.superblock.data_state == "consistent"
         epoch = engine.applied_epoch
         expected = self.at_epoch[epoch]
-        for volume, data in self.image(name).items():
+        image = self.image(name)
+        assert {v: len(d) for v, d in image.items()} == {v: len(d) for v, d in expected.items()}
+        for volume, data in image.items():
             differing = different_blocks(data, expected[volume])
             assert not differing, f"{name} at epoch {epoch}: volume {volume}, {differing[:10]}"
         return epoch

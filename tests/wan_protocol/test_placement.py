@@ -85,17 +85,19 @@ def test_the_primary_too_refuses_another_history() -> None:
     stage.check_in_sync()
 
 
-def test_wrong_volume_sizes_are_refused_with_both_named() -> None:
+@pytest.mark.parametrize("wrong", [-512, 512])
+def test_wrong_volume_sizes_are_refused_with_both_named(wrong: int) -> None:
     stage = Stage(is_connected=False)
     store = SimStore("smaller")
-    sizes = {0: SIZES[0] - 512, 1: SIZES[1]}
+    sizes = {0: SIZES[0] + wrong, 1: SIZES[1]}
     engine = stage.create_engine(store, PEER, sizes=sizes)
+    engine.superblock.data_state = "consistent"
     stage.replace(PEER, engine, store)
     stage.link_up()
     assert str(SIZES[0]) in stage.sender().refusal
-    assert str(SIZES[0] - 512) in stage.sender().refusal
+    assert str(SIZES[0] + wrong) in stage.sender().refusal
     assert not stage.secondary.is_open
-    assert stage.west.sent(SessionRefuse)
+    assert (stage.east if wrong < 0 else stage.west).sent(SessionRefuse)
 
 
 def test_another_resource_is_refused() -> None:
