@@ -117,6 +117,9 @@ class Limits:
     0.1 ms each."""
     way_back_epochs_max: int = 4096
 
+    drills_kept: int = 100
+    """Results of drills of one resource on a node: three months of daily ones, about 300 KiB."""
+
     marks_max: int = 1024
     """Marks of a resource. All of them travel in one message (120 bytes each) after each change; an
     hourly one is kept for six weeks."""

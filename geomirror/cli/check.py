@@ -49,6 +49,10 @@ def judge(resource: dict[str, Any], warn_rpo_s: float, crit_rpo_s: float) -> tup
         worst = max(worst, code)
         if code:
             reasons.append(reason)
+    drill = resource.get("last_drill")
+    if drill and drill["result"] != "passed":
+        worst = max(worst, WARNING)
+        reasons.append(f"the last drill here did not pass: {drill['reason'] or drill['result']}")
     if not resource["peers"]:
         return WARNING, "there is no other copy"
     return worst, "; ".join(reasons) or f"{len(resource['peers'])} peers within the RPO"

@@ -45,6 +45,7 @@ PANELS: dict[str, dict[str, str]] = {
         "mark": "geomirror.cli.mark",
         "timeline": "geomirror.cli.timeline",
         "view": "geomirror.cli.view",
+        "drill": "geomirror.cli.drill",
     },
     "Observation": {
         "status": "geomirror.cli.status",

@@ -6,6 +6,7 @@ from typing import Any
 
 from geomirror.cli.advice import advise
 from geomirror.cli.common import table
+from geomirror.cli.timeline import local
 from geomirror.cli.units import format_bytes, format_seconds
 
 
@@ -39,6 +40,7 @@ def render_resource(resource: dict[str, Any], node: str) -> list[str]:
             text += f", covers {format_seconds(journal['covers_seconds'])} at this churn"
         lines.append(text)
     lines += _in_sync(resource)
+    lines += _last_drill(resource)
     if resource["peers"]:
         peers = table(
             ["PEER", "SITE", "STATE", "DISK", "ACK", "EPOCH", "BEHIND", "RPO", "RATE", "RESYNCS"],
@@ -90,6 +92,20 @@ def _in_sync(resource: dict[str, Any]) -> list[str]:
         nodes = ", ".join(sync["pending"]["waits_for"])
         lines.append(f"  changed settings are not in force before {nodes} knows of them")
     return lines
+
+
+def _last_drill(resource: dict[str, Any]) -> list[str]:
+    """When a drill of this copy passed last."""
+    found = resource.get("last_drill")
+    if not found:
+        return []
+    if found["result"] == "passed":
+        rto = format_seconds(found["rto_seconds"])
+        return [f"  drill passed {local(found['started_at'])}, usable after {rto}"]
+    began = f" {local(found['started_at'])}" if found["started_at"] else ""
+    passed = local(found["last_passed_at"]) if found["last_passed_at"] else "never"
+    text = f"  last drill{began}: {found['result']}, {found['reason']}; last passed: {passed}"
+    return [text]
 
 
 def _acknowledgement(peer: dict[str, Any]) -> str:

@@ -25,6 +25,7 @@ from geomirror.node.context import NodeContext
 from geomirror.node.control_io import ControlServer
 from geomirror.node.definition_push import DefinitionPush
 from geomirror.node.definition_store import DefinitionStore
+from geomirror.node.drill_calls import DrillCalls
 from geomirror.node.events import EventRing
 from geomirror.node.failover_calls import FailoverCalls
 from geomirror.node.link_router import LinkRouter
@@ -197,7 +198,9 @@ class Node:
         calls.register(self._methods)
         ResourceChanges(calls).register(self._methods)
         MarkCalls(calls).register(self._methods)
-        ViewCalls(calls, self._status.addresses).register(self._methods)
+        views = ViewCalls(calls, self._status.addresses)
+        views.register(self._methods)
+        DrillCalls(calls, views, self._status.drills).register(self._methods)
         failover = FailoverCalls(self._host, self._store, self._links, self._router.is_up)
         failover.register(self._methods)
         self._volumes = VolumeChanges(calls)

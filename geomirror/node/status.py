@@ -8,6 +8,7 @@ from urllib.parse import quote
 
 from geomirror.errors import NotFoundError
 from geomirror.node.definition_store import DefinitionStore, ResourceEntry
+from geomirror.node.drill_book import DrillBook
 from geomirror.node.error_json import error_object
 from geomirror.node.resource_host import ResourceHost
 from geomirror.wan_protocol.link_events import LinkStatus
@@ -29,6 +30,7 @@ class StatusReport:
         self._refusals = refusals
         self._site_of = site_of
         self._link_of = link_of
+        self.drills = DrillBook(host.context)
         self.nbd_socket = ""
         self.nbd_tcp_base_uri: str | None = None
 
@@ -53,8 +55,9 @@ class StatusReport:
         entry = self._store.get(name)
         service = self._host.services.get(name)
         if service is None:
-            return self._not_served(entry)
+            return {**self._not_served(entry), "last_drill": self._last_drill(entry)}
         found = service.status()
+        found["last_drill"] = self._last_drill(entry)
         for volume in found["volumes"]:
             volume.update(self.addresses(name, str(volume["name"])))
         here = self._host.context.name
@@ -68,6 +71,9 @@ class StatusReport:
                 peer["state"] = "Pending"
         found["error"] = found.get("error")
         return found
+
+    def _last_drill(self, entry: ResourceEntry) -> dict[str, Any] | None:
+        return self.drills.last(entry.definition.name, entry.definition.resource_id)
 
     def _not_served(self, entry: ResourceEntry) -> dict[str, Any]:
         definition, here = entry.definition, self._host.context.name

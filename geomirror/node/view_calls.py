@@ -63,7 +63,7 @@ class ViewCalls:
 
     async def timeline(self, caller: Caller, request: OnNode) -> Result:
         """Every point in time that can be looked at there."""
-        other = self._elsewhere(request.name, request.node)
+        other = self.elsewhere(request.name, request.node)
         if other is not None:
             return await self._forward(caller, other, "resource.timeline", request)
         host = self._host(request.name)
@@ -77,7 +77,7 @@ class ViewCalls:
 
     async def create(self, caller: Caller, request: CreateView) -> Result:
         """Make a view."""
-        other = self._elsewhere(request.name, request.node)
+        other = self.elsewhere(request.name, request.node)
         if other is not None:
             return await self._forward(caller, other, "view.create", request)
         if request.quota_bytes <= 0 or (request.expires_s or 1) <= 0:
@@ -95,7 +95,7 @@ class ViewCalls:
 
     async def list_all(self, caller: Caller, request: OnNode) -> Result:
         """The views of a resource there."""
-        other = self._elsewhere(request.name, request.node)
+        other = self.elsewhere(request.name, request.node)
         if other is not None:
             return await self._forward(caller, other, "view.list", request)
         found = self._host(request.name).describe_all()
@@ -103,7 +103,7 @@ class ViewCalls:
 
     async def delete(self, caller: Caller, request: DeleteView) -> Result:
         """End a view; what was written to it is gone."""
-        other = self._elsewhere(request.name, request.node)
+        other = self.elsewhere(request.name, request.node)
         if other is not None:
             return await self._forward(caller, other, "view.delete", request)
         await self._host(request.name).delete(request.view)
@@ -119,7 +119,7 @@ class ViewCalls:
         self.calls.store.get(name)
         return self.calls.host.get(name).views
 
-    def _elsewhere(self, name: str, node: str | None) -> str | None:
+    def elsewhere(self, name: str, node: str | None) -> str | None:
         """The other member that is meant, None for this one."""
         if node is None or node == self._self:
             return None

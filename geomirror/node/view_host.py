@@ -168,6 +168,11 @@ class ViewHost:
             )
         await self._end(view, "it was deleted")
 
+    def wall_ns_of(self, name: str) -> int | None:
+        """When the epoch that a view shows was cut; None when it is gone."""
+        view = self._views.get(name)
+        return None if view is None else view.record.wall_ns
+
     async def expire(self) -> list[str]:
         """End the views whose time is over; their names."""
         now_ns = self._node.clock.wall_ns()

@@ -50,6 +50,18 @@ def test_the_socket_unit_names_its_socket_as_the_daemon_knows_it():
     assert found.get("Accept", "no") == "no"
 
 
+def test_a_drills_unit_fails_with_its_drill_and_may_mount():
+    unit = configparser.ConfigParser(strict=False, interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment, method-assign]
+    unit.read(ROOT / "deploy/systemd/geomirror-drill@.service")
+    service = unit["Service"]
+    assert service["Type"] == "oneshot"
+    assert "drill %I --check ${CHECK} $OPTIONS" in service["ExecStart"]
+    assert not service["ExecStart"].startswith("-")
+    assert service["KillMode"] == "mixed"
+    assert not any(name in service for name in ("PrivateMounts", "PrivateDevices", "User"))
+
+
 def test_the_attachments_unit_is_seen_by_everybody_and_outlives_the_daemon():
     unit = configparser.ConfigParser(strict=False, interpolation=None)
     unit.optionxform = str  # type: ignore[assignment, method-assign]
