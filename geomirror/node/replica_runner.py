@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import structlog
@@ -16,6 +17,7 @@ from geomirror.environment import SECOND
 from geomirror.errors import GeomirrorError
 from geomirror.node.context import NodeContext
 from geomirror.node.job_pace import SyncPace, is_small_sync, run_job
+from geomirror.node.sync_thread import JobBug, SyncThread
 from geomirror.wan_protocol.decisions import (
     Decision,
     Emit,
@@ -83,6 +85,7 @@ class ReplicaRunner:
         self._is_stopped = False
         self._silent_until_ns: dict[str, int] = {}
         self._pace = SyncPace(context.clock)
+        self._sync_thread = SyncThread(name, self._loop)
         self._flushes: list[object] = []
         self._idle = asyncio.Event()
         self._idle.set()
@@ -142,8 +145,7 @@ class ReplicaRunner:
         self, job: _Reading, answer: Callable[[_Reading, GeomirrorError | None], None]
     ) -> None:
         """Run a read on a worker thread, then `answer` on the loop."""
-        self._jobs += 1
-        self._idle.clear()
+        self._began()
         future = self._loop.run_in_executor(self._context.executor, run_job, job)
 
         def done(future: asyncio.Future[GeomirrorError | None]) -> None:
@@ -153,6 +155,10 @@ class ReplicaRunner:
 
         future.add_done_callback(done)
 
+    def _began(self) -> None:
+        self._jobs += 1
+        self._idle.clear()
+
     def _ended(self) -> None:
         self._jobs -= 1
         if self._jobs == 0:
@@ -161,15 +167,16 @@ class ReplicaRunner:
     def _execute(self, decision: Decision) -> bool:
         """Whether it was of a flush only: no deadline and nobody's position has changed by it."""
         match decision:
+            # The two that a flush is made of come first: patterns are tried in order.
+            case RunJob():
+                return self._start(decision)
+            case FlushDone(token, error):
+                self._on_flush(token, error)
+                return True
             case SendFrame(peer, session, epoch, sequence, body, is_resync):
                 self._links.send_frame(peer, session, epoch, sequence, body, is_resync=is_resync)
             case SendMessage(peer, session, message):
                 self._links.send_message(peer, session, message)
-            case FlushDone(token, error):
-                self._on_flush(token, error)
-                return True
-            case RunJob():
-                return self._start(decision)
             case RoomAvailable():
                 self._on_room()
             case Emit(kind, fields):
@@ -187,34 +194,40 @@ class ReplicaRunner:
 
     def _start(self, run: RunJob) -> bool:
         """Run a job; see `_execute`."""
-        execute = run_job
-        if run.kind == "sync" and is_small_sync(run.job, self.core.engine.journal.durable_lsn):
-            execute = self._pace.run
-            if self._pace.is_fast:
-                sealed_epoch = self.core.engine.sealed_epoch
-                self.core.job_done(run, execute(run.job), self.now_ns())
-                return self.core.engine.sealed_epoch == sealed_epoch
-        self._jobs += 1
-        self._idle.clear()
-        future = self._context.executor.submit(execute, run.job)
-        # Straight to the loop: `run_in_executor` takes another turn of it, which every flush pays.
+        if run.kind == "sync":
+            return self._start_sync(run)
+        self._began()
+        future = self._context.executor.submit(run_job, run.job)
+        # Straight to the loop: `run_in_executor` takes another turn of it.
         future.add_done_callback(
             lambda done: self._loop.call_soon_threadsafe(self._job_done, run, done)
         )
         return False
 
+    def _start_sync(self, run: RunJob) -> bool:
+        execute = run_job
+        if is_small_sync(run.job, self.core.engine.journal.durable_lsn):
+            execute = self._pace.run
+            if self._pace.is_fast:
+                sealed_epoch = self.core.engine.sealed_epoch
+                self.core.job_done(run, execute(run.job), self.now_ns())
+                return self.core.engine.sealed_epoch == sealed_epoch
+        self._began()
+        self._sync_thread.run(execute, run.job, partial(self._ended_with, run))
+        return False
+
     def _job_done(self, run: RunJob, future: Future[GeomirrorError | None]) -> None:
+        bug = future.exception()
+        self._ended_with(run, JobBug(bug) if bug is not None else future.result())
+
+    def _ended_with(self, run: RunJob, error: GeomirrorError | None) -> None:
         self._ended()
         if self._is_stopped:
-            future.exception()
             return
-        bug = future.exception()
-        if bug is not None:
+        if isinstance(error, JobBug):
             # A programmer's error: nothing more is answered as done; recovery is the tested path.
-            _log.critical("job_crashed", resource=self.name, job=run.kind, exc_info=bug)
-            error: GeomirrorError | None = GeomirrorError(f"internal error in {run.kind}: {bug!r}")
-        else:
-            error = future.result()
+            _log.critical("job_crashed", resource=self.name, job=run.kind, exc_info=error.bug)
+            error = GeomirrorError(f"internal error in {run.kind}: {error.bug!r}")
         self.core.job_done(run, error, self.now_ns())
         self.drive()
 
@@ -249,3 +262,4 @@ class ReplicaRunner:
             self._timer = None
         self._is_stopped = True
         await self.idle()
+        self._sync_thread.stop()

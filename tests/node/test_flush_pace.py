@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +23,7 @@ from geomirror.node.primary_export import HeldWriters, PrimaryExport
 from geomirror.node.replica_runner import ReplicaRunner
 from geomirror.node.status_contexts import StatusContexts
 from geomirror.volume.engine import Engine, VolumeSpec
+from geomirror.volume.journal_jobs import SyncJob
 from geomirror.volume.store_io import DirectoryStore
 from geomirror.volume.superblock import GenerationRecord
 from geomirror.wan_protocol.primary import Primary
@@ -198,3 +201,53 @@ async def test_a_flush_waits_for_what_was_completed_before_it(engine: Engine):
                 await asyncio.sleep(0)
             assert engine.journal.durable_lsn >= end_lsn
         await export.runner.stop()
+
+
+async def test_a_flush_waits_for_no_other_job(engine: Engine):
+    with ThreadPoolExecutor(1) as executor:
+        export, _ = make(engine, executor)
+        sink = Sink()
+        handle = export.open(cast(Any, sink))
+        gate = threading.Event()
+        executor.submit(gate.wait)  # A pass that takes long has the only worker thread.
+        try:
+            write = Request(CMD_WRITE, 0, 1, 0, 4096, memoryview(bytes(4096)))
+            export.submit(handle, [write], cast(Any, sink))
+            export.submit(handle, [Request(CMD_FLUSH, 0, 2, 0, 0, None)], cast(Any, sink))
+            async with asyncio.timeout(10):
+                while sink.done != [1, 2]:
+                    await asyncio.sleep(0.001)
+        finally:
+            gate.set()
+        await export.runner.stop()
+        assert not [one for one in threading.enumerate() if one.name == "geomirror-sync-pg"]
+
+
+async def test_a_bug_in_a_sync_fences_and_is_answered(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    told: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", lambda found: told.append(found.exc_value))
+    with ThreadPoolExecutor(1) as executor:
+        export, core = make(engine, executor)
+        answers: list[tuple[int, int]] = []
+        sink = Sink()
+        monkeypatch.setattr(sink, "reply", lambda cookie, error, _: answers.append((cookie, error)))
+        handle = export.open(cast(Any, sink))
+        write = Request(CMD_WRITE, 0, 1, 0, 4096, memoryview(bytes(4096)))
+        export.submit(handle, [write], cast(Any, sink))
+        bug = ZeroDivisionError("a bug")
+
+        def fail(_: object) -> None:
+            raise bug
+
+        monkeypatch.setattr(SyncJob, "run", fail)
+        export.submit(handle, [Request(CMD_FLUSH, 0, 2, 0, 0, None)], cast(Any, sink))
+        async with asyncio.timeout(10):
+            while not answers:
+                await asyncio.sleep(0.001)
+        assert answers == [(2, errno.ESHUTDOWN)]
+        assert core.fenced is not None
+        assert "internal error in sync: ZeroDivisionError" in str(core.fenced)
+        await export.runner.stop()
+        assert told == [bug]
