@@ -94,6 +94,7 @@ class StorageConfig(_Section, frozen=True):
     dirty_bytes_max: Annotated[int, Meta(ge=16 * MIB, le=1 << 50)] = PRODUCTION.dirty_bytes_max
     destage_age_s: Annotated[int, Meta(ge=1, le=3600)] = PRODUCTION.destage_age_ns_max // SECOND
     undo_bytes_max: Bytes = PRODUCTION.undo_bytes_max
+    branches_bytes_max: Bytes = PRODUCTION.branches_bytes_max
     full_disk_wait_s: Annotated[int, Meta(ge=0, le=3600)] = (
         PRODUCTION.full_disk_wait_ns_max // SECOND
     )
@@ -129,6 +130,7 @@ class Config(_Section, frozen=True):
             dirty_bytes_max=self.storage.dirty_bytes_max,
             destage_age_ns_max=self.storage.destage_age_s * SECOND,
             undo_bytes_max=self.storage.undo_bytes_max,
+            branches_bytes_max=self.storage.branches_bytes_max,
             full_disk_wait_ns_max=self.storage.full_disk_wait_s * SECOND,
         )
 

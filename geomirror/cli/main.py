@@ -46,6 +46,8 @@ PANELS: dict[str, dict[str, str]] = {
         "timeline": "geomirror.cli.timeline",
         "view": "geomirror.cli.view",
         "drill": "geomirror.cli.drill",
+        "rewind": "geomirror.cli.rewind",
+        "branch": "geomirror.cli.branch",
     },
     "Observation": {
         "status": "geomirror.cli.status",

@@ -19,6 +19,7 @@ from geomirror.environment import SECOND, SystemClock, SystemEntropy
 from geomirror.errors import ConfigError, GeomirrorError
 from geomirror.nbd.server_io import NbdServer
 from geomirror.node.activation_io import ActivatedSocket
+from geomirror.node.branch_calls import BranchCalls
 from geomirror.node.calls import Caller, MethodRegistry, Parameters, Result
 from geomirror.node.config_io import load_config
 from geomirror.node.context import NodeContext
@@ -40,6 +41,7 @@ from geomirror.node.resource_calls import ResourceCalls
 from geomirror.node.resource_changes import ResourceChanges
 from geomirror.node.resource_definition import ResourceDefinition
 from geomirror.node.resource_host import ResourceHost, remove_tree
+from geomirror.node.rewind_calls import RewindCalls
 from geomirror.node.rfc3339 import rfc3339
 from geomirror.node.service import Service, ServiceFactory
 from geomirror.node.status import StatusReport
@@ -201,6 +203,8 @@ class Node:
         views = ViewCalls(calls, self._status.addresses)
         views.register(self._methods)
         DrillCalls(calls, views, self._status.drills).register(self._methods)
+        BranchCalls(calls, views).register(self._methods)
+        RewindCalls(calls, self._nbd.connection_count).register(self._methods)
         failover = FailoverCalls(self._host, self._store, self._links, self._router.is_up)
         failover.register(self._methods)
         self._volumes = VolumeChanges(calls)

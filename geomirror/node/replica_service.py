@@ -8,6 +8,7 @@ from typing import Any
 from geomirror.cluster.verdict import MemberAnswer
 from geomirror.errors import GeomirrorError, UsageError, WaitTimeoutError
 from geomirror.nbd.protocol import Export
+from geomirror.node.branch_desk import BranchDesk
 from geomirror.node.context import NodeContext
 from geomirror.node.full_disk import FullDisk
 from geomirror.node.grower import Grower
@@ -63,6 +64,7 @@ class ReplicaService:
         self._full_disk = FullDisk(node.limits.full_disk_wait_ns_max)
         self._pins: ReaderPins | None = None
         self.views = ViewHost(definition.name, engine, store, node)
+        self.branches = BranchDesk(definition.name, engine, self.views, node)
         self._replica_exports: ReplicaExports
         self._grower: Grower | None = None
         self._ticker: asyncio.Task[None] | None = None

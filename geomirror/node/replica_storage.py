@@ -9,6 +9,7 @@ from geomirror.errors import NotFoundError, RefusedError
 from geomirror.node.backing_check import check_backing
 from geomirror.node.context import NodeContext
 from geomirror.node.resource_definition import ResourceDefinition
+from geomirror.node.rewinding import finish_return
 from geomirror.volume.engine import Engine, VolumeSpec
 from geomirror.volume.engine_base import MakeBacking
 from geomirror.volume.store import File
@@ -119,6 +120,7 @@ def open_engine(definition: ResourceDefinition, node: NodeContext) -> tuple[Dire
         if engine.superblock.resource_id != definition.resource_id:
             engine.close()
             raise RefusedError(f"{directory} holds another resource of this name")
+        finish_return(engine, node)
     except BaseException:
         store.close()
         raise

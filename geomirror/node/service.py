@@ -12,6 +12,7 @@ from geomirror.node.resource_definition import ResourceDefinition
 if TYPE_CHECKING:
     from geomirror.cluster.verdict import MemberAnswer
     from geomirror.nbd.protocol import Export
+    from geomirror.node.branch_desk import BranchDesk
     from geomirror.node.mark_desk import MarkDesk
     from geomirror.node.view_host import ViewHost
     from geomirror.volume.superblock import VolumeRecord
@@ -31,6 +32,10 @@ class Service(Protocol):
     @property
     def views(self) -> ViewHost:
         """Earlier points in time of it."""
+
+    @property
+    def branches(self) -> BranchDesk:
+        """What was cut off."""
 
     @property
     def role(self) -> str:

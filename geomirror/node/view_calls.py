@@ -65,7 +65,7 @@ class ViewCalls:
         """Every point in time that can be looked at there."""
         other = self.elsewhere(request.name, request.node)
         if other is not None:
-            return await self._forward(caller, other, "resource.timeline", request)
+            return await self.forward(caller, other, "resource.timeline", request)
         host = self._host(request.name)
         points = host.points()
         return {
@@ -79,7 +79,7 @@ class ViewCalls:
         """Make a view."""
         other = self.elsewhere(request.name, request.node)
         if other is not None:
-            return await self._forward(caller, other, "view.create", request)
+            return await self.forward(caller, other, "view.create", request)
         if request.quota_bytes <= 0 or (request.expires_s or 1) <= 0:
             raise UsageError("a quota and an expiry are greater than zero")
         host = self._host(request.name)
@@ -91,13 +91,13 @@ class ViewCalls:
         )
         fields = {"resource": request.name, "view": view.record.name, "by": caller.name}
         self.calls.host.context.emit("view_created", {**fields, "epoch": view.record.epoch})
-        return self._described(host, view)
+        return self.described(host, view)
 
     async def list_all(self, caller: Caller, request: OnNode) -> Result:
         """The views of a resource there."""
         other = self.elsewhere(request.name, request.node)
         if other is not None:
-            return await self._forward(caller, other, "view.list", request)
+            return await self.forward(caller, other, "view.list", request)
         found = self._host(request.name).describe_all()
         return {"resource": request.name, "views": [self._with_uris(each) for each in found]}
 
@@ -105,7 +105,7 @@ class ViewCalls:
         """End a view; what was written to it is gone."""
         other = self.elsewhere(request.name, request.node)
         if other is not None:
-            return await self._forward(caller, other, "view.delete", request)
+            return await self.forward(caller, other, "view.delete", request)
         await self._host(request.name).delete(request.view)
         fields = {"resource": request.name, "view": request.view, "by": caller.name}
         self.calls.host.context.emit("view_deleted", fields)
@@ -130,7 +130,8 @@ class ViewCalls:
             )
         return node
 
-    async def _forward(self, caller: Caller, node: str, method: str, request: Parameters) -> Result:
+    async def forward(self, caller: Caller, node: str, method: str, request: Parameters) -> Result:
+        """Let another member do it."""
         return await self.calls.forward(caller, node, method, request, VIEW_TIMEOUT_S)
 
     def _level(self, point: Point, points: list[Point]) -> float:
@@ -138,7 +139,8 @@ class ViewCalls:
         newest_ns = max(each.wall_ns for each in points)
         return levels[level_of(newest_ns - point.wall_ns, levels)][0] / 1e9
 
-    def _described(self, host: ViewHost, view: OpenView) -> dict[str, Any]:
+    def described(self, host: ViewHost, view: OpenView) -> dict[str, Any]:
+        """The view's object, with its URIs."""
         return self._with_uris(host.describe(view))
 
     def _with_uris(self, found: dict[str, Any]) -> dict[str, Any]:

@@ -11,13 +11,13 @@ import errno
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from geomirror.errors import GeomirrorError, RefusedError
 from geomirror.nbd.constants import CMD_FLAG_FUA, CMD_FLUSH, CMD_READ, CMD_WRITE
 from geomirror.nbd.protocol import ReplySink, Request
 from geomirror.volume.scratch import Scratch
 from geomirror.volume.store import Buffer
-from geomirror.volume.view import View
 
 _BATCH_BYTES_MAX = 16 << 20
 """Reads of one batch: replies are held until it is done."""
@@ -45,10 +45,17 @@ class _Answer:
     content: Buffer = b""
 
 
+class Viewed(Protocol):
+    """The volumes as they were at some moment: `View` or `BranchView`."""
+
+    def read(self, volume: int, offset: int, length: int) -> bytes:
+        """The bytes of a range. Blocking, on any thread."""
+
+
 class ViewQueue:
     """The requests of one view, all of its volumes and connections together."""
 
-    def __init__(self, view: View, scratch: Scratch | None, executor: Executor) -> None:
+    def __init__(self, view: Viewed, scratch: Scratch | None, executor: Executor) -> None:
         self.view = view
         self.scratch = scratch
         self.closed_because = ""

@@ -18,6 +18,7 @@ from geomirror.nbd.protocol import Export
 from geomirror.node.context import NodeContext
 from geomirror.node.rfc3339 import rfc3339
 from geomirror.node.view_export import ViewExport, ViewQueue
+from geomirror.volume.branch_view import BranchView
 from geomirror.volume.engine import Engine
 from geomirror.volume.points import At, Point, find_point, points_of
 from geomirror.volume.scratch import DIRECTORY, Scratch, data_name, map_name
@@ -42,6 +43,8 @@ class ViewRecord(msgspec.Struct, forbid_unknown_fields=True):
     quota_bytes: int
     sizes: dict[int, int]
     """Bytes of each volume at the epoch, by index."""
+    branch: str = ""
+    """Of a branch: its name; `epoch` is that of its base then."""
 
 
 class OpenView:
@@ -125,16 +128,34 @@ class ViewHost:
         :raises NotFoundError: no such point. :raises RefusedError: too many views, or this copy is
             not consistent. :raises LimitExceededError: too much was changed since.
         """
-        if self._engine.superblock.data_state != CONSISTENT:
-            raise RefusedError(
-                f'"{self._resource}" is Inconsistent here: its first sync or a resync is not over'
-            )
-        if len(self._views) >= self._node.limits.views_max:
-            raise RefusedError(
-                f'"{self._resource}" has {len(self._views)} views here already',
-                hint=f'delete one: "geomirror view list {self._resource}"',
-            )
+        self._check_room()
         point = find_point(self.points(), at, self._engine.marks.table)
+        return await self._create(
+            point, is_writable=is_writable, quota_bytes=quota_bytes, expires_s=expires_s
+        )
+
+    async def create_of_branch(self, branch: str, *, expires_s: float | None) -> OpenView:
+        """Make a read-only view of the end of a branch.
+
+        :raises NotFoundError: no such branch, or what it lies on is not kept any more.
+        :raises RefusedError, LimitExceededError: as `create`.
+        """
+        self._check_room()
+        record = self._engine.branches.get(branch)
+        point = Point(record.base_epoch, record.end_wall_ns)
+        return await self._create(
+            point, is_writable=False, quota_bytes=0, expires_s=expires_s, branch=branch
+        )
+
+    async def _create(
+        self,
+        point: Point,
+        *,
+        is_writable: bool,
+        quota_bytes: int,
+        expires_s: float | None,
+        branch: str = "",
+    ) -> OpenView:
         now_ns = self._node.clock.wall_ns()
         record = ViewRecord(
             name=self._new_name(),
@@ -146,6 +167,7 @@ class ViewHost:
             is_writable=is_writable,
             quota_bytes=quota_bytes,
             sizes={},
+            branch=branch,
         )
         view = self._views[record.name] = OpenView(record)
         self._engine.undo.pin(_owner(record.name), record.epoch)
@@ -157,6 +179,21 @@ class ViewHost:
             await loop.run_in_executor(self._node.executor, self._remove_files, record.name)
             raise
         return view
+
+    def _check_room(self) -> None:
+        if self._engine.superblock.data_state != CONSISTENT:
+            raise RefusedError(
+                f'"{self._resource}" is Inconsistent here: its first sync or a resync is not over'
+            )
+        if len(self._views) >= self._node.limits.views_max:
+            raise RefusedError(
+                f'"{self._resource}" has {len(self._views)} views here already',
+                hint=f'delete one: "geomirror view list {self._resource}"',
+            )
+
+    def views_of_branch(self, branch: str) -> list[str]:
+        """Names of the views of a branch."""
+        return [name for name, view in self._views.items() if view.record.branch == branch]
 
     async def delete(self, name: str) -> None:
         """End a view and forget what was written to it. :raises NotFoundError: no such view."""
@@ -207,6 +244,7 @@ class ViewHost:
             "node": self._node.name,
             "generation": record.generation,
             "epoch": record.epoch,
+            "branch": record.branch or None,
             "time": timestamp(record.wall_ns),
             "created_at": timestamp(record.created_wall_ns),
             "expires_at": timestamp(record.expires_wall_ns),
@@ -250,13 +288,17 @@ class ViewHost:
     def _open(self, view: OpenView, *, is_new: bool) -> None:
         """Blocking. :raises GeomirrorError: it cannot be served."""
         record, engine, store = view.record, self._engine, self._store
-        if record.generation != engine.generation.hex():
+        if not record.branch and record.generation != engine.generation.hex():
             raise NotFoundError("it is of another history than this copy has now")
         if record.epoch > engine.applied_epoch or engine.superblock.data_state != CONSISTENT:
             raise NotFoundError("this copy was made anew since")
         images = dict(engine.images) if is_new else {i: engine.images[i] for i in record.sizes}
         undo, entries_max = engine.undo, self._node.limits.view_entries_max
-        seen = View(record.epoch, images, lambda: undo.history, store.open, entries_max)
+        seen: View | BranchView
+        if record.branch:
+            seen = engine.view_branch(record.branch)
+        else:
+            seen = View(record.epoch, images, lambda: undo.history, store.open, entries_max)
         undo.pin(_owner(record.name), record.epoch)
         seen.prepare()
         if is_new:

@@ -61,6 +61,10 @@ class BranchView:
         """Index what was changed since the base, which the first read would do otherwise."""
         self._base.prepare()
 
+    def size_of(self, volume: int) -> int:
+        """Bytes of a volume then, 0 if it was not there: none can grow within a branch."""
+        return self._base.size_of(volume)
+
     def read(self, volume: int, offset: int, length: int) -> bytes:
         """The bytes of a range, at most some MiB. As `View.read`."""
         if not length:

@@ -294,7 +294,7 @@ class Engine(RollbackPath):
             the engine and open it again, which ends what was begun.
         """
         self.seal_all(wall_ns)
-        self._target(to_epoch, chain_hash)
+        self.rollback_target(to_epoch, chain_hash)
         self.apply_through(to_epoch)
         checkpoint = self.checkpoint_job()
         if checkpoint is not None:

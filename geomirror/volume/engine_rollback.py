@@ -12,7 +12,7 @@ Deliberately not here: the steps and their order (`rollback`), when to roll back
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
@@ -35,6 +35,7 @@ from geomirror.volume.superblock import (
     Superblock,
     copy_of,
 )
+from geomirror.volume.undo_file import PassInfo
 
 __all__ = ["RollbackJob", "RollbackPath"]
 
@@ -58,7 +59,8 @@ class RollbackPath(VolumeGrowth):
         boundaries = self._boundaries()
         numbers = self._directory.numbers()
         low = max(boundaries[0], self.superblock.consistent_from, self.sizes.newest_change)
-        found = {each for each in boundaries if self._hash_of(each) is not None}
+        labels = self._labels()
+        found = {each for each in boundaries if self._info_of(each, labels) is not None}
         if numbers:
             start = self._directory.info(numbers[0]).first_number - 1
             base = next((each for each in boundaries if each >= start), None)
@@ -66,6 +68,35 @@ class RollbackPath(VolumeGrowth):
                 found.update(number for number in numbers if number >= base)
         found.add(self.applied_epoch)
         return sorted(each for each in found if each >= low)
+
+    def rollback_targets(self) -> list[EpochInfo]:
+        """What is known of each of `rollback_points`, ascending."""
+        labels = self._labels()
+        found = [self._info_of(each, labels) for each in self.rollback_points()]
+        return [each for each in found if each is not None]
+
+    def rollback_target(self, epoch: int, chain_hash: bytes | None = None) -> EpochInfo:
+        """What is known of an epoch that `rollback_job` can go back to.
+
+        :raises NotFoundError, RefusedError: as there.
+        """
+        if epoch < self.sizes.newest_change:
+            raise grown_since(epoch)
+        points = self.rollback_points()
+        found = self._info_of(epoch, self._labels(), chain_hash)
+        is_boundary = epoch in self._boundaries() and epoch <= self.applied_epoch
+        if found is None or not (epoch in points or is_boundary):
+            raise NotFoundError(
+                f'resource "{self.superblock.name}" cannot go back to epoch {epoch}: '
+                + _nearest(points, epoch),
+                hint='"geomirror timeline" shows what is kept',
+            )
+        if chain_hash is not None and chain_hash != found.chain_hash:
+            raise RefusedError(
+                f'resource "{self.superblock.name}": epoch {epoch} is not the same here and there, '
+                "so the histories differ before it"
+            )
+        return found
 
     def rollback_job(
         self,
@@ -88,7 +119,7 @@ class RollbackPath(VolumeGrowth):
         :raises NotFoundError: the state is not kept; names the nearest ones that are.
         :raises RefusedError: H differs, a volume has grown since, or branches leave no room.
         """
-        info = self._target(to_epoch, chain_hash)
+        info = self.rollback_target(to_epoch, chain_hash)
         assert self.half_applied_through is None
         assert self._draft is None, "seal the draft first"
         assert not self._open_entries, "seal the open epoch first"
@@ -104,7 +135,7 @@ class RollbackPath(VolumeGrowth):
             info.end_lsn,
             boundary,
             tail.record.name if tail else "",
-            list(_chain_through(superblock.chain, to_epoch) if chain is None else chain),
+            list(chain_through(superblock.chain, to_epoch) if chain is None else chain),
         )
         intent = copy_of(superblock)
         intent.rollback = record
@@ -224,7 +255,7 @@ class RollbackPath(VolumeGrowth):
         else:
             end_lsn, end_wall_ns = last.end_lsn, last.wall_ns
         chain = self.superblock.chain
-        at_base = _chain_through(chain, base)
+        at_base = chain_through(chain, base)
         record = BranchRecord(
             self.branches.free_name(name),
             at_base[-1].identity if at_base else "",
@@ -254,9 +285,7 @@ class RollbackPath(VolumeGrowth):
     def _has_epochs_after(self, epoch: int) -> bool:
         """Whether every epoch after it is in the journal."""
         first = self._directory.first_after(epoch)
-        if first is None:
-            return epoch >= self.committed_epoch
-        return first.first_number == epoch + 1
+        return first is not None and first.first_number == epoch + 1
 
     # Looking up.
 
@@ -265,30 +294,12 @@ class RollbackPath(VolumeGrowth):
         kept = self.undo.history.kept(self.applied_epoch)
         return [each.from_epoch for each in kept] + [self.applied_epoch]
 
-    def _target(self, epoch: int, chain_hash: bytes | None) -> EpochInfo:
-        if epoch < self.sizes.newest_change:
-            raise grown_since(epoch)
-        points = self.rollback_points()
-        found = self._info_of(epoch, chain_hash)
-        is_boundary = epoch in self._boundaries() and epoch <= self.applied_epoch
-        if found is None or not (epoch in points or is_boundary):
-            raise NotFoundError(
-                f'resource "{self.superblock.name}" cannot go back to epoch {epoch}: '
-                + _nearest(points, epoch),
-                hint='"geomirror timeline" shows what is kept',
-            )
-        if chain_hash is not None and chain_hash != found.chain_hash:
-            raise RefusedError(
-                f'resource "{self.superblock.name}": epoch {epoch} is not the same here and there, '
-                "so the histories differ before it"
-            )
-        return found
+    def _labels(self) -> dict[int, PassInfo]:
+        return {each.to_epoch: each for each in self.undo.history.passes}
 
-    def _hash_of(self, epoch: int) -> bytes | None:
-        found = self._info_of(epoch, None)
-        return None if found is None else found.chain_hash
-
-    def _info_of(self, epoch: int, chain_hash: bytes | None) -> EpochInfo | None:
+    def _info_of(
+        self, epoch: int, labels: Mapping[int, PassInfo], chain_hash: bytes | None = None
+    ) -> EpochInfo | None:
         """What is known of an epoch; one that is in no record and no label by its hash alone."""
         superblock = self.superblock
         if epoch == superblock.applied_epoch:
@@ -302,9 +313,9 @@ class RollbackPath(VolumeGrowth):
         rows = self._directory.after(epoch - 1, 1)
         if rows and rows[0].number == epoch:
             return rows[0]
-        for each in self.undo.history.passes:
-            if each.to_epoch == epoch:
-                return _info(epoch, epoch, each.chain_hash, each.wall_ns)
+        label = labels.get(epoch)
+        if label is not None:
+            return _info(epoch, epoch, label.chain_hash, label.wall_ns)
         for entry in superblock.chain:
             if entry.parent and entry.parent_epoch == epoch:
                 return _info(epoch, epoch, bytes.fromhex(entry.parent_hash), entry.wall_ns)
@@ -326,7 +337,7 @@ def _info(epoch: int, first: int, chain_hash: bytes, wall_ns: int, end_lsn: int 
     return EpochInfo(epoch, first, 0, 0, end_lsn, 0, 0, 0, 0, wall_ns, 0, 0, chain_hash)
 
 
-def _chain_through(chain: Sequence[GenerationRecord], epoch: int) -> list[GenerationRecord]:
+def chain_through(chain: Sequence[GenerationRecord], epoch: int) -> list[GenerationRecord]:
     """The chain of a position at `epoch`: without generations that began there or later."""
     return [entry for entry in chain if not entry.parent or entry.parent_epoch < epoch]
 

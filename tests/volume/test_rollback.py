@@ -16,6 +16,7 @@ from tests.volume.rollback_rig import WALL_NS, RollbackRig, message_of
 @pytest.mark.parametrize("seed", range(30))
 def test_any_possible_epoch_can_be_gone_back_to(seed: int) -> None:
     rig = RollbackRig(9000 + seed)
+    rig.follow = seed % 2 == 0
     rig.history(14)
     if rig.random.random() < 0.5:
         rig.write()
@@ -47,6 +48,7 @@ def test_any_possible_epoch_can_be_gone_back_to(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(6))
 def test_a_crash_at_every_change_of_the_disk_is_finished_after_it(seed: int) -> None:
     rig = RollbackRig(9100 + seed)
+    rig.follow = seed % 2 == 0
     rig.history(10)
     points = rig.engine.rollback_points()
     target = rig.random.choice(points[:-1])

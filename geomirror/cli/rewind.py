@@ -1,0 +1,108 @@
+"""`geomirror rewind`: a resource back to an earlier point, and that taken back."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+import rich_click as click
+
+from geomirror.cli.common import App, json_option, pass_app
+from geomirror.cli.timeline import local
+from geomirror.cli.units import format_seconds
+from geomirror.cli.when import WHEN_HELP, parse_when
+from geomirror.errors import RefusedError, UsageError
+from geomirror.node.error_json import error_from_object
+
+_TIMEOUT_S = 660.0
+_ENDS = ("commit", "rollback")
+
+
+@click.command()
+@click.argument("words", metavar="[commit|rollback] RES", nargs=-1, required=True)
+@click.option("--to", "when", metavar="T", help=WHEN_HELP)
+@click.option("--dry-run", is_flag=True, help="Only say whether it is possible, and what it costs.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@json_option
+@pass_app
+def rewind(app: App, words: tuple[str, ...], when: str | None, dry_run: bool, yes: bool) -> int:
+    """Bring RES back to an earlier point, as a new generation that begins there.
+
+    What came later stays as a branch. `rewind rollback` brings it back (and makes a branch of what
+    was written since); `rewind commit` drops it for good. No client may be connected meanwhile.
+
+    \b
+    [bold]Examples:[/bold]
+      geomirror rewind pg --to before-upgrade --dry-run
+      geomirror rewind pg --to -10m
+      geomirror rewind rollback pg
+      geomirror rewind commit pg
+    """
+    end = words[0] if len(words) == 2 and words[0] in _ENDS else None
+    if len(words) > 2 or (len(words) == 2 and end is None):
+        raise UsageError("one resource is wanted", hint="geomirror rewind RES --to T")
+    name = words[-1]
+    if end is not None:
+        if when is not None or dry_run:
+            raise UsageError(f"rewind {end} takes no --to and no --dry-run")
+        return _end(app, end, name, is_confirmed=yes)
+    if when is None:
+        raise UsageError("no point in time is given", hint=f"geomirror rewind {name} --to T")
+    parameters = {"name": name, **parse_when(when, datetime.now().astimezone())}
+    plan = app.call("rewind.begin", {**parameters, "is_dry_run": True})
+    if dry_run:
+        app.show(plan, lambda: _plan(plan))
+        return 0 if plan["is_possible"] else RefusedError.exit_code
+    if not plan["is_possible"]:
+        raise error_from_object(plan["refusal"])
+    if not yes:
+        app.progress(_plan(plan))
+    app.confirm(f'rewind "{name}"', is_confirmed=yes)
+    exact = {"name": name, "epoch": plan["epoch"]}
+    result = app.call("rewind.begin", exact, timeout_s=_TIMEOUT_S)
+    app.show(result, lambda: _done(result))
+    return 0
+
+
+def _end(app: App, end: str, name: str, *, is_confirmed: bool) -> int:
+    if end == "commit":
+        question = f'drop what the rewind of "{name}" cut off, for good'
+        app.confirm(question, is_confirmed=is_confirmed)
+        result = app.call("rewind.commit", {"name": name})
+        app.show(result, f'"{name}" stays as it is; branch "{result["branch"]}" is dropped')
+        return 0
+    result = app.call("rewind.rollback", {"name": name}, timeout_s=_TIMEOUT_S)
+    since = result["branch"]
+    kept = f'; what was written since is branch "{since}"' if since else ""
+    app.show(result, f'"{name}" is what it was before the rewind{kept}')
+    return 0
+
+
+def _plan(plan: dict[str, Any]) -> str:
+    name = plan["resource"]
+    if not plan["is_possible"]:
+        refusal = plan["refusal"]
+        lines = [f"{name}: cannot be rewound: {refusal['message']}"]
+        return "\n".join(lines + ([f"  {refusal['hint']}"] if refusal.get("hint") else []))
+    time = f", {local(plan['time'])}" if plan["time"] else ""
+    cut = plan["cut_off"]
+    if not cut["epochs"]:
+        return f"{name}: it is at epoch {plan['epoch']}{time} already"
+    seconds = f", {format_seconds(cut['seconds'])}" if cut["seconds"] is not None else ""
+    epochs = f"epochs {cut['first_epoch']}–{cut['last_epoch']}{seconds}"
+    return (
+        f"{name}: back to epoch {plan['epoch']}{time}\n  {epochs} are cut off and stay as a branch"
+    )
+
+
+def _done(result: dict[str, Any]) -> str:
+    name, branch = result["resource"], result["branch"]
+    time = f", {local(result['time'])}" if result["time"] else ""
+    text = f'"{name}" is at epoch {result["epoch"]}{time}'
+    if branch is None:
+        return text
+    return (
+        f'{text}; what came later is branch "{branch}"\n'
+        f"  geomirror rewind rollback {name}   goes back to it\n"
+        f"  geomirror rewind commit {name}     drops it for good"
+    )

@@ -1,0 +1,146 @@
+"""The branches of one resource on this node, as operators see them."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from geomirror.errors import NotFoundError, RefusedError
+from geomirror.node.context import NodeContext
+from geomirror.node.rfc3339 import rfc3339
+from geomirror.node.view_host import ViewHost
+from geomirror.volume.branches import BranchRecord
+from geomirror.volume.engine import Engine
+from geomirror.volume.engine_rollback import chain_through
+from geomirror.volume.epoch_directory import EpochInfo
+from geomirror.volume.points import At, Point, find_point
+
+REWOUND = "rewound"
+"""Reason of a generation that began in the past; its tail is still a branch until `commit`."""
+ALMOST_FULL = 0.8
+"""Part of the budget at which the operator is told."""
+
+
+def rewind_branch(generation: str) -> str:
+    """Name of the branch that a rewind leaves, from the generation that it began."""
+    return f"rewind-{generation[:8]}"
+
+
+class BranchDesk:
+    """On the event loop."""
+
+    def __init__(self, resource: str, engine: Engine, views: ViewHost, node: NodeContext) -> None:
+        self._resource = resource
+        self._engine = engine
+        self._views = views
+        self._node = node
+
+    def describe(self) -> dict[str, Any]:
+        """All branches, the oldest first, and what they cost."""
+        branches = self._engine.branches
+        stored, budget = branches.stored_bytes(), self._node.limits.branches_bytes_max
+        count_max = self._node.limits.branches_max
+        is_almost_full = stored >= ALMOST_FULL * budget or (
+            len(branches.records()) >= ALMOST_FULL * count_max
+        )
+        return {
+            "branches": [self._branch(each) for each in branches.records()],
+            "damaged": list(branches.damaged),
+            "stored_bytes": stored,
+            "budget_bytes": budget,
+            "alarm": (
+                "branches have almost no room left: a node that has to go back will stop and ask"
+                if is_almost_full
+                else ""
+            ),
+        }
+
+    async def drop(self, name: str) -> None:
+        """Forget a branch for good.
+
+        :raises NotFoundError: there is none. :raises RefusedError: it is looked at.
+        """
+        views = self._views.views_of_branch(name)
+        if views:
+            raise RefusedError(
+                f'branch "{name}" of "{self._resource}" is looked at by view {views[0]}',
+                hint=f"geomirror view delete {self._resource} {views[0]}",
+            )
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._node.executor, self._engine.drop_branch, name)
+
+    # Rewinding: what there is to know while the resource runs.
+
+    def target(self, at: At) -> EpochInfo:
+        """The epoch that a rewind to `at` goes back to: the nearest at or before it.
+
+        :raises NotFoundError: there is none; names the nearest ones.
+        """
+        engine = self._engine
+        marks = engine.marks.table
+        names: dict[int, list[str]] = {}
+        for mark in marks.marks():
+            names.setdefault(mark.epoch, []).append(mark.name)
+        points = [
+            Point(each.number, each.wall_ns, tuple(names.get(each.number, ())))
+            for each in engine.rollback_targets()
+        ]
+        return engine.rollback_target(find_point(points, at, marks).epoch)
+
+    def cut_off(self, target: EpochInfo) -> dict[str, Any]:
+        """What going back to it takes out of the volumes."""
+        engine = self._engine
+        unsealed = engine.open_epoch_since_wall_ns is not None
+        last = engine.committed_epoch + unsealed
+        newest_ns = max(engine.last_wall_ns, engine.superblock.applied_wall_ns)
+        is_known = 0 < target.wall_ns <= newest_ns
+        return {
+            "epochs": last - target.number,
+            "first_epoch": target.number + 1 if last > target.number else None,
+            "last_epoch": last if last > target.number else None,
+            "seconds": (newest_ns - target.wall_ns) / 1e9 if is_known else None,
+        }
+
+    def rewound(self) -> BranchRecord:
+        """The branch that the last rewind left. :raises NotFoundError: nothing is rewound."""
+        chain = self._engine.superblock.chain
+        if chain and chain[-1].reason == REWOUND:
+            name = rewind_branch(chain[-1].identity)
+            found = [each for each in self._engine.branches.records() if each.name == name]
+            if found:
+                return found[0]
+        raise NotFoundError(
+            f'"{self._resource}" is not rewound, or that was committed',
+            hint=f"geomirror branch list {self._resource}",
+        )
+
+    def _branch(self, record: BranchRecord) -> dict[str, Any]:
+        return {
+            "name": record.name,
+            "base": {
+                "generation": record.base_generation,
+                "epoch": record.base_epoch,
+                "time": rfc3339(record.base_wall_ns) if record.base_wall_ns else None,
+            },
+            "end": {
+                "generation": record.generation,
+                "epoch": record.end_epoch,
+                "time": rfc3339(record.end_wall_ns) if record.end_wall_ns else None,
+            },
+            "created_at": rfc3339(record.created_wall_ns),
+            "raw_bytes": record.raw_bytes,
+            "stored_bytes": record.stored_bytes,
+            "marks": [name for name, _ in record.marks],
+            "is_viewable": self._is_viewable(record),
+        }
+
+    def _is_viewable(self, record: BranchRecord) -> bool:
+        """Whether the state at its base is still there (in this history, and kept by undo)."""
+        engine = self._engine
+        at_base = chain_through(engine.superblock.chain, record.base_epoch)
+        is_ours = (at_base[-1].identity if at_base else "") == record.base_generation
+        try:
+            engine.undo.history.since(record.base_epoch)
+        except NotFoundError:
+            return False
+        return is_ours and record.base_epoch <= engine.applied_epoch
