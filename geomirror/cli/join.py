@@ -11,8 +11,8 @@ import rich_click as click
 from geomirror.cli.common import App, json_option, pass_app
 from geomirror.errors import UnreachableError, UsageError
 
-RETRY_S = 10.0
-"""The other daemon may have been started a moment ago."""
+RETRY_S = 30.0
+"""The other daemon may have been started a moment ago; on a busy machine that took 11 s."""
 TOKEN_BYTES_MAX = 8192
 
 

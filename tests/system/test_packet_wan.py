@@ -32,6 +32,8 @@ RETURN_S_MAX = 3.0
 """From the return of the link to a whole frame at the mirror: an attempt's pause, five round trips
 of handshakes, one and a half of the session, two or three of TCP's slow start are 0.8 s. The rest
 is for a machine that has other things to do; a TCP that waits for its timer takes 3 to 16 s."""
+LATE_RETURN_S_MAX = RETURN_S_MAX + 1
+"""After a minute attempts begin once a second, not four times."""
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +94,7 @@ def test_after_an_outage_data_flows_at_once(pair: Pair, seconds: float) -> None:
     assert pair.a.peer()["state"] == "Disconnected"
     assert pair.a.link()["last_error"]
     took_s = pair.seconds_to_data(pair.wan.up())
-    assert took_s < RETURN_S_MAX
+    assert took_s < (RETURN_S_MAX if seconds < 60 else LATE_RETURN_S_MAX)
     pair.writer.look(pair.b)
     pair.writer.never_waited()
     until(lambda: lag_s(pair) < 2, catch_up_s(seconds), "the lag goes back")
