@@ -79,6 +79,12 @@ class FencedError(RefusedError):
     nbd_errno = errno.ESHUTDOWN
 
 
+class SupersededError(FencedError):
+    """A history with a higher fencing token exists: this one accepts no writes any more."""
+
+    wire_code = 26
+
+
 class InUseError(RefusedError):
     """Another process holds the data directory or the backing device."""
 

@@ -1,4 +1,4 @@
-"""`geomirror failover`: what a promotion would lose. Promoting itself is not there yet."""
+"""`geomirror failover`: promotes a copy without its primary, after saying what that loses."""
 
 from __future__ import annotations
 
@@ -13,31 +13,49 @@ from geomirror.errors import RefusedError
 
 @click.command()
 @click.argument("name", metavar="RES")
-@click.option("--to", metavar="NODE", required=True, help="The secondary whose copy is judged.")
+@click.option("--to", metavar="NODE", required=True, help="The secondary whose copy is promoted.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be lost; nothing is changed.")
 @json_option
 @pass_app
-def failover(app: App, name: str, to: str, dry_run: bool) -> int:
-    """Say what promoting a copy would lose, with the primary dead or alive.
+def failover(app: App, name: str, to: str, yes: bool, dry_run: bool) -> int:
+    """Make a copy the primary without the old one, which is lost or cut off.
 
-    Run it at any member that is left: it asks the others that it can reach, and judges by what
-    they know. Exits 5 when the copy cannot be promoted at all. Promoting is not there yet, so
-    --dry-run is required.
+    Run it at any member that is left: it asks the others that it can reach, says what would be
+    lost by what they know, and asks. The copy goes on at its last durable epoch, as a new
+    generation with a higher fencing token. Copies that have no more than that follow by
+    themselves; an old primary that comes back accepts no writes any more and keeps what it has.
+    Exits 5 when the copy cannot be promoted, or when the primary answers (then use switchover).
     """
-    if not dry_run:
-        raise RefusedError(
-            f'"{name}" stays as it is: promotion is not there yet',
-            hint=f"geomirror failover {name} --to {to} --dry-run says what it would lose",
-        )
-    result = app.call("failover.assess", {"name": name, "to": to}, timeout_s=20)
-    app.show(result, lambda: render(result))
-    return 0 if result["is_possible"] else RefusedError.exit_code
+    parameters = {"name": name, "to": to}
+    found = app.call("failover.assess", parameters, timeout_s=20)
+    if dry_run or not found["is_possible"]:
+        app.show(found, lambda: render(found))
+        return 0 if found["is_possible"] else RefusedError.exit_code
+    if not yes:
+        if not app.is_json:
+            click.echo(render(found), err=True)
+        app.confirm(f"Promote the copy of {name} at {to}", is_confirmed=False)
+    app.progress(f"promoting the copy at {to}")
+    result = app.call("promotion.failover", parameters, timeout_s=60)
+    app.show(result, lambda: _promoted(result))
+    return 0
+
+
+def _promoted(found: dict[str, Any]) -> str:
+    name, node = found["name"], found["primary_now"]
+    return (
+        f"{name}: {node} is the primary now, generation {found['generation'][:8]} "
+        f"(token {found['token']}) from epoch {found['epoch']}\n"
+        f"  lost       {_loss(found)}\n"
+        f"  writable   {found['nbd_uri']}  at {node}"
+    )
 
 
 def render(found: dict[str, Any]) -> str:
     """The document as sentences, the gravest first, then the members."""
     name, to, primary = found["name"], found["to"], found["primary"]
-    lines = [f"{name}: promoting the copy at {to} (dry run, nothing is changed)"]
+    lines = [f"{name}: promoting the copy at {to} (nothing is changed yet)"]
     if found["refusal"]:
         refusal = found["refusal"]
         lines += [f"  refused    {refusal['message']}", f"  to do      {refusal['hint']}"]

@@ -35,7 +35,9 @@ PANELS: dict[str, dict[str, str]] = {
         "wait": "geomirror.cli.replication",
     },
     "Disaster": {
+        "switchover": "geomirror.cli.switchover",
         "failover": "geomirror.cli.failover",
+        "demote": "geomirror.cli.demote",
     },
     "Volumes": {
         "attach": "geomirror.cli.attach",

@@ -41,6 +41,8 @@ class MemberAnswer:
     error: str = ""
     is_primary: bool = False
     generation: str = ""
+    token: int = 0
+    """The highest fencing token that it has seen."""
     epoch: int = 0
     """Durable; of a primary: sealed."""
     epoch_wall_ns: int | None = None
@@ -109,14 +111,17 @@ def assess(node: str, answers: Sequence[MemberAnswer]) -> Verdict:
     found = {answer.node: answer for answer in answers}
     candidate = found[node]
     said = [a.standing for a in answers if not a.error and a.standing is not None]
+    token = max((a.token for a in answers if not a.error), default=0)
+    # What was said before the last promotion is about another history.
+    said = [standing for standing in said if standing.token >= token]
     latest = max(said, key=lambda standing: standing.order, default=None)
     others = sorted(
         (a for a in answers if a.node != node and a.is_usable and not a.is_primary),
         key=lambda a: (not _is_current(a, latest), -a.epoch, not _is_in_sync(a, latest), a.node),
     )
-    others = [a for a in others if _is_current(a, latest)]
+    others = [a for a in others if _is_current(a, latest) and a.token == token]
     more = [a.node for a in others if a.epoch > candidate.epoch]
-    refusal = _refusal(candidate, latest)
+    refusal = _refusal(candidate, latest, token)
     is_other_better = bool(others) and (bool(refusal) or bool(more))
     if candidate.error:
         return Verdict(refusal, Confirmed(UNKNOWN, "no_answer"), Loss(), latest, (), _first(others))
@@ -142,7 +147,7 @@ def _is_in_sync(answer: MemberAnswer, latest: Standing | None) -> bool:
     return latest is not None and answer.node in latest.in_sync
 
 
-def _refusal(candidate: MemberAnswer, latest: Standing | None) -> str:
+def _refusal(candidate: MemberAnswer, latest: Standing | None, token: int) -> str:
     """Why the copy cannot be promoted, whatever it would lose."""
     if candidate.error:
         return "no_answer"
@@ -150,7 +155,8 @@ def _refusal(candidate: MemberAnswer, latest: Standing | None) -> str:
         return "is_primary"
     if not candidate.is_usable:
         return "inconsistent"
-    return "" if _is_current(candidate, latest) else "other_history"
+    is_current = _is_current(candidate, latest) and candidate.token == token
+    return "" if is_current else "other_history"
 
 
 def _confirmed(

@@ -106,6 +106,11 @@ def _checked(node: str, raw: dict[str, Any]) -> MemberAnswer:
     except (msgspec.ValidationError, ValueError):
         return MemberAnswer(node, error="answers in another way; do both run the same version?")
     standing = answer.standing
-    if answer.node != node or answer.epoch < 0 or (standing is not None and not is_sane(standing)):
+    if (
+        answer.node != node
+        or answer.epoch < 0
+        or answer.token < 0
+        or (standing is not None and not is_sane(standing))
+    ):
         return MemberAnswer(node, error="answers with impossible fields")
     return answer

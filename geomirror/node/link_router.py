@@ -109,9 +109,8 @@ class LinkRouter:
         return await self._methods.dispatch(Caller(peer), method, parameters)
 
     def _connect(self, service: Service, peer: str) -> None:
-        definition = service.definition
-        is_primary = definition.primary == self._host.context.name
-        if not is_primary or self._push.is_confirmed(definition.name, peer):
+        is_primary = service.role == "primary"
+        if not is_primary or self._push.is_confirmed(service.definition.name, peer):
             service.link_up(peer)
 
     def _hold_or_refuse(self, peer: str, session: int, message: SessionOpen) -> None:

@@ -36,6 +36,7 @@ from geomirror.node.nbd_listeners import NbdAddresses, load_nbd_tls, start_nbd, 
 from geomirror.node.network_calls import NetworkCalls
 from geomirror.node.notify_io import Notifier
 from geomirror.node.paths import DataDir
+from geomirror.node.promotion_calls import PromotionCalls
 from geomirror.node.refusals import RefusalAllowance
 from geomirror.node.resource_calls import ResourceCalls
 from geomirror.node.resource_changes import ResourceChanges
@@ -209,11 +210,14 @@ class Node:
         failover.register(self._methods)
         self._volumes = VolumeChanges(calls)
         self._volumes.register(self._methods)
+        self._promotion = PromotionCalls(calls, failover)
+        self._promotion.register(self._methods)
         self._network.register(self._methods)
         self._calls = calls
         self._methods.add("status", StatusRequest, self._show_status)
 
     def _service_started(self, service: Service) -> None:
+        self._promotion.started(service)
         self._volumes.reconcile(service)
         self._router.service_started(service)
 

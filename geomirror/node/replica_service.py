@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from geomirror.cluster.promotion import PRIMARY, SECONDARY
 from geomirror.cluster.verdict import MemberAnswer
 from geomirror.errors import GeomirrorError, UsageError, WaitTimeoutError
 from geomirror.nbd.protocol import Export
@@ -15,6 +16,7 @@ from geomirror.node.grower import Grower
 from geomirror.node.mark_desk import MarkDesk
 from geomirror.node.primary_export import FlushToken, HeldWriters
 from geomirror.node.replica_exports import ReplicaExports
+from geomirror.node.replica_roles import POLL_S, ReplicaRoles
 from geomirror.node.replica_runner import ReplicaRunner
 from geomirror.node.replica_status import PrimaryStatus, SecondaryStatus
 from geomirror.node.replica_storage import create_engine, open_engine
@@ -33,8 +35,6 @@ from geomirror.wan_protocol.secondary import CONSISTENT, Secondary
 from geomirror.wan_protocol.sender import FOLD, STREAM, Sender
 from geomirror.wan_protocol.sync_policy import parse_policy
 
-POLL_S = 0.02
-"""How often a waiting command looks at positions that no event announces."""
 STOP_S_MAX = 8.0
 """An orderly stop that takes longer leaves the rest to recovery."""
 TICK_S = 1.0
@@ -42,7 +42,7 @@ SETTLE_S_MAX = 1.0
 """How long an answer about this copy waits for a sync that is under way."""
 
 
-class ReplicaService:
+class ReplicaService(ReplicaRoles):
     """Implements `node.service.Service` over a `Primary` or a `Secondary`."""
 
     def __init__(
@@ -93,10 +93,18 @@ class ReplicaService:
     @property
     def role(self) -> str:
         """`primary` or `secondary`."""
-        return "primary" if self.definition.primary == self._node.name else "secondary"
+        return self._engine.superblock.role
 
     async def start(self) -> None:
         """Begin to serve: core, timer, exports."""
+        superseded = bool(self._engine.superblock.superseded_by)
+        self.stage = SECONDARY if self.role == "secondary" else PRIMARY
+        self._begin()
+        if superseded:
+            self._look_at_claims()
+        self._ticker = asyncio.get_running_loop().create_task(self._tick())
+
+    def _begin(self) -> None:
         node, definition = self._node, self.definition
         clock, limits = node.clock, node.limits
         if self.role == "primary":
@@ -113,7 +121,10 @@ class ReplicaService:
             )
             self._core, self._status = primary, PrimaryStatus(primary)
         else:
-            secondary = Secondary(self._engine, limits, primary=definition.primary)
+            secondary = Secondary(
+                self._engine, limits, primary=definition.primary, members=self._others()
+            )
+            secondary.now_ns = clock.now_ns()
             self._core, self._status = secondary, SecondaryStatus(secondary)
         self._runner = ReplicaRunner(
             self._core,
@@ -124,6 +135,7 @@ class ReplicaService:
             on_progress=self._progress,
         )
         self.marks = MarkDesk(definition.name, self._engine, self._runner)
+        self._pins, self._grower = None, None
         if isinstance(self._core, Secondary):
             self._pins = ReaderPins(self._runner, limits)
         else:
@@ -131,15 +143,22 @@ class ReplicaService:
         self._replica_exports = ReplicaExports(
             definition.name, node, self._runner, self._held, self._pins
         )
+        self._is_changing = False
         self._core.handle_timer(clock.now_ns())
+        if self.role == "primary":
+            # A member is offered a session when it has the definition, as after a start.
+            self._links_up.clear()
+        for peer in sorted(self._links_up):
+            self._core.link_up(peer, clock.now_ns())
         self._runner.drive()
-        self._ticker = asyncio.get_running_loop().create_task(self._tick())
 
     async def stop(self) -> None:
         """Seal, flush, apply what is sealed, close. What does not finish is left to recovery."""
         if self._ticker is not None:
             self._ticker.cancel()
             await asyncio.gather(self._ticker, return_exceptions=True)
+        if self._remembering is not None:
+            await asyncio.gather(self._remembering, return_exceptions=True)
         if self._core.fenced is None:
             try:
                 async with asyncio.timeout(STOP_S_MAX):
@@ -164,7 +183,8 @@ class ReplicaService:
 
     def exports(self) -> dict[str, Export]:
         """`RES/VOLUME` for every volume, `RES` for the first, and those of views."""
-        return {**self._replica_exports.exports, **self.views.exports()}
+        own = {} if self._is_changing else self._replica_exports.exports
+        return {**own, **self.views.exports()}
 
     def position(self) -> dict[str, Any]:
         """Epochs here; `lsn` is where the next write goes (primary) or what is applied."""
@@ -285,21 +305,6 @@ class ReplicaService:
         self._core.pause(peer, is_paused=is_paused)
         self._runner.drive()
 
-    def set_definition(self, definition: ResourceDefinition, *, is_forced: bool = False) -> None:
-        """Take over changed members and settings; see `InSyncSet.set_policy` for `is_forced`."""
-        if isinstance(self._core, Primary):
-            wanted = set(definition.secondaries)
-            for name in [n for n in self._core.senders if n not in wanted]:
-                self._core.remove_peer(name)
-            for name in sorted(wanted - set(self._core.senders)):
-                self._core.add_peer(name)
-                if name in self._links_up:
-                    self._core.link_up(name, self._runner.now_ns())
-            policy = parse_policy(definition.settings, definition.secondaries)
-            self._core.set_policy(policy, self._runner.now_ns(), is_forced=is_forced)
-        self.definition = definition
-        self._runner.drive()
-
     # Events of links.
 
     def link_up(self, peer: str) -> None:
@@ -350,6 +355,7 @@ class ReplicaService:
     def _progress(self) -> None:
         if self._core.fenced is not None and self._held:
             self._held.fail(self._core.fenced)
+        self._look_at_claims()
         if self._pins is not None:
             self._pins.progress()
             self._replica_exports.progress()

@@ -89,6 +89,8 @@ class PrimaryStatus:
     def state(self) -> str:
         """The resource's own state in one word."""
         core = self._core
+        if core.superseded_by:
+            return "superseded"
         if core.fenced is not None:
             return "fenced"
         if core.stalled is not None:

@@ -16,6 +16,7 @@ from geomirror.errors import (
     NotPrimaryError,
     RefusedError,
     StorageError,
+    SupersededError,
     UsageError,
 )
 from geomirror.node.backing_check import backing_size, check_backing, zero_backing
@@ -110,8 +111,15 @@ class ResourceCalls:
         known = self.store.by_id(definition.resource_id)
         if known is None:
             await self._take_new(definition, request.is_forced)
-        elif definition.primary != known.definition.primary:
-            raise RefusedError(f'resource "{definition.name}" has another primary here')
+        elif definition.primary not in known.definition.members:
+            raise RefusedError(f'"{definition.primary}" is no member of "{definition.name}" here')
+        elif definition.version < known.definition.version and (
+            definition.primary != known.definition.primary
+        ):
+            raise SupersededError(
+                f'"{known.definition.primary}" is the primary of "{definition.name}" by now',
+                hint=f"geomirror status {definition.name}",
+            )
         elif definition.version > known.definition.version:
             known.definition = definition
             self.store.put(known)

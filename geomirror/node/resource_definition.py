@@ -18,6 +18,10 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
 """Names of resources, nodes and sites: safe in a path, in a URI and in a metric label."""
 
 
+TOKEN_SHIFT = 32
+"""Versions of a definition count up from the fencing token of their primary, shifted by this."""
+
+
 class VolumeDefinition(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     """One volume of a resource."""
 
@@ -74,8 +78,26 @@ class ResourceDefinition(msgspec.Struct, forbid_unknown_fields=True):
         return sum(volume.size_bytes for volume in self.volumes)
 
     def peers_of(self, node: str) -> list[str]:
-        """Nodes that `node` exchanges data with: all secondaries, or the primary alone."""
-        return list(self.secondaries) if node == self.primary else [self.primary]
+        """The other members: any of them may be the primary by now, or become it."""
+        return [name for name in self.members if name != node]
+
+    def with_primary(self, node: str, token: int) -> ResourceDefinition:
+        """The definition after a promotion of a member.
+
+        Two primaries that do not know of each other both change it: the one with the higher
+        fencing token wins, which is therefore the upper half of the version.
+        """
+        settings = dict(self.settings)
+        own = settings.pop(f"ack.{node}", None)
+        if own is not None and f"ack.{self.primary}" not in settings:
+            settings[f"ack.{self.primary}"] = own
+        return msgspec.structs.replace(
+            self,
+            version=max(self.version + 1, token << TOKEN_SHIFT),
+            primary=node,
+            secondaries=[self.primary if name == node else name for name in self.secondaries],
+            settings=settings,
+        )
 
     def backing_path(self, node: str, volume: str) -> str | None:
         """Path of the backing device, or None for a file in the data directory."""

@@ -63,6 +63,11 @@ class ReaderPins:
         self._readers.remove(reader)
         self._update()
 
+    def retire(self) -> None:
+        """The image is no secondary's any more: whoever reads it gets EIO from here on."""
+        for reader in self._readers:
+            reader.is_stale = True
+
     def progress(self) -> None:
         """Serve what waited for a pass to end; expire pins that held up applying too long."""
         core = self.core

@@ -4,6 +4,7 @@ one of their own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from geomirror.node.context import NodeContext
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from geomirror.node.branch_desk import BranchDesk
     from geomirror.node.mark_desk import MarkDesk
     from geomirror.node.view_host import ViewHost
-    from geomirror.volume.superblock import VolumeRecord
+    from geomirror.volume.superblock import GenerationRecord, VolumeRecord
     from geomirror.volume.volume_change import VolumeChange
     from geomirror.wan_protocol.messages import AnyMessage
 
@@ -40,6 +41,18 @@ class Service(Protocol):
     @property
     def role(self) -> str:
         """`primary` or `secondary`."""
+
+    @property
+    def primary_token(self) -> int | None:
+        """Fencing token of the generation that may be written here; None at anybody else."""
+
+    async def promote(
+        self, reason: str, install: Callable[[GenerationRecord], ResourceDefinition]
+    ) -> GenerationRecord:
+        """Become the primary."""
+
+    async def hand_over(self, heirs: list[str], timeout_s: float) -> dict[str, Any]:
+        """Become a secondary once every heir has everything."""
 
     async def start(self) -> None:
         """Begin to serve."""

@@ -153,6 +153,8 @@ class Superblock(msgspec.Struct):
     sync: SyncRecord = msgspec.field(default_factory=SyncRecord)
     """At a primary."""
     rollback: RollbackRecord | None = None
+    superseded_by: list[GenerationRecord] = msgspec.field(default_factory=list)
+    """At a primary that heard of a higher token: the chain that has it. It serves nothing then."""
     sequence: int = 0
     """Of the slot it was loaded from; given by the file, not by the caller."""
 

@@ -18,6 +18,7 @@ def answer_of(node: str, core: Primary | Secondary) -> MemberAnswer:
         node,
         is_primary=is_primary,
         generation=engine.generation.hex(),
+        token=engine.superblock.chain[-1].token if engine.superblock.chain else 0,
         epoch=engine.sealed_epoch,
         epoch_wall_ns=wall_ns,
         end_lsn=end_lsn,

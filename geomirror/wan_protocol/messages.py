@@ -167,6 +167,8 @@ class SessionRefuse(Message, frozen=True):
     session: int
     error_code: int
     error_text: str
+    chain: list[GenerationEntry] = []
+    """The sender's generation chain, when it has a higher token than the one it was offered."""
 
 
 class EpochCommit(Message, frozen=True):

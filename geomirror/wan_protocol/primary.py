@@ -29,7 +29,6 @@ from geomirror.volume.engine import Engine, Write
 from geomirror.volume.engine_growth import GrowJob
 from geomirror.volume.volume_change import VolumeChange
 from geomirror.wan_protocol.decisions import Emit, SendMessage
-from geomirror.wan_protocol.epoch_sealing import EpochSealing
 from geomirror.wan_protocol.growth import volumes_at
 from geomirror.wan_protocol.messages import (
     Acknowledge,
@@ -46,9 +45,10 @@ from geomirror.wan_protocol.session import (
     check_accept,
     session_number,
 )
+from geomirror.wan_protocol.supersession import Supersession
 
 
-class Primary(EpochSealing):
+class Primary(Supersession):
     """Core of the primary role; see `Replica` for the shape."""
 
     def __init__(
@@ -73,6 +73,7 @@ class Primary(EpochSealing):
             self.open_since_ns = now_ns
         for name in sorted(peers):
             self.add_peer(name)
+        self.resume_superseded()
 
     # Events.
 
@@ -84,6 +85,8 @@ class Primary(EpochSealing):
         if self.fenced is not None:
             raise self.fenced
         self.now_ns = now_ns
+        if self.is_draining:
+            raise JournalFullError(f'resource "{self.engine.superblock.name}" is handed over')
         try:
             lsn = self.engine.write(writes, wall_ns)
         except JournalFullError:
@@ -143,7 +146,7 @@ class Primary(EpochSealing):
         """A link to the peer is there: offer the session."""
         self.now_ns = max(self.now_ns, now_ns)
         sender = self.senders.get(peer)
-        if sender is None:
+        if sender is None or self.is_frozen:
             return
         sender.link_up()
         self._offer(sender)
@@ -186,10 +189,15 @@ class Primary(EpochSealing):
         :raises RemoteProtocolError: not legal now; the shell closes the link.
         """
         self.now_ns = max(self.now_ns, now_ns)
+        if isinstance(message, SessionOpen):
+            self._heard_primary(peer, message)
+            return
         sender = self.senders.get(peer)
-        if sender is None or self.fenced is not None:
+        if sender is None or self.fenced is not None or self.is_frozen:
             return
         match message:
+            case SessionRefuse() if message.chain and self.supersede(peer, message.chain):
+                return
             case SessionAccept():
                 self._accepted(sender, message)
             case SessionRefuse():
@@ -214,7 +222,7 @@ class Primary(EpochSealing):
 
     def get_timer(self) -> int | None:
         """When to call `handle_timer` next, or None for only after another event."""
-        if self.fenced is not None:
+        if self.fenced is not None or self.is_frozen:
             return None
         if self._retry_at_ns is not None:
             return self._retry_at_ns  # Whatever else is due waits for it.

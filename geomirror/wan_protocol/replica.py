@@ -41,6 +41,7 @@ class Replica:
         self.engine = engine
         self.limits = limits
         self.fenced: GeomirrorError | None = None
+        self.is_frozen = False
         self._stalled: GeomirrorError | None = None
         self.now_ns = 0
         self._decisions: deque[Decision] = deque()
@@ -71,7 +72,7 @@ class Replica:
         sealed_epoch = self.engine.sealed_epoch
         if error is not None:
             self._job_failed(run, error)
-        elif self.fenced is None:
+        elif self.fenced is None or self.is_frozen:
             try:
                 run.done(run.job)
             except GeomirrorError as failure:
@@ -120,6 +121,11 @@ class Replica:
         """The images hold exactly the applied epoch; a pass neither runs nor stopped half-way."""
         return not self.is_running("apply") and self.engine.half_applied_through is None
 
+    def freeze(self) -> None:
+        """Start nothing more, for good; what runs ends as usual. For a change of the role, which
+        goes on with the same engine once nothing runs."""
+        self.is_frozen = True
+
     def is_running(self, kind: str) -> bool:
         """Whether a job of this kind runs."""
         return kind in self._running
@@ -166,7 +172,7 @@ class Replica:
         self._decide(run)
 
     def _pump(self) -> None:
-        if self.fenced is not None:
+        if self.fenced is not None or self.is_frozen:
             return
         try:
             self._pump_all()
@@ -201,7 +207,7 @@ class Replica:
             self._fence(error)
 
     def _pump_sync(self) -> None:
-        if self.fenced is not None or self.is_running("sync"):
+        if self.fenced is not None or self.is_frozen or self.is_running("sync"):
             return
         if self._flushes or self._sync_wanted:
             self._sync_wanted = False

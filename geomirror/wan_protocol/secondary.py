@@ -12,13 +12,13 @@ Deliberately not here: who reads the image; `hold_apply` is how readers keep it 
 
 from __future__ import annotations
 
-from geomirror.errors import GeomirrorError, IntegrityError, RefusedError, RemoteProtocolError
+from collections.abc import Iterable
+
+from geomirror.errors import GeomirrorError, RemoteProtocolError
 from geomirror.limits import Limits
 from geomirror.volume.engine import Engine
-from geomirror.volume.engine_base import NO_GENERATION
 from geomirror.wan_protocol.decisions import Emit
 from geomirror.wan_protocol.epoch_intake import MISSING_AFTER_NS
-from geomirror.wan_protocol.growth import volumes_at
 from geomirror.wan_protocol.incoming import Incoming, number_bitmap
 from geomirror.wan_protocol.messages import (
     Acknowledge,
@@ -28,33 +28,31 @@ from geomirror.wan_protocol.messages import (
     Marks,
     ResyncBegin,
     ResyncEnd,
-    SessionAccept,
     SessionOpen,
     SessionRefuse,
 )
-from geomirror.wan_protocol.resync_intake import BLANK, CONSISTENT, INCONSISTENT, ResyncIntake
-from geomirror.wan_protocol.session import session_number, session_problem
+from geomirror.wan_protocol.resync_intake import BLANK, CONSISTENT, INCONSISTENT
+from geomirror.wan_protocol.session import session_number
+from geomirror.wan_protocol.session_intake import SessionIntake
 
 __all__ = ["BLANK", "CONSISTENT", "INCONSISTENT", "Secondary"]
 
-SPOOLED_REPORTED_MAX = 64
-"""Epochs under way that are reported when a session opens; the rest is sent again."""
 
-
-class Secondary(ResyncIntake):
+class Secondary(SessionIntake):
     """Core of the secondary role; see `Replica` for the shape."""
 
-    def __init__(self, engine: Engine, limits: Limits, *, primary: str) -> None:
+    def __init__(
+        self, engine: Engine, limits: Limits, *, primary: str, members: Iterable[str] = ()
+    ) -> None:
+        """A secondary whose last known primary is `primary`.
+
+        :param members: the other members: what they may need from a later primary is kept.
+        """
         super().__init__(engine, limits, primary=primary)
+        self.members = sorted(members)
         self.session = session_number(engine.superblock.resource_id)
-        self.is_open = False
-        self._is_accepting = False
-        self.is_link_up = False
         self.hold_apply = False
-        self.refusal = ""
-        self.primary_epoch = 0
         self.received_total = 0
-        self._incarnation = b""
         self._acknowledge_at_ns: int | None = None
         self._state_reported = self.data_state
 
@@ -69,7 +67,8 @@ class Secondary(ResyncIntake):
         """The link is gone; what is spooled stays for the next connection."""
         self.now_ns = max(self.now_ns, now_ns)
         if peer == self.primary:
-            self.is_link_up = self.is_open = self._is_accepting = False
+            self.is_link_up = False
+            self.close_session()
             self.resync = None
             self.keep_standing_now()
 
@@ -79,15 +78,16 @@ class Secondary(ResyncIntake):
         :raises RemoteProtocolError: not legal now; the shell closes the link.
         """
         self.now_ns = max(self.now_ns, now_ns)
-        if peer != self.primary or self.fenced is not None:
-            refuse = SessionRefuse(self.session, RefusedError.wire_code, self._why_not(peer))
-            self._send_to(peer, refuse)
+        if isinstance(message, SessionOpen):
+            if not self.is_frozen:
+                self.opened(peer, message)
+                self._pump()
             return
+        if self.is_frozen or peer != self.primary or self.fenced is not None:
+            return  # Of a session that is over: no other answer than to an offer is waited for.
         match message:
-            case SessionOpen():
-                self._opened(message)
             case SessionRefuse():
-                self.is_open = self._is_accepting = False
+                self.close_session()
                 self.refusal = message.error_text
                 self._decide(Emit("primary_refused", {"reason": message.error_text}))
             case EpochCommit() if self.is_open and self.resync is None:
@@ -117,7 +117,8 @@ class Secondary(ResyncIntake):
         :raises RemoteProtocolError: hostile content; the shell closes the link.
         """
         self.now_ns = max(self.now_ns, now_ns)
-        if peer != self.primary or not self.is_open or self.fenced is not None:
+        is_taken = peer == self.primary and self.is_open and not self.is_frozen
+        if not is_taken or self.fenced is not None:
             return
         self.received_total += len(body)
         self._unreported_bytes += len(body)
@@ -144,7 +145,7 @@ class Secondary(ResyncIntake):
 
     def get_timer(self) -> int | None:
         """When to call `handle_timer` next."""
-        if self.fenced is not None:
+        if self.fenced is not None or self.is_frozen:
             return None
         times = [self._retry_at_ns, self._acknowledge_at_ns]
         awaited = self.awaited
@@ -161,7 +162,7 @@ class Secondary(ResyncIntake):
     def stop(self, now_ns: int) -> None:
         """Orderly stop: durable epochs are applied. `is_settled` tells when it is done."""
         self.now_ns = max(self.now_ns, now_ns)
-        self.is_open = self._is_accepting = False
+        self.close_session()
         self.hold_apply = False
         self.keep_standing_now()
 
@@ -170,84 +171,6 @@ class Secondary(ResyncIntake):
         """Nothing of a restart has to be replayed."""
         is_applied = self.engine.applied_epoch == self.engine.sealed_epoch
         return is_applied or self._apply_target() is None
-
-    # The session.
-
-    def _why_not(self, peer: str) -> str:
-        name = self.engine.superblock.name
-        if self.fenced is not None:
-            return str(self.fenced)
-        return f'"{peer}" is not the primary of "{name}" here, "{self.primary}" is'
-
-    def _opened(self, message: SessionOpen) -> None:
-        engine = self.engine
-        problem = session_problem(engine.superblock, engine.sizes.now, message)
-        if problem:
-            self._refuse_session(RefusedError(problem))
-            return
-        if message.incarnation != self._incarnation:
-            # Another start of the primary may cut the same epoch into other frames.
-            self.forget_incoming()
-            self._incarnation = message.incarnation
-        self.marks.forget()
-        if engine.generation == NO_GENERATION and message.chain:
-            engine.adopt_chain(message.chain)
-            self._checkpoint_wanted = True
-        self.refusal = ""
-        self.resync = None
-        self.primary_epoch = message.epoch
-        self._is_accepting = True
-        if engine.committed_epoch > engine.sealed_epoch:
-            self._sync_wanted = True  # The position is told when it stands.
-        else:
-            self._accept()
-
-    def _accept(self) -> None:
-        engine = self.engine
-        self._is_accepting = False
-        self.is_open = True
-        self.taken_bytes = self._unreported_bytes = 0
-        spooled = [i for i in self.incoming.values() if i.parts]
-        for incoming in spooled[SPOOLED_REPORTED_MAX:]:
-            incoming.drop_parts()
-        self._send(
-            SessionAccept(
-                self.session,
-                engine.generation,
-                engine.sealed_epoch,
-                engine.sealed_hash,
-                self._applied_reported,
-                self.data_state,
-                [(i.number, number_bitmap(set(i.parts))) for i in spooled[:SPOOLED_REPORTED_MAX]],
-                self._credit(),
-                engine.superblock.consistent_from,
-                self.standing_version,
-                takes_marks=True,
-                volumes=volumes_at(engine, engine.sealed_epoch),
-            )
-        )
-        for incoming in self.incoming.values():
-            incoming.commit = None
-        fields: dict[str, object] = {"peer": self.primary, "epoch": self.primary_epoch}
-        self._decide(Emit("primary_connected", fields))
-
-    def _credit(self) -> int:
-        return self.credit_bytes(None if self.resync is None else self.resync.queued_bytes)
-
-    # Refusals.
-
-    def _diverged(self, error: IntegrityError) -> None:
-        """What arrived is not what the primary sealed: take nothing, say so, ask again anew."""
-        self.forget_incoming()
-        self._refuse_session(error)
-
-    def _refuse_session(self, error: GeomirrorError) -> None:
-        self.is_open = self._is_accepting = False
-        self.resync = None
-        if str(error) != self.refusal:  # It is tried again and again.
-            self._decide(Emit("session_refused", {"reason": str(error)}))
-        self.refusal = str(error)
-        self._send(SessionRefuse(self.session, error.wire_code, str(error)))
 
     # Acknowledgements.
 
@@ -281,8 +204,7 @@ class Secondary(ResyncIntake):
         )
 
     def _sealed_moved(self) -> None:
-        if self._is_accepting and self.engine.sealed_epoch == self.engine.committed_epoch:
-            self._accept()
+        self._try_accept()
         self._acknowledge()
 
     def _room_moved(self) -> None:

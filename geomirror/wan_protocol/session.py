@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import replace
 
-from geomirror.errors import RemoteProtocolError
-from geomirror.volume.superblock import Superblock
+from geomirror.cluster.history import (
+    DESCENDANT,
+    UNRELATED,
+    Comparison,
+    History,
+    compare,
+    history,
+    outranks,
+)
+from geomirror.errors import (
+    GeomirrorError,
+    RefusedError,
+    RemoteProtocolError,
+    SplitBrainError,
+    SupersededError,
+)
+from geomirror.volume.engine import Engine
+from geomirror.volume.superblock import GenerationRecord, Superblock
 from geomirror.wan_protocol.messages import (
     GenerationEntry,
     SessionAccept,
@@ -22,8 +39,10 @@ def session_number(resource_id: str) -> int:
     return int.from_bytes(bytes.fromhex(resource_id)[:4], "little") or 1
 
 
-def chain_entries(superblock: Superblock) -> list[GenerationEntry]:
-    """The generation chain as it is sent, oldest first."""
+def chain_entries(
+    superblock: Superblock, chain: Sequence[GenerationRecord] | None = None
+) -> list[GenerationEntry]:
+    """The generation chain (or another one) as it is sent, oldest first."""
     return [
         GenerationEntry(
             bytes.fromhex(entry.identity),
@@ -35,7 +54,7 @@ def chain_entries(superblock: Superblock) -> list[GenerationEntry]:
             entry.by,
             entry.wall_ns,
         )
-        for entry in superblock.chain
+        for entry in (superblock.chain if chain is None else chain)
     ]
 
 
@@ -44,21 +63,63 @@ def volume_infos(superblock: Superblock) -> list[VolumeInfo]:
     return [VolumeInfo(v.index, v.name, v.size_bytes) for v in superblock.volumes if v.size_bytes]
 
 
-def session_problem(superblock: Superblock, sizes: Mapping[int, int], message: SessionOpen) -> str:
-    """Why a secondary with this superblock cannot take what the primary offers, "" if it can.
+def my_history(engine: Engine) -> History:
+    """What this node has, as far as it can become durable; see `cluster.history`."""
+    return history(
+        chain_entries(engine.superblock),
+        engine.committed_epoch,
+        engine.committed_hash,
+        has_unsealed=engine.last_changed_epoch > engine.committed_epoch,
+    )
 
-    :param sizes: of its volumes at its newest epoch. Volumes may be larger at the primary, and
-        more: that comes with epochs that are not here yet.
-    """
+
+def session_problem(engine: Engine, peer: str, message: SessionOpen) -> GeomirrorError | None:
+    """Why this copy cannot take what `peer` offers as a primary; None if it can."""
+    superblock = engine.superblock
+    name = superblock.name
     if message.resource.hex() != superblock.resource_id:
-        return f'resource "{superblock.name}" has another identity here'
+        return RefusedError(f'resource "{name}" has another identity here')
+    # Volumes may be larger at the primary, and more: that comes with epochs not here yet.
+    sizes = engine.sizes.now
     theirs = {v.index: v.size_bytes for v in message.volumes}
     if any(size > theirs.get(index, 0) for index, size in sizes.items()):
-        return f'volumes of "{superblock.name}" differ: {sizes} here, {theirs} at the primary'
-    known = [entry.identity.hex() for entry in message.chain]
-    if superblock.chain and superblock.chain[-1].identity not in known:
-        return f'"{superblock.name}" has another history here: diverged'
-    return ""
+        return RefusedError(f'volumes of "{name}" differ: {sizes} here, {theirs} at the primary')
+    known = chain_entries(superblock)
+    if not known or known == message.chain:
+        return None
+    found = compare_with(engine, message)
+    if found.relation != UNRELATED and not outranks(message.chain, known):
+        return SupersededError(
+            f'"{peer}" offers token {_token(message.chain)} of "{name}", '
+            f"token {_token(known)} is known here"
+        )
+    if found.may_follow:
+        return None
+    return SplitBrainError(
+        f'"{name}" has another history here: {describe(found, engine.committed_epoch)}'
+    )
+
+
+def compare_with(engine: Engine, message: SessionOpen) -> Comparison:
+    """How this copy relates to what a primary offers."""
+    theirs = history(message.chain, message.epoch, message.chain_hash)
+    mine = my_history(engine)
+    if not message.chain:
+        return Comparison(DESCENDANT)
+    # Of a later generation only what it began from counts here, however little it has yet.
+    begun = max(message.epoch, message.chain[-1].parent_epoch)
+    return compare(mine, replace(theirs, epoch=begun))
+
+
+def describe(found: Comparison, epoch: int) -> str:
+    """A comparison in words, for errors and status."""
+    if found.branch is None:
+        return f"{found.relation}, no common point is known"
+    return f"{found.relation} after epoch {found.branch.epoch}, epoch {epoch} here"
+
+
+def _token(chain: Sequence[GenerationEntry]) -> int:
+    return chain[-1].token if chain else 0
 
 
 def check_accept(message: SessionAccept) -> None:

@@ -12,7 +12,7 @@ from geomirror.limits import KIB, SIMULATION
 from geomirror.wan_protocol.decisions import SendFrame, SendMessage
 from geomirror.wan_protocol.epoch_intake import INCOMING_MAX
 from geomirror.wan_protocol.incoming import FRAMES_MAX
-from geomirror.wan_protocol.messages import Acknowledge, EpochCommit
+from geomirror.wan_protocol.messages import Acknowledge, EpochCommit, SessionOpen
 from tests.wan_protocol.core_support import PEER, PRIMARY, Stage, Wire, noise
 
 CHUNK = 16
@@ -253,10 +253,16 @@ def test_a_frame_number_out_of_bounds_closes_the_link(sequence: int) -> None:
 def test_an_unasked_primary_is_refused() -> None:
     stage = Stage(limits=LIMITS, peer_journal_bytes=4096 * KIB)
     message = hostile(stage)
+    before = len(stage.west.messages)
     stage.secondary.receive("stranger", message, stage.now_ns)
     stage.settle()
-    assert 'is not the primary of "orders"' in str(stage.west.messages[-1])
+    assert len(stage.west.messages) == before, "only an offer is answered"
     assert not stage.secondary.incoming
+    offer = stage.east.sent(SessionOpen)[-1]
+    stage.secondary.receive("stranger", offer, stage.now_ns)
+    stage.settle()
+    assert 'is not the primary of "orders"' in str(stage.west.messages[-1])
+    assert stage.secondary.is_open
 
 
 def test_forgotten_frames_do_not_fill_the_journal() -> None:

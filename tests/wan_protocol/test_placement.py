@@ -38,8 +38,8 @@ def test_a_secondary_with_another_history_is_refused_as_diverged() -> None:
     stage.replace(PEER, engine, store)
     stage.link_up()
     stage.pass_time(3000)
-    assert "diverged" in stage.secondary.refusal
-    assert "diverged" in stage.sender().refusal
+    assert "another history" in stage.secondary.refusal
+    assert "another history" in stage.sender().refusal
     assert not stage.sender().is_open
     assert not any(stage.image()[0])
 
@@ -48,17 +48,39 @@ def test_an_offer_that_does_not_know_our_history_is_refused_and_nothing_changes(
     stage = Stage()
     stage.write_epochs(1)
     offer = stage.east.sent(SessionOpen)[-1]
-    stranger = msgspec.structs.replace(offer.chain[-1], identity=noise(3, 16))
+    stranger = msgspec.structs.replace(offer.chain[-1], identity=noise(3, 16), token=2)
     accepts = len(stage.west.sent(SessionAccept))
     other = msgspec.structs.replace(offer, chain=[stranger])
     stage.secondary.receive(PRIMARY, other, stage.now_ns)
     stage.settle()
     assert len(stage.west.sent(SessionAccept)) == accepts
-    assert "diverged" in stage.west.sent(SessionRefuse)[-1].error_text
+    assert "has another history here: unrelated" in stage.west.sent(SessionRefuse)[-1].error_text
     assert stage.secondary.engine.generation == offer.chain[-1].identity
-    longer = msgspec.structs.replace(offer, chain=[*offer.chain, stranger])
+
+    # Parted before what is here.
+    parted = msgspec.structs.replace(stranger, parent=offer.chain[-1].identity)
+    longer = msgspec.structs.replace(offer, chain=[*offer.chain, parted])
     stage.secondary.receive(PRIMARY, longer, stage.now_ns)
-    assert stage.secondary.is_open, "a history that goes on from ours is welcome"
+    stage.settle()
+    assert "diverged after epoch 0, epoch 1 here" in stage.secondary.refusal
+
+    # A token that is over.
+    older = msgspec.structs.replace(offer, chain=[])
+    stage.secondary.receive(PRIMARY, older, stage.now_ns)
+    stage.settle()
+    assert stage.west.sent(SessionRefuse)[-1].chain == offer.chain
+    assert not stage.secondary.is_open
+
+    engine = stage.secondary.engine
+    follower = msgspec.structs.replace(
+        parted, parent_epoch=engine.sealed_epoch, parent_hash=engine.sealed_hash
+    )
+    longer = msgspec.structs.replace(offer, chain=[*offer.chain, follower])
+    stage.secondary.receive(PRIMARY, longer, stage.now_ns)
+    assert not stage.secondary.is_open, "the chain is not durable yet"
+    stage.settle()
+    taken = stage.west.sent(SessionAccept)[-1]
+    assert taken.generation == follower.identity, "a history that goes on from ours is welcome"
 
 
 def test_the_primary_too_refuses_another_history() -> None:

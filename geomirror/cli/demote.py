@@ -1,0 +1,46 @@
+"""`geomirror demote`: makes the primary a secondary, without a successor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import rich_click as click
+
+from geomirror.cli.common import App, json_option, pass_app
+
+
+@click.command()
+@click.argument("name", metavar="RES")
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(min=0.1, max=3600),
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long copies may take to catch up; after that everything stays as it is.",
+)
+@click.option("--dry-run", is_flag=True, help="Only say which copies would have everything.")
+@json_option
+@pass_app
+def demote(app: App, name: str, timeout_s: float, dry_run: bool) -> None:
+    """Stop the primary in an orderly way: nobody writes until a copy is promoted.
+
+    All writers are refused once every copy that is streaming has everything. Then any of them,
+    this node's too, can be promoted without loss: geomirror failover RES --to NODE.
+    """
+    parameters = {"name": name, "timeout_s": timeout_s, "is_dry_run": dry_run}
+    if not dry_run:
+        app.progress(f"stopping writers of {name} once its copies have everything")
+    found = app.call("promotion.demote", parameters, timeout_s=timeout_s + 60)
+    app.show(found, lambda: _text(found, is_dry_run=dry_run))
+
+
+def _text(found: dict[str, Any], *, is_dry_run: bool) -> str:
+    name, node, heirs = found["name"], found["node"], ", ".join(found["heirs"])
+    if is_dry_run:
+        return f"{name}: {node} would stop accepting writes once {heirs} has everything"
+    return (
+        f"{name}: {node} is a secondary at epoch {found['epoch']}; nobody is the primary\n"
+        f"  to do      geomirror failover {name} --to NODE, for example {found['heirs'][0]}"
+    )
