@@ -232,7 +232,10 @@ class PosixFile:
             os.ftruncate(self._descriptor, size)
         except OSError as error:
             if error.errno == errno.EFBIG:
-                raise NoSpaceError(f"{self._name} cannot have {size} bytes: {error}") from error
+                raise NoSpaceError(
+                    f"{self._name} cannot have {size} bytes: its file system takes no such file",
+                    hint="use a smaller size, or a file system for larger files",
+                ) from error
             raise self._error(error, "truncate") from error
 
     def close(self) -> None:
