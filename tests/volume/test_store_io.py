@@ -344,6 +344,13 @@ def test_data_ranges_without_support_are_everything(
     assert file.data_ranges(1 << 20, 4096) == [(4096, (1 << 20) - 4096)]
 
 
+def test_a_size_that_no_file_can_have_is_a_lack_of_space(file: PosixFile) -> None:
+    before = file.size()
+    with pytest.raises(NoSpaceError, match="takes no such file"):
+        file.truncate(1 << 62)
+    assert file.size() == before
+
+
 def test_truncate_and_close(file: PosixFile) -> None:
     file.truncate(2 << 20)
     assert file.size() == 2 << 20
