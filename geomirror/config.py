@@ -95,6 +95,7 @@ class StorageConfig(_Section, frozen=True):
     destage_age_s: Annotated[int, Meta(ge=1, le=3600)] = PRODUCTION.destage_age_ns_max // SECOND
     undo_bytes_max: Bytes = PRODUCTION.undo_bytes_max
     branches_bytes_max: Bytes = PRODUCTION.branches_bytes_max
+    resync_undo_bytes_max: Bytes = PRODUCTION.resync_undo_bytes_max
     full_disk_wait_s: Annotated[int, Meta(ge=0, le=3600)] = (
         PRODUCTION.full_disk_wait_ns_max // SECOND
     )
@@ -131,6 +132,7 @@ class Config(_Section, frozen=True):
             destage_age_ns_max=self.storage.destage_age_s * SECOND,
             undo_bytes_max=self.storage.undo_bytes_max,
             branches_bytes_max=self.storage.branches_bytes_max,
+            resync_undo_bytes_max=self.storage.resync_undo_bytes_max,
             full_disk_wait_ns_max=self.storage.full_disk_wait_s * SECOND,
         )
 

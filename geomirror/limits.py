@@ -82,6 +82,9 @@ class Limits:
 
     undo_bytes_max: int = 4 * GIB
     """Undo kept per resource; the oldest passes are dropped first."""
+    resync_undo_bytes_max: int = 1 << 40
+    """Before-images of one resync, as stored: without them the copy would be inconsistent until
+    its end, so that the disk, not the budget of history, is the bound unless told otherwise."""
     undo_pass_bytes_max: int = 256 * MIB
     """Before-images of one pass; a larger pass leaves a labelled gap in the undo."""
     undo_passes_max: int = 4096
@@ -253,6 +256,7 @@ SIMULATION = Limits(
     resync_run_bytes_max=512 * KIB,
     mode_dwell_ns_min=2 * SECOND,
     undo_bytes_max=4 * MIB,
+    resync_undo_bytes_max=16 * MIB,
     undo_pass_bytes_max=1 * MIB,
     marks_max=12,
     undo_levels=(

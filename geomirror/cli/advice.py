@@ -77,6 +77,16 @@ def _about_peer(resource: dict[str, Any], peer: dict[str, Any], here: str) -> li
         if peer.get("eta_seconds"):
             meaning += f" About {format_seconds(peer['eta_seconds'])} left."
         found.append(Advice("inconsistent", meaning, "Wait; do not lose this side now."))
+    held = (peer.get("resync") or {}).get("held_epoch")
+    if held is not None and disk != "Inconsistent":
+        holder = here if resource["role"] == "secondary" else node
+        meaning = (
+            f"A resync of {holder} is in progress; its copy stays usable as of epoch {held} until "
+            "the end."
+        )
+        if peer.get("eta_seconds"):
+            meaning += f" About {format_seconds(peer['eta_seconds'])} left."
+        found.append(Advice("resync", meaning, "Nothing; a promotion now would go back to then."))
     if state == "Disconnected":
         found.append(_disconnected(resource, peer, here))
     elif state == "Paused":

@@ -102,7 +102,7 @@ class MarkDesk:
         marks = []
         for mark in self._engine.marks.table.marks():
             reason = self._why_not_held(mark)
-            is_viewable = not reason and mark.epoch <= self._engine.applied_epoch
+            is_viewable = not reason and mark.epoch <= (self._engine.state_epoch or 0)
             state = {"held": not reason, "viewable": is_viewable, "reason": reason}
             marks.append({**describe_mark(mark), **state})
         return {"epoch": self._engine.sealed_epoch, "marks": marks}
@@ -110,11 +110,11 @@ class MarkDesk:
     def _why_not_held(self, mark: Mark) -> str:
         """Why the state at a mark cannot be had here, now or once it is applied; "" if it can."""
         engine = self._engine
-        if engine.superblock.data_state != "consistent":
-            return "this copy is not consistent: its first sync or a resync is not over"
+        if engine.state_epoch is None:
+            return "this copy is not consistent: its first sync is not over"
         if not engine.marks.table.is_held(mark):
             return "a first sync or a resync brought this copy past it"
-        applied = engine.applied_epoch
+        applied = engine.state_epoch
         if mark.epoch >= applied:
             return ""  # It is the image, or in the journal, and an apply pass will end there.
         kept = engine.undo.history.kept(applied)

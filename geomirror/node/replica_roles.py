@@ -115,7 +115,7 @@ class ReplicaRoles:
             raise RefusedError(f'"{name}" is {self.stage} at {self._node.name}, not Secondary')
         if core.fenced is not None:
             raise core.fenced
-        if core.data_state != CONSISTENT:
+        if core.data_state != CONSISTENT and not engine.can_return:
             raise RefusedError(
                 f'the copy of "{name}" at {self._node.name} is {core.data_state}: no image of any '
                 "moment",
@@ -124,6 +124,8 @@ class ReplicaRoles:
         self._enter("promote")
         try:
             await self._freeze()
+            if engine.held is not None:
+                await self._return()
             identity = self._node.entropy.token_bytes(16)
             wall_ns = self._node.clock.wall_ns()
             generation = engine.next_generation(identity, reason, self._node.name, wall_ns)
@@ -139,6 +141,25 @@ class ReplicaRoles:
         fields = {"epoch": generation.parent_epoch, "token": generation.token, "reason": reason}
         self._runner.tell("promoted", fields)
         return generation
+
+    async def _return(self) -> None:
+        """Go back to the state from before a resync that is under way.
+
+        :raises StorageError: open the resource again, which goes on with it.
+        """
+        engine = self._engine
+        engine.begin_return()
+        await self._checkpoint()
+        await self._execute(engine.return_job())
+        engine.complete_return()
+        await self._checkpoint()
+        self._runner.tell("returned", {"epoch": engine.applied_epoch})
+
+    async def _checkpoint(self) -> None:
+        job = self._engine.checkpoint_job()
+        if job is not None:
+            await self._execute(job)
+            self._engine.complete_checkpoint(job)
 
     # Primary to secondary.
 

@@ -31,7 +31,8 @@ from geomirror.volume.volume_change import VolumeChange
 from geomirror.wan_protocol.member_answer import answer_of
 from geomirror.wan_protocol.messages import AnyMessage
 from geomirror.wan_protocol.primary import Primary
-from geomirror.wan_protocol.secondary import CONSISTENT, Secondary
+from geomirror.wan_protocol.resync_intake import CONSISTENT
+from geomirror.wan_protocol.secondary import Secondary
 from geomirror.wan_protocol.sender import FOLD, STREAM, Sender
 from geomirror.wan_protocol.sync_policy import parse_policy
 
@@ -189,6 +190,11 @@ class ReplicaService(ReplicaRoles):
     def position(self) -> dict[str, Any]:
         """Epochs here; `lsn` is where the next write goes (primary) or what is applied."""
         engine = self._engine
+        held = engine.held
+        if held is not None:
+            # What can be read here, and what a promotion would have.
+            epochs = dict.fromkeys(("epoch", "durable_epoch", "applied_epoch"), held.epoch)
+            return {**epochs, "lsn": held.end_lsn}
         epoch = engine.sealed_epoch if self.role == "primary" else engine.applied_epoch
         lsn = engine.completed_lsn if self.role == "primary" else engine.superblock.applied_end_lsn
         return {

@@ -12,7 +12,8 @@ from typing import Any
 from geomirror.environment import SECOND
 from geomirror.errors import NoSpaceError
 from geomirror.wan_protocol.primary import Primary
-from geomirror.wan_protocol.secondary import BLANK, CONSISTENT, Secondary
+from geomirror.wan_protocol.resync_intake import BLANK, CONSISTENT
+from geomirror.wan_protocol.secondary import Secondary
 from geomirror.wan_protocol.sender import BITMAP, FOLD, RESYNC, STREAM, Sender
 
 RATE_WINDOW_NS = 10 * SECOND
@@ -53,6 +54,8 @@ def peer_state(sender: Sender, *, is_initial: bool) -> str:
 
 def peer_disk_state(sender: Sender, sealed_epoch: int) -> str:
     """`UpToDate` only when everything sealed is applied there."""
+    if sender.data_state != CONSISTENT and sender.held_epoch >= 0:
+        return "Consistent"  # At that epoch, whatever is being copied over it.
     if sender.mode in (BITMAP, RESYNC) and sender.data_state != CONSISTENT:
         return "Inconsistent"
     if sender.data_state == "unknown":
@@ -61,6 +64,13 @@ def peer_disk_state(sender: Sender, sealed_epoch: int) -> str:
         return "Inconsistent"
     is_current = sender.is_open and sender.applied_epoch >= sealed_epoch
     return "UpToDate" if is_current and sender.mode in (STREAM, FOLD) else "Consistent"
+
+
+def _position(sender: Sender) -> dict[str, int]:
+    """What a promotion of the peer would have."""
+    if sender.data_state != CONSISTENT and sender.held_epoch >= 0:
+        return {"epoch": sender.held_epoch, "applied_epoch": sender.held_epoch}
+    return {"epoch": sender.durable_epoch, "applied_epoch": sender.applied_epoch}
 
 
 class PrimaryStatus:
@@ -117,7 +127,7 @@ class PrimaryStatus:
             "disk_state": peer_disk_state(sender, engine.sealed_epoch),
             "ack": core.policy.level(sender.name),
             "in_sync": core.is_in_sync(sender.name) if sender.name in core.policy.acks else None,
-            "position": {"epoch": sender.durable_epoch, "applied_epoch": sender.applied_epoch},
+            "position": _position(sender),
             "lag": {
                 "epochs": max(0, engine.sealed_epoch - sender.durable_epoch),
                 "bytes": 0 if lag_seconds == 0 else lag_bytes,
@@ -131,7 +141,11 @@ class PrimaryStatus:
             "eta_seconds": self._eta(sender, lag_bytes, rate),
             "resync": None
             if resync is None
-            else {"total_bytes": resync.total_bytes, "copied_bytes": resync.copied_bytes},
+            else {
+                "total_bytes": resync.total_bytes,
+                "copied_bytes": resync.copied_bytes,
+                "held_epoch": None if sender.held_epoch < 0 else sender.held_epoch,
+            },
             "reason": sender.refusal,
         }
 
@@ -167,24 +181,36 @@ class SecondaryStatus:
             return "storage_full"
         if core.stalled is not None:
             return "degraded"
-        if core.data_state != CONSISTENT:
+        if not core.is_whole:
             return "inconsistent"
-        return "ok" if core.is_open else "degraded"
+        return "ok" if core.is_open and core.data_state == CONSISTENT else "degraded"
 
     def disk_state(self) -> str:
         """Of the image here."""
         core = self._core
-        if core.data_state != CONSISTENT:
+        if not core.is_whole:
             return "Inconsistent"
+        if core.data_state != CONSISTENT:
+            return "Consistent"
         is_current = core.is_open and core.engine.applied_epoch >= core.primary_epoch
         return "UpToDate" if is_current else "Consistent"
+
+    def _resync(self) -> dict[str, Any] | None:
+        """The one that is under way, whether or not there is a link now."""
+        held = self._core.engine.held
+        if held is None:
+            return None
+        resync = self._core.resync
+        total_bytes = None if resync is None else resync.begin.total_bytes
+        return {"total_bytes": total_bytes, "copied_bytes": None, "held_epoch": held.epoch}
 
     def peers(self) -> list[dict[str, Any]]:
         """The primary, as seen from here."""
         core, engine = self._core, self._core.engine
         state = "Stream" if core.is_open else "Refused" if core.refusal else "Disconnected"
         if core.is_open and core.data_state != CONSISTENT:
-            state = "InitialSync" if core.data_state == BLANK else "Resync"
+            is_first = core.data_state == BLANK or not core.is_whole
+            state = "InitialSync" if is_first else "Resync"
         return [
             {
                 "node": core.primary,
@@ -204,7 +230,7 @@ class SecondaryStatus:
                 "wire_bytes": core.received_total,
                 "resyncs": None,
                 "eta_seconds": None,
-                "resync": None,
+                "resync": self._resync(),
                 "reason": core.refusal,
             }
         ]

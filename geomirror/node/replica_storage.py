@@ -16,7 +16,7 @@ from geomirror.volume.store import File
 from geomirror.volume.store_io import DirectoryStore, open_backing
 from geomirror.volume.superblock import GenerationRecord, PeerRecord, VolumeRecord
 from geomirror.volume.volume_change import VolumeChange
-from geomirror.wan_protocol.secondary import BLANK, CONSISTENT
+from geomirror.wan_protocol.resync_intake import BLANK, CONSISTENT
 from geomirror.wan_protocol.sender import BITMAP, STREAM
 
 

@@ -1,7 +1,8 @@
 """A volume of a secondary as a read-only NBD export, pinned to the epoch applied at connect.
 
 While readers are attached the image is kept as it is: epochs go on becoming durable in the journal
-and wait. After `reader_pin_ns_max` of that the readers get EIO and say *stale*, and applying goes
+and wait. A resync does not wait: it writes the image, and readers see the same epoch through undo.
+After `reader_pin_ns_max` of that the readers get EIO and say *stale*, and applying goes
 on; long stable reads are what `pause RES --peer N` is for.
 """
 
@@ -18,10 +19,17 @@ from geomirror.nbd.constants import CMD_FLUSH, CMD_READ, STATE_HOLE, STATE_ZERO
 from geomirror.nbd.protocol import ReplySink, Request
 from geomirror.node.primary_export import answer_read, merge_extents
 from geomirror.node.volume_reads import VolumeReader
-from geomirror.wan_protocol.secondary import CONSISTENT, Secondary
+from geomirror.volume.engine_jobs import ViewReadJob
+from geomirror.volume.view import View
+from geomirror.wan_protocol.resync_intake import CONSISTENT
+from geomirror.wan_protocol.secondary import Secondary
 
 if TYPE_CHECKING:
     from geomirror.node.replica_runner import ReplicaRunner
+
+
+_OWNER = "readers"
+"""Of the pin on the undo that readers of an earlier epoch need."""
 
 
 @dataclass(slots=True, eq=False)
@@ -31,6 +39,8 @@ class _Reader:
     export: SecondaryExport
     sink: ReplySink
     is_stale: bool = False
+    view: View | None = None
+    """What it reads during a resync and after it: the epoch that the image had at connect."""
     waiting: list[Request] = field(default_factory=list)
 
 
@@ -51,16 +61,26 @@ class ReaderPins:
         """The image is exactly at the applied epoch and stays there."""
         return self.core.is_image_settled
 
+    @property
+    def has_views(self) -> bool:
+        """Some reader sees another state than the image's."""
+        return any(reader.view is not None for reader in self._readers)
+
     def attach(self, reader: _Reader) -> None:
         """Pin the image as of the last applied epoch."""
         if not any(not other.is_stale for other in self._readers):
             self._since_ns = self.runner.now_ns()
         self._readers.append(reader)
-        self._update()
+        if self.core.engine.held is not None:
+            self._view_held()
+        else:
+            self._update()
 
     def detach(self, reader: _Reader) -> None:
         """A reader is gone."""
         self._readers.remove(reader)
+        if not any(other.view is not None for other in self._readers):
+            self.core.engine.undo.unpin(_OWNER)
         self._update()
 
     def retire(self) -> None:
@@ -71,6 +91,8 @@ class ReaderPins:
     def progress(self) -> None:
         """Serve what waited for a pass to end; expire pins that held up applying too long."""
         core = self.core
+        if core.engine.held is not None:
+            self._view_held()
         if self.is_settled and core.fenced is None:
             for reader in self._readers:
                 waiting, reader.waiting = reader.waiting, []
@@ -84,8 +106,28 @@ class ReaderPins:
                 reader.is_stale = True
             self._update()
 
+    def _view_held(self) -> None:
+        """A resync writes the image: what readers saw of it, undo shows them from now on."""
+        engine = self.core.engine
+        held = engine.held
+        waiting = [r for r in self._readers if r.view is None and not r.is_stale]
+        if held is None or not waiting:
+            return
+        undo = engine.undo
+        view = View(
+            held.epoch,
+            engine.images,
+            lambda: undo.history,
+            engine.store.open,
+            self._limits.view_entries_max,
+        )
+        undo.pin(_OWNER, held.epoch)
+        for reader in waiting:
+            reader.view = view
+        self._update()
+
     def _update(self) -> None:
-        is_held = any(not reader.is_stale for reader in self._readers)
+        is_held = any(not reader.is_stale and reader.view is None for reader in self._readers)
         if is_held != self.core.hold_apply:
             self.core.set_hold(is_held, self.runner.now_ns())
             self.runner.drive()
@@ -122,10 +164,8 @@ class SecondaryExport:
         core = self.core
         if core.fenced is not None:
             raise RefusedError(str(core.fenced))
-        if core.data_state != CONSISTENT:
-            raise RefusedError(
-                f'"{self.name}" is Inconsistent here: its first sync or a resync is not finished'
-            )
+        if not core.is_whole:
+            raise RefusedError(f'"{self.name}" is Inconsistent here: its first sync goes on')
         reader = _Reader(self, sink)
         self.pins.attach(reader)
         return reader
@@ -143,7 +183,7 @@ class SecondaryExport:
                 sink.reply(request.cookie)
             elif request.command != CMD_READ:
                 sink.reply(request.cookie, errno.EPERM)
-            elif not self.pins.is_settled:
+            elif handle.view is None and not self.pins.is_settled:
                 handle.waiting.append(request)
             else:
                 self.read(handle, request)
@@ -155,8 +195,13 @@ class SecondaryExport:
             # The pass that was to grow the volume is waiting: it is not there yet.
             sink.reply(cookie, errno.EIO)
             return
-        if reader.is_stale or core.fenced is not None or core.data_state != CONSISTENT:
+        is_unknown = reader.view is None and core.data_state != CONSISTENT
+        if reader.is_stale or core.fenced is not None or is_unknown:
             sink.reply(cookie, errno.EIO)
+            return
+        if reader.view is not None:
+            seen = ViewReadJob(reader.view, self.volume, request.offset, request.length)
+            self.pins.runner.run_read(seen, partial(answer_read, sink, cookie, request.offset))
             return
         buffers = self.reader.read_now(request.offset, request.length)
         if buffers is not None:
@@ -167,4 +212,6 @@ class SecondaryExport:
 
     def block_status(self, offset: int, length: int) -> list[tuple[int, int]]:
         """Holes of the image; anything else is allocated."""
+        if self.pins.has_views or self.core.engine.held is not None:
+            return [(length, 0)]  # What is a hole of the image may have been none.
         return merge_extents(self.reader.image_status(offset, length, STATE_HOLE | STATE_ZERO))

@@ -26,8 +26,6 @@ from geomirror.volume.store_io import DirectoryStore
 from geomirror.volume.superblock import VolumeRecord
 from geomirror.volume.view import View
 
-CONSISTENT = "consistent"
-
 
 class ViewRecord(msgspec.Struct, forbid_unknown_fields=True):
     """`views/NAME.view`: what a restart needs to serve the view again."""
@@ -74,21 +72,17 @@ class ViewHost:
     def points(self) -> list[Point]:
         """Every point in time that can be looked at here now, oldest first."""
         engine = self._engine
-        if engine.superblock.data_state != CONSISTENT:
+        epoch = engine.state_epoch
+        if epoch is None:
             return []
-        superblock = engine.superblock
-        return points_of(
-            engine.undo.history,
-            superblock.applied_epoch,
-            superblock.applied_wall_ns,
-            engine.marks.table,
-        )
+        history = engine.undo.history
+        return points_of(history, epoch, engine.state_wall_ns, engine.marks.table)
 
     def undo_state(self) -> dict[str, Any]:
         """What history costs, and why it does not reach back further."""
         engine, limits = self._engine, self._node.limits
         history = engine.undo.history
-        kept = history.kept(engine.applied_epoch)
+        kept = history.kept(engine.applied_epoch if engine.held is None else engine.held.epoch)
         earlier = history.passes[: len(history.passes) - len(kept)]
         gap = next((each for each in reversed(earlier) if each.is_gap), None)
         return {
@@ -181,10 +175,8 @@ class ViewHost:
         return view
 
     def _check_room(self) -> None:
-        if self._engine.superblock.data_state != CONSISTENT:
-            raise RefusedError(
-                f'"{self._resource}" is Inconsistent here: its first sync or a resync is not over'
-            )
+        if self._engine.state_epoch is None:
+            raise RefusedError(f'"{self._resource}" is Inconsistent here: its first sync goes on')
         if len(self._views) >= self._node.limits.views_max:
             raise RefusedError(
                 f'"{self._resource}" has {len(self._views)} views here already',
@@ -290,7 +282,8 @@ class ViewHost:
         record, engine, store = view.record, self._engine, self._store
         if not record.branch and record.generation != engine.generation.hex():
             raise NotFoundError("it is of another history than this copy has now")
-        if record.epoch > engine.applied_epoch or engine.superblock.data_state != CONSISTENT:
+        newest = engine.state_epoch
+        if newest is None or record.epoch > newest:
             raise NotFoundError("this copy was made anew since")
         images = dict(engine.images) if is_new else {i: engine.images[i] for i in record.sizes}
         undo, entries_max = engine.undo, self._node.limits.view_entries_max

@@ -29,6 +29,7 @@ from geomirror.volume.new_contents import plan_chunks, write_runs
 from geomirror.volume.store import Buffer
 from geomirror.volume.undo import UndoStore
 from geomirror.volume.undo_file import PassLabel, UndoWriter
+from geomirror.volume.undo_open import OpenPass
 from geomirror.volume.volume_change import VolumeChange, merge_changes
 
 __all__ = ["ApplyImage", "ApplyJob", "merge_tables"]
@@ -55,8 +56,9 @@ class ApplyJob:
 
     :param load: the epochs (from_epoch, to_epoch], ascending; called inside `run`.
     :param read_into: journal contents, from an address on into a buffer.
-    :param with_undo: False for a copy that has no consistent state to go back to (first sync,
-        plain resync): no before-images are kept.
+    :param with_undo: False for a copy that has no consistent state to go back to (first
+        sync): no before-images are kept, but in `open_pass`.
+    :param open_pass: of a resync whose end is not applied yet; it takes the before-images.
     """
 
     def __init__(
@@ -70,11 +72,13 @@ class ApplyJob:
         limits: Limits,
         *,
         with_undo: bool = True,
+        open_pass: OpenPass | None = None,
     ) -> None:
         assert from_epoch < to_epoch
         self.from_epoch = from_epoch
         self.to_epoch = to_epoch
         self.with_undo = with_undo
+        self._open_pass = open_pass
         self._load = load
         self._read_into = read_into
         self._images = images
@@ -114,6 +118,8 @@ class ApplyJob:
         }
         if self.with_undo:
             self._save_old(epochs[-1])
+        elif self._open_pass is not None:
+            self._open_pass.save(self.table, self._images)
         self._write_zeros()
         self._write_data()
         for volume, _ in _by_volume(self.table):

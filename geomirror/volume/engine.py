@@ -109,6 +109,7 @@ class Engine(RollbackPath, RoleChanges):
             if engine.superblock.role == "primary":
                 engine.prepare_now()  # A secondary waits until a pass needs it.
             engine._redo()
+            engine._finish_return()
         except GeomirrorError:
             engine.close()
             raise

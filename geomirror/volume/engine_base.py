@@ -35,6 +35,7 @@ from geomirror.volume.retention import Retention
 from geomirror.volume.store import File, Store
 from geomirror.volume.superblock import Superblock, SuperblockFile, copy_of
 from geomirror.volume.undo import UndoStore
+from geomirror.volume.undo_open import OpenPass
 from geomirror.volume.volume_change import VolumeChange
 from geomirror.volume.volume_sizes import VolumeSizes
 from geomirror.volume.way_back import WAY_BACK, way_back
@@ -70,6 +71,7 @@ class EngineParts:
     marks: MarkTable
     sizes: VolumeSizes
     make_backing: MakeBacking | None = None
+    open_pass: OpenPass | None = None
     spooled: list[int] = field(default_factory=list)
     moved: list[tuple[int, int]] = field(default_factory=list)
 
@@ -90,6 +92,8 @@ class EngineBase:
         self._make_backing = parts.make_backing
         self._prepared = {index: image.size_bytes for index, image in self.images.items()}
         """Sizes that what lies under the volumes surely has."""
+        self.open_pass = parts.open_pass
+        """Of a resync under way, when there is a state to go back to."""
         self.moved = parts.moved
         """(old LSN, new LSN) of records that recovery wrote again."""
         self.marks = MarkLog(parts.journal, parts.store, parts.marks)
@@ -239,6 +243,7 @@ class EngineBase:
             self.undo,
             self.limits,
             with_undo=self.superblock.data_state == "consistent",
+            open_pass=self.open_pass,
         )
 
     def pass_end(self, through_epoch: int) -> int:
@@ -304,11 +309,12 @@ class EngineBase:
         superblock.undo_next = self.undo.next_counter
         same = {"known_durable_lsn": superblock.known_durable_lsn, "sequence": superblock.sequence}
         is_same = msgspec.structs.replace(self._written, **same) == superblock
-        if is_same and not self.undo.is_void and not self._is_segment_unknown:
+        has_due = self.undo.is_void or bool(self.undo.left_over)
+        if is_same and not has_due and not self._is_segment_unknown:
             return None
         superblock.known_durable_lsn = self.journal.durable_lsn
         version = copy_of(superblock)
-        undo = self.undo if self.undo.is_void else None
+        undo = self.undo if has_due else None
         write = self._superblock_file.write_job(version)
         return CheckpointJob(version, write, undo, self.marks.save_job())
 

@@ -24,14 +24,16 @@ class CopyPosition(EngineBase):
         epoch: int,
         chain_hash: bytes,
         *,
-        data_state: DataState,
+        data_state: DataState = "inconsistent",
         changes: Sequence[VolumeChange] = (),
+        is_held: bool = False,
     ) -> None:
         """The images hold (or are being given) `epoch` of another node: forget all epochs here.
 
         :param changes: what leads from the volumes' sizes here to those there; prepared.
 
-        No job may be running. The next checkpoint persists it and drops the undo.
+        No job may be running. The next checkpoint persists it and drops the undo, unless an
+        earlier state is held by it.
 
         :raises RefusedError: `generation` is not the current one here.
         """
@@ -54,8 +56,10 @@ class CopyPosition(EngineBase):
         self.sealed_epoch = self.committed_epoch = epoch
         self.sealed_hash = self.committed_hash = chain_hash
         self._open.number = epoch + 1
-        self.undo.void()
-        self.marks.table.drop_boundaries()
+        if not is_held:
+            self.undo.void()
+            superblock.former_until = -1
+            self.marks.table.drop_boundaries()
 
     def adopt_chain(self, chain: Sequence[ChainEntry]) -> None:
         """Take over the primary's generation chain; persisted by the next checkpoint."""

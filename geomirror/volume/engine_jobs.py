@@ -14,6 +14,7 @@ from geomirror.volume.journal import Pin
 from geomirror.volume.marks_file import SaveMarksJob
 from geomirror.volume.superblock import Superblock, SuperblockJob
 from geomirror.volume.undo import UndoStore
+from geomirror.volume.view import View
 
 
 def read_pieces(
@@ -62,6 +63,23 @@ class ReadJob:
             self._pin.release()
 
 
+class ViewReadJob:
+    """Reads one range of a view; the shape of a `ReadJob`."""
+
+    def __init__(self, view: View, volume: int, offset: int, length: int) -> None:
+        self.buffers: list[bytes] = []
+        """After `run`: the contents."""
+        self._view = view
+        self._range = (volume, offset, length)
+
+    def run(self) -> None:
+        """Read. :raises NotFoundError: the state is gone. :raises StorageError: a device failed."""
+        self.buffers = [self._view.read(*self._range)]
+
+    def release(self) -> None:
+        """Nothing is held."""
+
+
 class CheckpointJob:
     """Makes one version of the superblock durable, and the marks that recovery then skips."""
 
@@ -85,4 +103,4 @@ class CheckpointJob:
         self._write.run()
         # Only now: undo may be what makes an image consistent that the old version speaks of.
         if self._undo_to_drop is not None:
-            self._undo_to_drop.drop_all()
+            self._undo_to_drop.drop_due()

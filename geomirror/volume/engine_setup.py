@@ -36,6 +36,7 @@ from geomirror.volume.superblock import (
     VolumeRecord,
 )
 from geomirror.volume.undo import UndoStore
+from geomirror.volume.undo_open import OpenPass, open_pass_of
 from geomirror.volume.volume_sizes import VolumeSizes
 from geomirror.volume.way_back import way_back_floor
 
@@ -157,9 +158,9 @@ def open_parts(
         images = _open_images(store, superblock, open_backing, stack)
         recovered = _recover(store, limits, entropy, superblock)
         stack.callback(recovered.journal.close)
-        undo = UndoStore(store, limits, superblock.undo_next)
-        if superblock.data_state != "consistent":
-            undo.drop_all()
+        undo, open_pass = _open_undo(store, superblock, limits)
+        if open_pass is not None:
+            stack.callback(open_pass.stop)
         sizes, indexes = volume_sizes(superblock), _indexes(images, limits)
         marks, log = load_marks(store), (recovered.journal, recovered.records)
         replay_marks(marks, superblock, *log)
@@ -189,6 +190,7 @@ def open_parts(
         replayed.sealed_hash,
         marks,
         sizes,
+        open_pass=open_pass,
         spooled=replayed.spooled,
         moved=recovered.moved,
     )
@@ -204,6 +206,22 @@ def _recover(store: Store, limits: Limits, entropy: Entropy, superblock: Superbl
         scan_lsn=superblock.scan_lsn,
         known_durable_lsn=superblock.known_durable_lsn,
     )
+
+
+def _open_undo(
+    store: Store, superblock: Superblock, limits: Limits
+) -> tuple[UndoStore, OpenPass | None]:
+    """All undo; of a resync under way, the open pass too. :raises FencedError: it is damaged."""
+    held = superblock.held
+    number = None if held is None else held.undo_number
+    undo = UndoStore(store, limits, superblock.undo_next, number)
+    if held is not None:
+        open_pass = open_pass_of(store, undo, held, limits)
+        open_pass.load()
+        return undo, open_pass
+    if superblock.data_state != "consistent":
+        undo.drop_all()
+    return undo, None
 
 
 def _open_images(

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from geomirror.errors import JournalFullError
 from geomirror.limits import BLOCK_BYTES
 from geomirror.volume.dirty_index import Piece
-from geomirror.volume.engine_copy import CopyPosition
+from geomirror.volume.engine_held import HeldCopy
 from geomirror.volume.engine_jobs import ReadJob, read_pieces
 from geomirror.volume.epoch_record import EPOCH_HEADER_BYTES
 from geomirror.volume.epoch_table import ENTRY
@@ -39,7 +39,7 @@ def record_room_bytes(payload_length: int) -> int:
     return payload_length + _RECORD_BYTES
 
 
-class WritePath(CopyPosition):
+class WritePath(HeldCopy):
     """The part of `Engine` that NBD requests reach."""
 
     _room_budget = 0

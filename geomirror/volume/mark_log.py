@@ -54,7 +54,9 @@ class _Change(NamedTuple):
 
 
 def holds_state(superblock: Superblock, epoch: int) -> bool:
-    """Whether this copy is a whole image at `epoch`: it is not before the end of a resync."""
+    """Whether this copy is a whole image at `epoch`, or was: it is not during a resync."""
+    if superblock.former_from <= epoch <= superblock.former_until:
+        return True
     is_known = superblock.data_state == "consistent" or superblock.consistent_from >= 0
     return is_known and superblock.consistent_from <= epoch
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from geomirror.errors import NotFoundError
 from geomirror.volume.marks import MarkTable
-from geomirror.volume.undo import History
+from geomirror.volume.undo_history import History
 
 
 @dataclass(frozen=True)

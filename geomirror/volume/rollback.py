@@ -236,7 +236,7 @@ class RollbackJob:
         passes = parts.undo.history.since(epoch)
         index = ViewIndex(epoch).extended(
             passes,
-            lambda name: UndoReader(parts.store.open(name), name),
+            lambda info: UndoReader(parts.store.open(info.name), info.name),
             parts.limits.rollback_entries_max,
         )
         return index, passes

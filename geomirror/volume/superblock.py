@@ -120,6 +120,27 @@ class RollbackRecord(msgspec.Struct):
     """The images are at `to_epoch`; undo beyond it is void."""
 
 
+class HeldRecord(msgspec.Struct):
+    """The consistent state from before a resync that is under way: image and open undo pass."""
+
+    generation: str
+    epoch: int
+    chain_hash: str
+    first_epoch: int
+    end_lsn: int
+    wall_ns: int
+    consistent_from: int
+    former_from: int
+    former_until: int
+    """As they were before the resync."""
+    undo_number: int
+    """Of the open pass's file."""
+    sizes: dict[int, int]
+    """Bytes of each volume."""
+    is_returning: bool = False
+    """Its before-images are being written back; nothing else may change the images."""
+
+
 class Superblock(msgspec.Struct):
     """The body of a slot. LSNs are of this node's journal; hashes and identities are hex.
 
@@ -148,6 +169,11 @@ class Superblock(msgspec.Struct):
     undo_next: int = 1
     consistent_from: int = -1
     """Of this node's own resync: consistent once applied this far; -1 while that is not known."""
+    former_from: int = 0
+    former_until: int = -1
+    """Epochs from … until that were states of this copy before its last resync; undo has them."""
+    held: HeldRecord | None = None
+    """While `data_state` is "inconsistent" because of a resync."""
     peers: dict[str, PeerRecord] = msgspec.field(default_factory=dict)
     settings: dict[str, str] = msgspec.field(default_factory=dict)
     sync: SyncRecord = msgspec.field(default_factory=SyncRecord)

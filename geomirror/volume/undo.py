@@ -13,72 +13,23 @@ Deliberately not here: the format of a file (`undo_file`) and reading the old co
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 
 from geomirror.errors import FencedError, IntegrityError, NoSpaceError, NotFoundError
 from geomirror.limits import Limits
 from geomirror.volume.store import File, Store
 from geomirror.volume.undo_file import PassInfo, PassLabel, UndoReader, UndoWriter, read_header
+from geomirror.volume.undo_history import History
 
 DIRECTORY = "undo"
 _TEMPORARY = f"{DIRECTORY}/pass.new"
 _SUFFIX = ".und"
 _JOINT = f"{DIRECTORY}/rollback.new"
 """The pass from a boundary to the epoch that a rollback goes back to, until that is done."""
+OPEN_SUFFIX = ".open"
 _MERGED = ".m"
 """Between the number of the newest of the merged passes and how often it was merged."""
-
-
-@dataclass(frozen=True)
-class History:
-    """What undo is kept, at one moment. Never changed: another one takes its place."""
-
-    passes: tuple[PassInfo, ...]
-    """Oldest first."""
-    incarnation: int
-    """One more each time that images were made anew: no state from before can be restored."""
-    newest_epoch: int | None = None
-    """While the images are rolled back: no state after this epoch can be restored."""
-
-    def since(self, epoch: int) -> tuple[PassInfo, ...]:
-        """The passes that lead from `epoch` to the image, which has to be one's boundary.
-
-        :raises NotFoundError: undo does not reach back to it, or it lies within a pass.
-        """
-        if self.newest_epoch is not None and epoch > self.newest_epoch:
-            raise NotFoundError(f"the state at epoch {epoch} is being rolled back")
-        at = bisect_right(self.passes, epoch, key=lambda each: each.to_epoch)
-        newer = self.passes[at:]
-        expected = epoch
-        for each in newer:
-            if each.from_epoch != expected or each.is_gap:
-                raise NotFoundError(
-                    f"the state at epoch {epoch} is not kept",
-                    hint='"geomirror timeline" shows what is kept',
-                )
-            expected = each.to_epoch
-        return newer
-
-    def kept(self, applied_epoch: int) -> tuple[PassInfo, ...]:
-        """The passes that lead to `applied_epoch` without a hole, oldest first.
-
-        The state at the start of the first and at the end of each of them can be restored.
-        """
-        end = bisect_right(self.passes, applied_epoch, key=lambda each: each.to_epoch)
-        start, expected = end, applied_epoch
-        while start > 0:
-            each = self.passes[start - 1]
-            if each.to_epoch != expected or each.is_gap:
-                break
-            start, expected = start - 1, each.from_epoch
-        return self.passes[start:end]
-
-    def horizon(self, applied_epoch: int) -> int:
-        """The oldest epoch whose state can be restored from an image at `applied_epoch`."""
-        kept = self.kept(applied_epoch)
-        return kept[0].from_epoch if kept else applied_epoch
 
 
 class UndoOverflowError(Exception):
@@ -89,10 +40,13 @@ class UndoStore:
     """All undo files of one resource.
 
     :param start_counter: lowest number for the next file (`undo_next` of the superblock).
+    :param open_number: of the file of the pass that is open; any other open one is removed.
     :raises StorageError: the directory cannot be read.
     """
 
-    def __init__(self, store: Store, limits: Limits, start_counter: int = 1) -> None:
+    def __init__(
+        self, store: Store, limits: Limits, start_counter: int = 1, open_number: int | None = None
+    ) -> None:
         self._store = store
         self._limits = limits
         self._next = start_counter
@@ -101,7 +55,9 @@ class UndoStore:
         self.is_void = False
         """The images are being made anew; `drop_all` is due."""
         self._damaged: dict[str, IntegrityError] = {}
-        self._load()
+        self.left_over: list[str] = []
+        """Files that mean nothing once the next superblock is durable."""
+        self._load("" if open_number is None else f"{open_number:016x}")
 
     @property
     def next_counter(self) -> int:
@@ -298,10 +254,34 @@ class UndoStore:
             self._store.sync_directory(DIRECTORY)
         self.is_void = False
 
-    def _load(self) -> None:
+    def drop_due(self) -> None:
+        """Forget what the superblock that is durable now has no use for. Blocking."""
+        if self.is_void:
+            self.drop_all()
+        while self.left_over:
+            self._store.unlink(self.left_over[-1])
+            self.left_over.pop()
+
+    # The pass that is open (`undo_open`).
+
+    def reserve(self) -> int:
+        """A number for a file; never given again while the superblock remembers it."""
+        self._next += 1
+        return self._next - 1
+
+    def show_open(self, groups: Sequence[PassInfo], closed: PassInfo | None = None) -> None:
+        """The open pass has these groups now; or it is closed, and this is what became of it."""
+        whole = [each for each in self._passes if not each.is_part]
+        self._keep([*whole, *groups] if closed is None else [*whole, closed])
+
+    def _load(self, open_stem: str) -> None:
         self._store.unlink(_TEMPORARY)
         found: list[PassInfo] = []
         for name in self._store.list(DIRECTORY):
+            if name.partition(".")[0] == open_stem:
+                continue
+            if name.endswith(OPEN_SUFFIX):
+                self._store.unlink(f"{DIRECTORY}/{name}")  # Its pass never began, or was undone.
             if not name.endswith(_SUFFIX):
                 continue
             self._next = max(self._next, int(name.partition(".")[0], 16) + 1)

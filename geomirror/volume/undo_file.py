@@ -13,6 +13,7 @@ Deliberately not here: which files there are and what they mean together (`undo`
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -40,13 +41,18 @@ FLAG_GAP = 1
 PLACE_BITS = 40
 """Of an `address` of `UndoReader.located`: 4 PiB of old contents in one file."""
 VERSION = 2
+VERSION_GROUPS = 3
+"""Made of the groups of an open pass: chunks may be short, areas are skipped."""
+OPEN_EPOCH = (1 << 63) - 1
+"""`to_epoch` of a pass that has not ended."""
 
 _MAGIC = b"GMUNDO1\0"
 _FOOTER_MAGIC = b"GMUNDOE\0"
 _HEADER = struct.Struct("<8sII16sQQIIQ32s24xQ")
 _VERSION_AT = struct.Struct("<8sI")
 _FOOTER = struct.Struct("<QQQ8s")
-_ENTRY = np.dtype(
+HEADER_BYTES = _HEADER.size
+ENTRY = np.dtype(
     [
         ("volume", "<u2"),
         ("kind", "u1"),
@@ -58,7 +64,7 @@ _ENTRY = np.dtype(
 )
 assert _HEADER.size == 128
 assert _FOOTER.size == 32
-assert _ENTRY.itemsize == 24
+assert ENTRY.itemsize == 24
 
 _Array = npt.NDArray[np.void]
 
@@ -89,7 +95,14 @@ class PassInfo(PassLabel):
     raw_bytes: int = 0
     """Old contents held, uncompressed; zeros count nothing."""
     stored_bytes: int = 0
-    """Size of the file."""
+    """Size of the file, or of this part of it."""
+    start: int = 0
+    """Where in the file it begins, for a group of a pass that is open."""
+
+    @property
+    def is_part(self) -> bool:
+        """One of the groups of an open pass, not the whole of one."""
+        return self.start > 0
 
 
 class UndoWriter:
@@ -124,7 +137,7 @@ class UndoWriter:
             are_zero = are_holes.copy()
             are_zero[~are_holes] = zero
         assert len(blocks) == len(are_zero)
-        entries = np.zeros(len(blocks), dtype=_ENTRY)
+        entries = np.zeros(len(blocks), dtype=ENTRY)
         entries["volume"], entries["block"], entries["count"] = volume, blocks, 1
         entries["kind"] = np.where(are_zero, KIND_ZERO, KIND_DATA)
         self._tables.append(_joined(entries))
@@ -140,57 +153,78 @@ class UndoWriter:
 
     def add_zero(self, volume: int, block: int, count: int) -> None:
         """Note that `count` blocks from `block` on read as zeros."""
-        entry = np.zeros(1, dtype=_ENTRY)
+        entry = np.zeros(1, dtype=ENTRY)
         entry[0] = (volume, KIND_ZERO, 0, count, block, 0)
         self._tables.append(entry)
 
     def add_size(self, volume: int, size_bytes: int) -> None:
         """Note the size of a volume before the pass; at any time."""
-        entry = np.zeros(1, dtype=_ENTRY)
-        entry[0] = (volume, KIND_SIZE, 0, 1, SIZE_BLOCK, size_bytes)
-        self._tables.append(entry)
+        self._tables.append(size_entries({volume: size_bytes}))
 
     def _write_chunks(self, data: memoryview) -> None:
         for position in range(0, len(data), CHUNK_BYTES):
             raw = data[position : position + CHUNK_BYTES]
             stored = self._compressor.compress(raw)
-            self._file.pwritev([stored], self._end)
             self._chunks.append((len(raw), len(stored), xxhash.xxh3_64_intdigest(raw)))
-            self._end += len(stored)
+            self._store(stored)
 
-    def finish(self, label: PassLabel, *, is_gap: bool = False) -> int:
-        """Write what is pending, both tables, footer and header, and fdatasync.
+    def _store(self, stored: bytes) -> None:
+        self._file.pwritev([stored], self._end)
+        self._end += len(stored)
 
-        :returns: size of the file in bytes.
-        """
-        assert len(label.generation) == 16
-        assert len(label.chain_hash) == 32
-        assert label.from_epoch < label.to_epoch
-        self._write_chunks(memoryview(self._pending))
-        table = _joined(joined(self._tables, _ENTRY))
+    def _take_table(self) -> _Array:
+        """All entries, joined, with their positions."""
+        table = _joined(joined(self._tables, ENTRY))
         # Blocks are ascending; only sizes have to find their place behind them.
         table = table[np.argsort(keys_of(table), kind="stable")]
         held = np.where(table["kind"] == KIND_DATA, table["count"].astype(np.uint64), 0)
         held *= np.uint64(BLOCK_BYTES)
         places = np.where(held > 0, np.cumsum(held) - held, 0)
         table["position"] = np.where(table["kind"] == KIND_SIZE, table["position"], places)
-        tables = table.tobytes() + np.array(self._chunks, dtype=CHUNK).tobytes()
-        footer = _FOOTER.pack(
-            self._end,
-            self._end + table.nbytes,
-            xxhash.xxh3_64_intdigest(tables),
-            _FOOTER_MAGIC,
-        )
-        flags = FLAG_GAP if is_gap else 0
-        fields = (
-            *(_MAGIC, VERSION, flags, label.generation, label.from_epoch, label.to_epoch),
-            *(len(self._chunks), len(table), label.wall_ns, label.chain_hash),
-        )
-        check = xxhash.xxh3_64_intdigest(_HEADER.pack(*fields, 0)[:-8])
-        self._file.pwritev([tables, footer], self._end)
-        self._file.pwritev([_HEADER.pack(*fields, check)], 0)
+        return table
+
+    def finish(self, label: PassLabel, *, is_gap: bool = False) -> int:
+        """Write what is pending, both tables, footer and header, and fdatasync.
+
+        :returns: size of the file in bytes.
+        """
+        self._write_chunks(memoryview(self._pending))
+        chunks = np.array(self._chunks, dtype=CHUNK)
+        table = self._take_table()
+        size = write_end(self._file, self._end, label, table, chunks, VERSION, is_gap=is_gap)
         self._file.fdatasync()
-        return self._end + len(tables) + len(footer)
+        return size
+
+
+def write_end(
+    file: File,
+    end: int,
+    label: PassLabel,
+    table: _Array,
+    chunks: _Array,
+    version: int = VERSION_GROUPS,
+    *,
+    is_gap: bool = False,
+) -> int:
+    """Write both tables and the footer at `end`, then the header; nothing is durable yet.
+
+    :returns: size of the file in bytes.
+    """
+    assert len(label.generation) == 16
+    assert len(label.chain_hash) == 32
+    assert label.from_epoch < label.to_epoch
+    tables = table.tobytes() + chunks.tobytes()
+    check = xxhash.xxh3_64_intdigest(tables)
+    footer = _FOOTER.pack(end, end + table.nbytes, check, _FOOTER_MAGIC)
+    flags = FLAG_GAP if is_gap else 0
+    fields = (
+        *(_MAGIC, version, flags, label.generation, label.from_epoch, label.to_epoch),
+        *(len(chunks), len(table), label.wall_ns, label.chain_hash),
+    )
+    check = xxhash.xxh3_64_intdigest(_HEADER.pack(*fields, 0)[:-8])
+    file.pwritev([tables, footer], end)
+    file.pwritev([_HEADER.pack(*fields, check)], 0)
+    return end + len(tables) + len(footer)
 
 
 def _joined(entries: _Array) -> _Array:
@@ -222,7 +256,8 @@ class UndoReader:
         self._file = file
         self._name = name
         info = read_header(file, name)
-        chunk_count, entry_count = _HEADER.unpack(file.pread(_HEADER.size, 0))[6:8]
+        fields = _HEADER.unpack(file.pread(_HEADER.size, 0))
+        self._version, (chunk_count, entry_count) = fields[1], fields[6:8]
         size = info.stored_bytes
         if size < _HEADER.size + _FOOTER.size:
             raise self._damaged("is too short")
@@ -230,14 +265,14 @@ class UndoReader:
             file.pread(_FOOTER.size, size - _FOOTER.size)
         )
         end = size - _FOOTER.size
-        sizes = (entry_count * _ENTRY.itemsize, chunk_count * CHUNK.itemsize)
+        sizes = (entry_count * ENTRY.itemsize, chunk_count * CHUNK.itemsize)
         is_laid_out = start + sizes[0] == chunk_start and chunk_start + sizes[1] == end
         if magic != _FOOTER_MAGIC or start < _HEADER.size or not is_laid_out:
             raise self._damaged("has a damaged footer")
         tables = file.pread(end - start, start)
         if xxhash.xxh3_64_intdigest(tables) != check:
             raise self._damaged("has a damaged table")
-        self._table: _Array = np.frombuffer(tables[: sizes[0]], dtype=_ENTRY)
+        self._table: _Array = np.frombuffer(tables[: sizes[0]], dtype=ENTRY)
         self._keys: Keys = keys_of(self._table)
         chunks: _Array = np.frombuffer(tables[sizes[0] :], dtype=CHUNK)
         stored = chunks["stored"].astype(np.int64)
@@ -250,7 +285,11 @@ class UndoReader:
     def _is_covered(self, raw_bytes: int) -> bool:
         """Whether chunks have legal sizes and every DATA entry lies within them."""
         raw = self.chunks.chunks["raw"]
-        if len(raw) and (int(raw.max()) > CHUNK_BYTES or bool(np.any(raw[:-1] != CHUNK_BYTES))):
+        if len(raw) and int(raw.max()) > CHUNK_BYTES:
+            return False
+        if self._version == VERSION_GROUPS:
+            raw_bytes = len(raw) * CHUNK_BYTES
+        elif bool(np.any(raw[:-1] != CHUNK_BYTES)):
             return False
         data = self._table[self._table["kind"] == KIND_DATA]
         end = data["position"] + data["count"].astype(np.uint64) * np.uint64(BLOCK_BYTES)
@@ -261,7 +300,7 @@ class UndoReader:
 
         :raises IntegrityError: a chunk is damaged.
         """
-        for index in range(len(self.chunks.chunks)):
+        for index in np.flatnonzero(self.chunks.chunks["raw"]).tolist():
             self._chunk(index)
 
     def entries(self) -> list[tuple[int, int, int, int]]:
@@ -277,31 +316,7 @@ class UndoReader:
         :param number: of this file among others: `address` of a DATA entry is `number` << 40 and
             the block's place in the concatenation of all raw chunks, in blocks.
         """
-        table = self._table[self._table["kind"] != KIND_SIZE]
-        counts = np.where(table["kind"] == KIND_DATA, table["count"], 1).astype(np.int64)
-        first = np.repeat(np.cumsum(counts) - counts, counts)
-        step = (np.arange(len(first)) - first).astype(np.uint64)
-        source = np.repeat(table, counts)
-        located = empty_table(len(source))
-        is_data = source["kind"] == KIND_DATA
-        for name in ("volume", "kind"):
-            located[name] = source[name]
-        located["count"] = np.where(is_data, 1, source["count"])
-        located["block"] = source["block"] + step
-        place = source["position"] // np.uint64(BLOCK_BYTES) + step
-        located["address"] = np.where(is_data, place + np.uint64(number << PLACE_BITS), 0)
-        return located
-
-    @property
-    def entry_count(self) -> int:
-        """Entries that `located` would have."""
-        return int(self._located_counts().sum())
-
-    def _located_counts(self) -> Keys:
-        is_data = self._table["kind"] == KIND_DATA
-        counts = np.where(is_data, self._table["count"], 1).astype(np.int64)
-        counts[self._table["kind"] == KIND_SIZE] = 0
-        return counts
+        return located(self._table, number)
 
     def old_sizes(self) -> dict[int, int]:
         """Sizes before the pass of the volumes that it grew; 0 of those that it added."""
@@ -315,7 +330,7 @@ class UndoReader:
         """
         if not len(self._keys):
             return None
-        wanted = np.zeros(1, dtype=_ENTRY)
+        wanted = np.zeros(1, dtype=ENTRY)
         wanted["volume"], wanted["block"] = volume, block
         key = int(keys_of(wanted)[0])
         at = int(np.searchsorted(self._keys, key, side="right")) - 1
@@ -340,13 +355,40 @@ class UndoReader:
         return damage(self._name, what)
 
 
+def size_entries(sizes: Mapping[int, int]) -> _Array:
+    """Entries of the sizes that volumes had before a pass."""
+    entries = np.zeros(len(sizes), dtype=ENTRY)
+    for row, (volume, size_bytes) in enumerate(sorted(sizes.items())):
+        entries[row] = (volume, KIND_SIZE, 0, 1, SIZE_BLOCK, size_bytes)
+    return entries
+
+
+def located(runs: _Array, number: int) -> Table:
+    """See `UndoReader.located`, of the entries `runs`."""
+    runs = runs[runs["kind"] != KIND_SIZE]
+    counts = np.where(runs["kind"] == KIND_DATA, runs["count"], 1).astype(np.int64)
+    first = np.repeat(np.cumsum(counts) - counts, counts)
+    step = (np.arange(len(first)) - first).astype(np.uint64)
+    source = np.repeat(runs, counts)
+    table = empty_table(len(source))
+    is_data = source["kind"] == KIND_DATA
+    for name in ("volume", "kind"):
+        table[name] = source[name]
+    table["count"] = np.where(is_data, 1, source["count"])
+    table["block"] = source["block"] + step
+    place = source["position"] // np.uint64(BLOCK_BYTES) + step
+    table["address"] = np.where(is_data, place + np.uint64(number << PLACE_BITS), 0)
+    return table
+
+
 def read_header(file: File, name: str) -> PassInfo:
     """What pass the file is of; nothing beyond its header is looked at.
 
     :raises IntegrityError: the header is damaged.
     """
     header = file.pread(_HEADER.size, 0)
-    if _VERSION_AT.unpack_from(header) != (_MAGIC, VERSION):
+    magic, version = _VERSION_AT.unpack_from(header)
+    if magic != _MAGIC or version not in (VERSION, VERSION_GROUPS):
         raise damage(name, "has an unknown header")
     fields = _HEADER.unpack(header)
     flags, generation, from_epoch, to_epoch = fields[2:6]

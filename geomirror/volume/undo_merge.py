@@ -87,7 +87,7 @@ class ThinJob:
     def _copy(self, passes: Sequence[PassInfo], writer: UndoWriter) -> None:
         index = ViewIndex(passes[0].from_epoch).extended(
             passes,
-            lambda name: UndoReader(self._store.open(name), name),
+            lambda info: UndoReader(self._store.open(info.name), info.name),
             self._limits.view_entries_max,
         )
         files = [self._store.open(each.name) for each in passes]

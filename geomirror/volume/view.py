@@ -21,10 +21,19 @@ from geomirror.errors import NotFoundError, StorageError
 from geomirror.limits import BLOCK_BYTES
 from geomirror.volume.arrays import run_heads, run_lengths
 from geomirror.volume.store import File
-from geomirror.volume.undo import History
 from geomirror.volume.undo_chunks import BLOCKS_PER_CHUNK
-from geomirror.volume.undo_file import UndoReader
-from geomirror.volume.view_index import IMAGE, ZERO, Places, ViewIndex, block_of, file_of
+from geomirror.volume.undo_file import PassInfo, UndoReader
+from geomirror.volume.undo_group import GroupReader, reading
+from geomirror.volume.undo_history import History
+from geomirror.volume.view_index import (
+    IMAGE,
+    ZERO,
+    PassReader,
+    Places,
+    ViewIndex,
+    block_of,
+    file_of,
+)
 
 _ATTEMPTS_MAX = 100
 """Passes begin a few times a second, and a read takes milliseconds."""
@@ -117,8 +126,9 @@ class View:
         self._index = index = index.extended(added, self._open_reader, self._entries_max)
         return index
 
-    def _open_reader(self, name: str) -> UndoReader:
-        return UndoReader(self._open_file(name), name)
+    def _open_reader(self, info: PassInfo) -> PassReader:
+        file = reading(self._open_file, info.name)
+        return GroupReader(file, info) if info.is_part else UndoReader(file, info.name)
 
     def _collect(self, index: ViewIndex, volume: int, first: int, places: Places) -> bytearray:
         """The contents of blocks from `first` on; a short last block is padded."""
@@ -147,7 +157,7 @@ class View:
     ) -> None:
         """Copy `blocks` of the range from one undo file, where they lie `at`, in blocks."""
         chunks = index.files[number]
-        file = self._open_file(chunks.name)
+        file = reading(self._open_file, chunks.name)
         try:
             held, raw = -1, b""
             for block, place in zip(blocks.tolist(), at.tolist(), strict=True):

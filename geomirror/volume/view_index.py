@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ from geomirror.errors import LimitExceededError
 from geomirror.volume.epoch_table import KIND_ZERO, Table, empty_table
 from geomirror.volume.merge import Keys, keys_of, merge_tables
 from geomirror.volume.undo_chunks import ChunkMap
-from geomirror.volume.undo_file import PLACE_BITS, PassInfo, UndoReader
+from geomirror.volume.undo_file import PLACE_BITS, PassInfo
 
 IMAGE = -2
 """The block is unchanged since the epoch."""
@@ -36,6 +36,21 @@ times, and a new pass does not move them all."""
 
 Places = npt.NDArray[np.int64]
 PlaceOrPlaces = TypeVar("PlaceOrPlaces", int, Places)
+
+
+class PassReader(Protocol):
+    """What an index needs of the undo of one pass (`UndoReader`, `GroupReader`)."""
+
+    chunks: ChunkMap
+
+    def located(self, number: int) -> Table:
+        """See `UndoReader.located`."""
+
+    def old_sizes(self) -> dict[int, int]:
+        """See `UndoReader.old_sizes`."""
+
+    def close(self) -> None:
+        """Close the file."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +98,12 @@ class ViewIndex:
     def extended(
         self,
         passes: Sequence[PassInfo],
-        open_reader: Callable[[str], UndoReader],
+        open_reader: Callable[[PassInfo], PassReader],
         entries_max: int,
     ) -> ViewIndex:
         """An index of `passes` too, which follow those that are here. Blocking.
 
-        :param open_reader: opens an undo file by name; closed again here.
+        :param open_reader: opens the undo of a pass; closed again here.
         :raises LimitExceededError: more than `entries_max` blocks were changed since the epoch.
         :raises NotFoundError, IntegrityError: a file is gone, or damaged.
         """
@@ -97,7 +112,7 @@ class ViewIndex:
         group: list[Table] = []
         grouped = 0
         for info in passes:
-            reader = open_reader(info.name)
+            reader = open_reader(info)
             try:
                 files.append(reader.chunks)
                 group.append(reader.located(len(files) - 1))

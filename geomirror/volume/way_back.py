@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from geomirror.limits import Limits
 from geomirror.volume.epoch_directory import EpochDirectory
 from geomirror.volume.superblock import Superblock
-from geomirror.volume.undo import History
+from geomirror.volume.undo_history import History
 
 WAY_BACK = "way back"
 """Owner of the pin. Peers are called like nodes, which have no spaces in their names."""

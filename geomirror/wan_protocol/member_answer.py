@@ -5,7 +5,7 @@ from __future__ import annotations
 from geomirror.cluster.verdict import INCONSISTENT, MemberAnswer
 from geomirror.volume.engine import Engine
 from geomirror.wan_protocol.primary import Primary
-from geomirror.wan_protocol.secondary import CONSISTENT, Secondary
+from geomirror.wan_protocol.secondary import Secondary
 
 
 def answer_of(node: str, core: Primary | Secondary) -> MemberAnswer:
@@ -13,13 +13,15 @@ def answer_of(node: str, core: Primary | Secondary) -> MemberAnswer:
     engine = core.engine
     wall_ns, end_lsn = _end_of_sealed(engine)
     is_primary = isinstance(core, Primary)
-    is_consistent = is_primary or engine.superblock.data_state == CONSISTENT
+    held = engine.held
+    is_usable = engine.can_return if held is not None else engine.state_epoch is not None
+    is_consistent = is_primary or is_usable
     return MemberAnswer(
         node,
         is_primary=is_primary,
         generation=engine.generation.hex(),
         token=engine.superblock.chain[-1].token if engine.superblock.chain else 0,
-        epoch=engine.sealed_epoch,
+        epoch=engine.sealed_epoch if held is None else held.epoch,
         epoch_wall_ns=wall_ns,
         end_lsn=end_lsn,
         disk_state="Consistent" if is_consistent else INCONSISTENT,
@@ -31,7 +33,10 @@ def answer_of(node: str, core: Primary | Secondary) -> MemberAnswer:
 
 def _end_of_sealed(engine: Engine) -> tuple[int | None, int | None]:
     """When the sealed epoch was cut, and its end in the primary's journal."""
-    superblock, sealed = engine.superblock, engine.sealed_epoch
+    superblock, sealed, held = engine.superblock, engine.sealed_epoch, engine.held
+    if held is not None:
+        # A promotion would go back to the state from before the resync.
+        return held.wall_ns or None, held.end_lsn or None
     if sealed == 0:
         return None, None
     if sealed == superblock.applied_epoch:

@@ -159,6 +159,8 @@ class SessionAccept(Message, frozen=True):
     """`Marks` may be sent: an older version closes the link at a message it does not know."""
     volumes: list[VolumeInfo] = []
     """As of `durable_epoch`; empty from a node of the previous version: its volumes never grow."""
+    held_epoch: int = -1
+    """While inconsistent: the state from before the resync, which a promotion would restore."""
 
 
 class SessionRefuse(Message, frozen=True):
@@ -230,7 +232,8 @@ class Acknowledge(Message, frozen=True):
 
 
 class ResyncBegin(Message, frozen=True):
-    """Primary to secondary: a plain resync follows; until its end the image is Inconsistent."""
+    """Primary to secondary: a resync follows; until its end the image alone is Inconsistent. A
+    secondary with undo holds the state from before it."""
 
     session: int
     generation: bytes
@@ -263,6 +266,8 @@ class ResyncAcknowledge(Message, frozen=True):
     credit_bytes: int
     is_finished: bool = False
     """The end epoch of the resync is durable at the secondary: nothing of it is needed again."""
+    held_epoch: int = -1
+    """As in `SessionAccept`."""
 
 
 class Announce(Message, frozen=True):

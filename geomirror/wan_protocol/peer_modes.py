@@ -200,6 +200,8 @@ class PeerModes(PeerRecords):
         )
         self.resyncs[sender.name] = resync
         self._set_mode(sender, RESYNC)
+        if sender.data_state == "consistent":
+            sender.held_epoch = sender.applied_epoch  # Until the peer says what it can go back to.
         sender.data_state = "inconsistent"  # From the moment that it begins there.
         sender.restart_flow(self.now_ns)
         self._decide(resync.begin())
@@ -211,6 +213,7 @@ class PeerModes(PeerRecords):
             return  # Of one that was given up.
         if message.frames > resync.next_sequence:
             raise RemoteProtocolError(f'peer "{sender.name}" acknowledges frames never sent')
+        sender.held_epoch = message.held_epoch
         is_finished = resync.acknowledge(message, self.now_ns)
         kept = self.bitmaps[sender.name]
         if message.frames and kept.base_epoch != resync.base_epoch:

@@ -335,7 +335,7 @@ class Primary(Supersession):
             return  # The peer does not know yet; its counts are of what was given up.
         sender.acknowledge(message, self.now_ns)
         if sender.applied_epoch >= self._consistent_from(sender):
-            sender.data_state = "consistent"
+            sender.data_state, sender.held_epoch = "consistent", -1
         if sender.durable_epoch > before:
             self._retain(sender)
             low = min((s.durable_epoch for s in self.senders.values()), default=0)

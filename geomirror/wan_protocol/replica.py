@@ -147,6 +147,9 @@ class Replica:
     def _applied_moved(self) -> None:
         """A checkpoint with the applied epoch is durable."""
 
+    def _checkpoint_needless(self) -> None:
+        """A checkpoint was wanted, and what it would say is durable already."""
+
     def _room_moved(self) -> None:
         """The journal has more room."""
 
@@ -256,6 +259,8 @@ class Replica:
         job = self.engine.checkpoint_job()
         if job is not None:
             self._run("checkpoint", job, self._checkpoint_done)
+        else:
+            self._checkpoint_needless()
 
     def _checkpoint_done(self, job: Any) -> None:
         self.engine.complete_checkpoint(job)

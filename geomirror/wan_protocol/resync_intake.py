@@ -1,6 +1,11 @@
-"""The secondary's part in a plain resync: from its begin to the epoch that makes it consistent.
+"""The secondary's resyncs: from the first word of one to the moment that the copy is whole again.
 
-Deliberately not here: the state of one resync (`resync_receiver`), sessions (`secondary`).
+```
+ consistent at E0 ─▶ copied blocks, held at E0 ─▶ end epoch applied ─▶ undo closed ─▶ consistent
+ blank ────────────▶ copied blocks, nothing to hold ─▶ end epoch applied ───────────▶ consistent
+```
+Whatever happens in between (the link, a crash, the next overflow), the copy stays held at E0.
+Deliberately not here: frames and their order (`resync_receiver`), undo (`engine_held`).
 """
 
 from __future__ import annotations
@@ -22,24 +27,27 @@ from geomirror.wan_protocol.standing_keeper import StandingKeeper
 BLANK: DataState = "blank"
 INCONSISTENT: DataState = "inconsistent"
 CONSISTENT: DataState = "consistent"
-UNKNOWN_EPOCH = -1
-"""`consistent_from` while a resync has not told its end."""
 
 
 class ResyncIntake(StandingKeeper):
-    """The part of `Secondary` that is about being made anew."""
+    """The part of the secondary that is about resyncs."""
 
     def __init__(self, engine: Engine, limits: Limits, *, primary: str) -> None:
         super().__init__(engine, limits)
         self.primary = primary
         self.resync: ResyncReceiver | None = None
-        self._unreported_bytes = 0
         self._applied_reported = engine.applied_epoch
+        self._unreported_bytes = 0
 
     @property
     def data_state(self) -> str:
-        """`blank`, `inconsistent` or `consistent`."""
+        """Of the image alone: `blank`, `inconsistent` or `consistent`."""
         return self.engine.superblock.data_state
+
+    @property
+    def is_whole(self) -> bool:
+        """This copy has the state of one epoch: in its image, or held during a resync."""
+        return self.engine.state_epoch is not None
 
     def _acknowledge(self, stuck: Incoming | None = None) -> None:
         """Say what is here; `stuck` lacks frames."""
@@ -48,10 +56,6 @@ class ResyncIntake(StandingKeeper):
     def _refuse_session(self, error: GeomirrorError) -> None:
         """End the session and say why."""
         raise NotImplementedError
-
-    def _apply_done(self, job: Any) -> None:
-        super()._apply_done(job)
-        self._try_consistent()
 
     def _resync_began(self, message: ResyncBegin) -> None:
         is_known = message.generation == self.engine.generation and message.epoch >= 0
@@ -69,6 +73,11 @@ class ResyncIntake(StandingKeeper):
     def _pump_role(self) -> None:
         self.commit_complete()
         self.write_marks()
+        self.pump_resync()
+
+    def pump_resync(self) -> None:
+        """Start whatever is due."""
+        self._try_consistent()
         resync = self.resync
         if resync is None:
             return
@@ -82,16 +91,10 @@ class ResyncIntake(StandingKeeper):
             if grow is not None:
                 self._run("grow", grow, self._grow_done)
                 return
-            self.engine.reset_position(
-                begin.generation,
-                begin.epoch,
-                begin.chain_hash,
-                data_state=INCONSISTENT,
-                changes=changes,
-            )
-            self.engine.superblock.consistent_from = UNKNOWN_EPOCH
+            self.engine.begin_resync(begin.generation, begin.epoch, begin.chain_hash, changes)
             self._applied_reported, resync.is_begun = begin.epoch, True
-        if resync.needs_checkpoint():
+        # One that runs already does not say it, so it must not count as the one asked for.
+        if not self.is_running("checkpoint") and resync.needs_checkpoint():
             self._checkpoint_wanted = True
         if not self.is_running("resync"):
             job = resync.next_job()
@@ -106,19 +109,38 @@ class ResyncIntake(StandingKeeper):
             if job.hostile is not None:
                 self._refuse_session(job.hostile)
 
-    def _resync_checkpointed(self, resync: ResyncReceiver) -> None:
+    def _checkpoint_needless(self) -> None:
+        # The same resync begins anew after a restart, or nothing else had changed at its end.
+        if self.resync is not None and self.resync.is_begun:
+            ResyncIntake._applied_moved(self)
+            self.pump_resync()
+
+    def _applied_moved(self) -> None:
+        resync = self.resync
+        if resync is None or not resync.is_begun:
+            return
         resync.checkpointed()
         self._acknowledge()
         if resync.is_finished:
             self.resync = None
-            self._try_consistent()
 
     def _try_consistent(self) -> None:
         """Consistent from the moment that the end epoch of the resync is applied."""
         superblock = self.engine.superblock
         is_caught_up = self.engine.applied_epoch >= superblock.consistent_from >= 0
-        if superblock.data_state == INCONSISTENT and self.resync is None and is_caught_up:
+        if superblock.data_state != INCONSISTENT or self.resync is not None or not is_caught_up:
+            return
+        if self.engine.open_pass is None:
             superblock.data_state = CONSISTENT
-            self.engine.marks.became_consistent(self.engine.applied_epoch)
-            self._checkpoint_wanted = True
-            self._decide(Emit("consistent", {"epoch": self.engine.applied_epoch}))
+            self._became_consistent()
+        elif not any(map(self.is_running, ("apply", "resync", "checkpoint"))):
+            self._run("resync", self.engine.close_held_job(), self._closed)
+
+    def _closed(self, job: Any) -> None:
+        self.engine.complete_close_held(job)
+        self._became_consistent()
+
+    def _became_consistent(self) -> None:
+        self.engine.marks.became_consistent(self.engine.applied_epoch)
+        self._checkpoint_wanted = True
+        self._decide(Emit("consistent", {"epoch": self.engine.applied_epoch}))

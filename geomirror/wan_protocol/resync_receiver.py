@@ -1,73 +1,28 @@
-"""The secondary's side of a plain resync: copied blocks go straight into the image.
+"""The secondary's side of a resync: copied blocks go straight into the image.
 
 ```
- begun ─▶ "inconsistent" durable ─▶ frames ─▶ image + fdatasync ─▶ acknowledged ─▶ end recorded
+ begun ─▶ superblock says so ─▶ frames ─▶ undo, image + fdatasync ─▶ acknowledged ─▶ end recorded
 ```
-Nothing is written before the superblock says Inconsistent. Frames wait in memory only within the
-credit that was granted. A frame is acknowledged when its blocks are durable in the image.
+Nothing is written before the superblock says that the image is none by itself. Frames wait in
+memory only within the credit that was granted. A frame is acknowledged when its blocks are durable
+in the image.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from geomirror.errors import BadFrameError, LimitExceededError, RemoteProtocolError
+from geomirror.errors import LimitExceededError
 from geomirror.limits import Limits
 from geomirror.volume.engine import Engine
-from geomirror.volume.epoch_table import FLAG_PUNCH, KIND_DATA
-from geomirror.volume.image import Image
-from geomirror.wan_protocol.epoch_decode import DecodedFrame, FrameDecoder
+from geomirror.wan_protocol.epoch_decode import FrameDecoder
 from geomirror.wan_protocol.messages import ResyncAcknowledge, ResyncBegin, ResyncEnd
+from geomirror.wan_protocol.resync_write import ResyncWriteJob
 
 FRAMES_AHEAD_MAX = 1 << 20
 """Frames that may be here before an earlier one; a hole of a GiB is one frame of 40 bytes."""
 JOB_FRAMES_MAX = 128
 """Frames written between two fdatasyncs: at most 8 MiB."""
-
-
-@dataclass
-class ResyncWriteJob:
-    """Decode frames and write their blocks into the images, durably."""
-
-    images: dict[int, Image]
-    decoder: FrameDecoder
-    number: int
-    frames: list[tuple[int, bytes]]
-    damaged: set[int] = field(default_factory=set)
-    """After `run`: frames whose content is not what was sent; they come again."""
-    hostile: RemoteProtocolError | None = None
-    """After `run`: why the session has to end; what came before is written."""
-
-    def run(self) -> None:
-        """Blocking. Raises StorageError."""
-        touched: set[int] = set()
-        for sequence, body in self.frames:
-            try:
-                touched |= self._write(self.decoder.decode(body))
-            except BadFrameError:
-                self.damaged.add(sequence)
-            except RemoteProtocolError as error:
-                self.hostile = error
-                self.damaged.add(sequence)
-        for volume in sorted(touched):
-            self.images[volume].fdatasync()
-
-    def _write(self, frame: DecodedFrame) -> set[int]:
-        view = memoryview(frame.data)
-        blocks: dict[int, list[tuple[int, memoryview]]] = {}
-        fields = ["volume", "kind", "flags", "count", "block", "address"]
-        for volume, kind, flags, count, block, address in frame.table[fields].tolist():
-            image = self.images[volume]
-            if kind == KIND_DATA:
-                length = image.block_bytes(block)
-                blocks.setdefault(volume, []).append((block, view[address : address + length]))
-            else:
-                image.zero(block, count, punch=bool(flags & FLAG_PUNCH))
-                blocks.setdefault(volume, [])
-        for volume, content in blocks.items():
-            if content:
-                self.images[volume].write_blocks(content)
-        return set(blocks)
 
 
 @dataclass
@@ -115,7 +70,8 @@ class ResyncReceiver:
         frames = [(n, self._queue[n]) for n in numbers]
         sizes = {index: image.size_bytes for index, image in self.engine.images.items()}
         decoder = FrameDecoder(self.limits, sizes)
-        return ResyncWriteJob(self.engine.images, decoder, self.number, frames)
+        engine = self.engine
+        return ResyncWriteJob(engine.images, engine.open_pass, decoder, self.number, frames)
 
     def written(self, job: ResyncWriteJob) -> int:
         """A job's blocks are durable. Returns the bytes of damaged frames: they come again."""
@@ -161,4 +117,5 @@ class ResyncReceiver:
             received_bytes,
             credit_bytes,
             self.is_finished,
+            -1 if self.engine.held is None else self.engine.held.epoch,
         )

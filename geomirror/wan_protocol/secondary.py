@@ -5,7 +5,8 @@
  commit ──────────┴─▶ table = H? ─▶ EPOCH record ─▶ sync = durable ─▶ apply ─▶ applied
 ```
 Invariants: durable is said only after the journal is synced through the EPOCH record (I5); the
-image holds exactly the epoch it reports, except during a plain resync, when it says Inconsistent;
+image holds exactly the epoch it reports, except during a resync, when undo leads from it to the
+epoch that was applied before (`resync_intake`), and during a first sync, when it says Inconsistent;
 an epoch is applied only when the one before it is durable and hashes agree (I9).
 Deliberately not here: who reads the image; `hold_apply` is how readers keep it still.
 """
@@ -215,7 +216,8 @@ class Secondary(SessionIntake):
         is_resyncing = self.resync is not None and self.resync.is_begun
         if self.hold_apply or is_resyncing or self.data_state == BLANK:
             return None
-        return self._pass_end()
+        # What a resync that was interrupted is still writing, or the end of one, comes first.
+        return None if self.is_running("resync") else self._pass_end()
 
     def _applied_moved(self) -> None:
         # Also when only the state moved: the end of a resync that streams no epoch after it.
@@ -224,8 +226,7 @@ class Secondary(SessionIntake):
             self._applied_reported = self.engine.applied_epoch
             self._state_reported = self.data_state
             self._acknowledge()
-        if self.resync is not None and self.resync.is_begun:
-            self._resync_checkpointed(self.resync)
+        super()._applied_moved()
 
     def _release_everything(self, error: GeomirrorError) -> None:
         self.is_open = False

@@ -84,6 +84,8 @@ class Sender:
     is_link_up: bool = False
     is_paused: bool = False
     data_state: str = "unknown"
+    held_epoch: int = -1
+    """While inconsistent because of a resync: the state that the peer can go back to."""
     takes_marks: bool = False
     """The peer knows the message; of this session."""
     marks_told: int = -1
@@ -145,6 +147,7 @@ class Sender:
         self._sent_bytes = self._received_bytes = 0
         self._credit_bytes = accept.credit_bytes
         self.data_state = accept.data_state
+        self.held_epoch = accept.held_epoch
         self.takes_marks, self.marks_told = accept.takes_marks, -1
         self._set_durable(accept.durable_epoch, accept.durable_hash)
         self.applied_epoch = accept.applied_epoch

@@ -125,7 +125,8 @@ def _token(chain: Sequence[GenerationEntry]) -> int:
 def check_accept(message: SessionAccept) -> None:
     """Believe no position that cannot be. :raises RemoteProtocolError: it cannot."""
     is_position = 0 <= message.applied_epoch <= message.durable_epoch
-    is_state = message.data_state in ("blank", "inconsistent", "consistent")
+    is_held = -1 <= message.held_epoch <= message.durable_epoch
+    is_state = is_held and message.data_state in ("blank", "inconsistent", "consistent")
     if not is_position or not is_state or len(message.durable_hash) != 32:
         raise RemoteProtocolError(
             f"session accepted at epoch {message.durable_epoch} durable, "

@@ -123,6 +123,7 @@ class SessionIntake(ResyncIntake):
                 self.standing_version,
                 takes_marks=True,
                 volumes=volumes_at(engine, engine.sealed_epoch),
+                held_epoch=-1 if engine.held is None else engine.held.epoch,
             )
         )
         for incoming in self.incoming.values():

@@ -206,6 +206,27 @@ class SimStore:
         self._names = {name: inode.copy_durable() for name, inode in snapshot.items()}
         self._durable_names = dict(self._names)
 
+    def clone(self, seed: float) -> SimStore:
+        """The same machine's disk and cache, apart from this one from now on."""
+        other = SimStore(str(seed), writeback=self.writeback)
+        copies: dict[int, Inode] = {}
+
+        def copy(inode: Inode) -> Inode:
+            if id(inode) not in copies:
+                pages = (inode.cache, inode.durable, inode.dirty, inode.synced)
+                sizes = (inode.size, inode.durable_size)
+                copies[id(inode)] = Inode(*sizes, *map(dict, pages), inode.reserved_bytes)  # type: ignore[arg-type]
+            return copies[id(inode)]
+
+        other._names = {name: copy(inode) for name, inode in self._names.items()}
+        other._durable_names = {name: copy(inode) for name, inode in self._durable_names.items()}
+        for directory, operations in self._pending.items():
+            other._pending[directory] = [
+                (name, None if inode is None else copy(inode), old)
+                for name, inode, old in operations
+            ]
+        return other
+
     def flip_bit(self, name: str, bit: int) -> None:
         """Flip one bit of a file, in the cache and on the disk: silent corruption."""
         inode = self._names[name]

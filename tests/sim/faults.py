@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from geomirror.limits import KIB, SIMULATION
 from geomirror.wan_protocol.primary import Primary
-from geomirror.wan_protocol.secondary import CONSISTENT, Secondary
+from geomirror.wan_protocol.resync_intake import CONSISTENT
+from geomirror.wan_protocol.secondary import Secondary
 from tests.sim.disk_file import Inode
 from tests.sim.node import SimNode
 from tests.sim.options import NEVER
@@ -221,7 +222,10 @@ class Faults:
     def _release(self, node: SimNode, core: Secondary, life: int, held: int = NEVER) -> None:
         if not node.is_alive or node.life != life or not core.hold_apply:
             return
-        if any(each.from_epoch >= held for each in core.engine.undo.passes()):
+        engine = core.engine
+        # Readers see what a resync changes through undo; applying is what waits for them.
+        is_resynced = engine.held is not None or engine.superblock.consistent_from > held
+        if not is_resynced and any(each.from_epoch >= held for each in engine.undo.passes()):
             raise OracleError(f"{node.name} applied an epoch after {held} under its readers")
         if _is_still(core):
             node.watch.check_image()

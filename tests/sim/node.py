@@ -34,10 +34,12 @@ from geomirror.wan_protocol.messages import (
     encode_message,
 )
 from geomirror.wan_protocol.primary import Primary
-from geomirror.wan_protocol.secondary import CONSISTENT, Secondary
+from geomirror.wan_protocol.resync_intake import CONSISTENT
+from geomirror.wan_protocol.secondary import Secondary
 from tests.sim.disk import SimStore
 from tests.sim.network import Network
 from tests.sim.oracle import Entry, Growth, Oracle
+from tests.sim.promotable import CutCheck
 from tests.sim.sync_check import SyncCheck
 from tests.sim.verdict_check import VerdictCheck
 from tests.sim.watch import Watch
@@ -73,6 +75,7 @@ class Setup:
     clock_rates: dict[str, float]
     sync: SyncCheck
     verdicts: VerdictCheck
+    cuts: CutCheck
     on_flush: Callable[[object, GeomirrorError | None], None]
     on_room: Callable[[], None]
     on_stopped: Callable[[SimNode], None]
@@ -335,6 +338,8 @@ class SimNode:
         if self.life != life:
             return
         error: GeomirrorError | None = None
+        if not self.is_primary:
+            self.setup.cuts.watch(self)
         try:
             run.job.run()
         except GeomirrorError as failure:

@@ -10,7 +10,7 @@ from functools import partial
 from geomirror.errors import FencedError, GeomirrorError, IntegrityError, StorageError
 from geomirror.limits import SIMULATION
 from geomirror.wan_protocol.primary import Primary
-from geomirror.wan_protocol.secondary import CONSISTENT
+from geomirror.wan_protocol.resync_intake import CONSISTENT
 from tests.sim.client import Client
 from tests.sim.faults import STOPPED_OPERATIONS_MAX, Faults
 from tests.sim.growth import draw_growth, leave_garbage
@@ -19,6 +19,7 @@ from tests.sim.network import Network
 from tests.sim.node import MachineStoppedError, Setup, SimNode
 from tests.sim.options import Options
 from tests.sim.oracle import Mirror, Oracle, OracleError
+from tests.sim.promotable import CutCheck
 from tests.sim.sync_check import SyncCheck, draw_policy
 from tests.sim.verdict_check import VerdictCheck
 from tests.sim.world import MS, SECOND, World
@@ -71,6 +72,7 @@ class Simulation:
         self.oracle = Oracle(VOLUMES)
         self.sync = SyncCheck(options.policy, self.oracle)
         self.verdicts = VerdictCheck(self.oracle, random.Random(f"{seed}/verdicts"))
+        self.cuts = CutCheck(self.oracle, SIMULATION, random.Random(f"{seed}/cuts"))
         self.network = Network(
             self.world,
             NAMES,
@@ -97,6 +99,7 @@ class Simulation:
             options.clock_rates,
             self.sync,
             self.verdicts,
+            self.cuts,
             on_flush=self.client.flushed,
             on_room=self.client.room,
             on_stopped=self._stopped,
@@ -177,6 +180,8 @@ class Simulation:
         node.crash(is_kill=is_kill)
         self.network.lose(node.name)
         self.verdicts.look(self.nodes)
+        if not node.is_primary and not node.is_damaged and node.engine.held is not None:
+            self.cuts.cut(node, "a crash")
         is_ending = self.faults.is_ending
         if self.options.bit_flips and self.chance.random() < 0.5 and not is_ending:
             self.faults.flip_some(node)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from geomirror.volume.block_runs import BlockRuns
 from geomirror.wan_protocol.block_status import BACKING, BlockStatus
 from geomirror.wan_protocol.primary import Primary
-from geomirror.wan_protocol.secondary import CONSISTENT
+from geomirror.wan_protocol.resync_intake import CONSISTENT
 from tests.sim.oracle import BLOCK, Oracle, OracleError
 
 if TYPE_CHECKING:

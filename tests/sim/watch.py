@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from geomirror.errors import LimitExceededError, NotFoundError
 from geomirror.volume.view import View
-from geomirror.wan_protocol.secondary import CONSISTENT, Secondary
+from geomirror.wan_protocol.resync_intake import CONSISTENT
+from geomirror.wan_protocol.secondary import Secondary
 from tests.sim.oracle import BLOCK
 from tests.sim.status_check import StatusCheck
 

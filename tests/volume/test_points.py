@@ -7,8 +7,8 @@ import pytest
 from geomirror.errors import NotFoundError
 from geomirror.volume.marks import Mark, MarkTable
 from geomirror.volume.points import At, Point, find_point, points_of
-from geomirror.volume.undo import History
 from geomirror.volume.undo_file import PassInfo
+from geomirror.volume.undo_history import History
 
 GENERATION = bytes(16)
 

@@ -169,10 +169,12 @@ def test_who_was_resynced_past_a_mark_knows_it_and_does_not_hold_it() -> None:
     stage.pass_time(500)
     stage.check_in_sync("west")
     assert names(stage, "west") == names(stage, "colo") == ["before", "during", "after"]
-    assert held(stage, "west") == (after.epoch,)
+    # What it held when the resync began, undo still shows.
+    assert held(stage, "west") == (before.epoch, after.epoch)
+    check_state(stage, before.epoch, "west")
     assert held(stage, "colo") == (before.epoch, during.epoch, after.epoch)
     stage.restart("west")
-    assert held(stage, "west") == (after.epoch,)
+    assert held(stage, "west") == (before.epoch, after.epoch)
 
 
 def test_a_mark_at_which_a_resync_ends_is_held() -> None:

@@ -1,0 +1,69 @@
+"""A set of blocks: those whose before-image an open undo pass holds already.
+
+One bit for each block, in pages of a GiB that exist only where something was saved: 32 KiB of
+memory for each. Not thread-safe: one job at a time uses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from geomirror.volume.epoch_table import KIND_ZERO, Table, empty_table
+
+PAGE_BLOCKS = 1 << 18
+
+_Mask = npt.NDArray[np.bool_]
+
+
+class SavedBlocks:
+    """Starts empty."""
+
+    def __init__(self) -> None:
+        self._pages: dict[tuple[int, int], npt.NDArray[np.uint8]] = {}
+
+    def missing(self, table: Table) -> Table:
+        """The blocks of a table's entries that are not in the set: ascending runs, kind ZERO."""
+        parts: list[Table] = []
+        for volume, page, wanted in _pages(table):
+            saved = self._pages.get((volume, page))
+            if saved is not None:
+                wanted &= ~np.unpackbits(saved, count=PAGE_BLOCKS).view(np.bool_)
+            edges = np.flatnonzero(np.diff(wanted, prepend=False, append=False))
+            runs = empty_table(len(edges) // 2)
+            runs["volume"], runs["kind"] = volume, KIND_ZERO
+            runs["block"] = edges[::2] + page * PAGE_BLOCKS
+            runs["count"] = edges[1::2] - edges[::2]
+            parts.append(runs)
+        return np.concatenate(parts) if parts else empty_table()
+
+    def add(self, table: Table) -> None:
+        """Put the blocks of a table's entries into the set."""
+        for volume, page, wanted in _pages(table):
+            bits = np.packbits(wanted)
+            saved = self._pages.get((volume, page))
+            self._pages[volume, page] = bits if saved is None else saved | bits
+
+
+def _pages(table: Table) -> Iterator[tuple[int, int, _Mask]]:
+    """(volume, page, which of its blocks the entries cover), ascending."""
+    for volume in np.unique(table["volume"]).tolist():
+        entries = table[table["volume"] == volume]
+        starts = entries["block"].astype(np.int64)
+        ends = starts + entries["count"].astype(np.int64)
+        touched: set[int] = set()
+        firsts, lasts = starts // PAGE_BLOCKS, (ends - 1) // PAGE_BLOCKS
+        for first, last in np.unique(np.stack([firsts, lasts]), axis=1).T.tolist():
+            touched.update(range(first, last + 1))
+        for page in sorted(touched):
+            base = page * PAGE_BLOCKS
+            inside = (firsts <= page) & (lasts >= page)
+            low = np.maximum(starts[inside] - base, 0)
+            high = np.minimum(ends[inside] - base, PAGE_BLOCKS)
+            # Counted up where a run begins and down where it ends: covered is what is above zero.
+            steps = np.zeros(PAGE_BLOCKS + 1, dtype=np.int32)
+            np.add.at(steps, low, 1)
+            np.add.at(steps, high, -1)
+            yield volume, page, np.cumsum(steps[:-1]) > 0

@@ -1,0 +1,67 @@
+"""Which states the undo of a resource leads back to, at one moment.
+
+```
+ image at 40 ◀─undo (30,40]─ 30 ◀─undo (28,30]─ 28 ◀─gap (20,28]─ ✗
+```
+Deliberately not here: files (`undo`).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+
+from geomirror.errors import NotFoundError
+from geomirror.volume.undo_file import PassInfo
+
+
+@dataclass(frozen=True)
+class History:
+    """What undo is kept, at one moment. Never changed: another one takes its place."""
+
+    passes: tuple[PassInfo, ...]
+    """Oldest first."""
+    incarnation: int
+    """One more each time that images were made anew: no state from before can be restored."""
+    newest_epoch: int | None = None
+    """While the images are rolled back: no state after this epoch can be restored."""
+
+    def since(self, epoch: int) -> tuple[PassInfo, ...]:
+        """The passes that lead from `epoch` to the image, which has to be one's boundary.
+
+        :raises NotFoundError: undo does not reach back to it, or it lies within a pass.
+        """
+        if self.newest_epoch is not None and epoch > self.newest_epoch:
+            raise NotFoundError(f"the state at epoch {epoch} is being rolled back")
+        at = bisect_right(self.passes, epoch, key=lambda each: each.to_epoch)
+        newer = self.passes[at:]
+        expected = epoch
+        for each in newer:
+            if each.is_part and each.to_epoch == expected:
+                continue  # One more group of the pass that is open.
+            if each.from_epoch != expected or each.is_gap:
+                raise NotFoundError(
+                    f"the state at epoch {epoch} is not kept",
+                    hint='"geomirror timeline" shows what is kept',
+                )
+            expected = each.to_epoch
+        return newer
+
+    def kept(self, applied_epoch: int) -> tuple[PassInfo, ...]:
+        """The passes that lead to `applied_epoch` without a hole, oldest first.
+
+        The state at the start of the first and at the end of each of them can be restored.
+        """
+        end = bisect_right(self.passes, applied_epoch, key=lambda each: each.to_epoch)
+        start, expected = end, applied_epoch
+        while start > 0:
+            each = self.passes[start - 1]
+            if each.to_epoch != expected or each.is_gap:
+                break
+            start, expected = start - 1, each.from_epoch
+        return self.passes[start:end]
+
+    def horizon(self, applied_epoch: int) -> int:
+        """The oldest epoch whose state can be restored from an image at `applied_epoch`."""
+        kept = self.kept(applied_epoch)
+        return kept[0].from_epoch if kept else applied_epoch
