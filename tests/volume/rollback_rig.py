@@ -9,7 +9,7 @@ from itertools import pairwise
 from geomirror.errors import NotFoundError
 from geomirror.volume.undo_merge import ThinJob
 from geomirror.volume.view import View
-from tests.volume.engine_rig import BLOCK, SIZES, Expected, Rig, Stop, open_engine
+from tests.volume.engine_rig import BLOCK, SIZES, Expected, Rig, Step, Stop, open_engine
 
 WALL_NS = 1_700_000_000_000_000_000
 CHANGES = ("write", "sync", "rename", "unlink", "create", "zero", "truncate")
@@ -36,6 +36,18 @@ class RollbackRig(Rig):
         job.run()
         self.engine.complete_sync(job)
         self.durable_step = len(self.steps)
+
+    def put(self, offset: int, data: bytes) -> None:
+        """Write to volume 0."""
+        batch = [(1, 0, offset, len(data), memoryview(data))]
+        self._write(batch, [Step(1, 0, offset, len(data), data)])
+
+    def checkpoint(self) -> None:
+        """Make the superblock durable; nothing is forgotten."""
+        job = self.engine.checkpoint_job()
+        if job is not None:
+            job.run()
+            self.engine.complete_checkpoint(job)
 
     def thin(self) -> None:
         engine = self.engine

@@ -9,7 +9,7 @@ import pytest
 
 from geomirror.errors import RefusedError
 from geomirror.volume.superblock import GenerationRecord
-from tests.volume.engine_rig import Stop
+from tests.volume.engine_rig import BLOCK, Stop
 from tests.volume.rollback_rig import WALL_NS, RollbackRig, message_of
 
 
@@ -156,3 +156,19 @@ def test_the_chain_loses_generations_that_began_at_the_target_or_later() -> None
     assert job.branch is not None
     assert job.branch.base_generation == f"{3:032x}"
     assert job.branch.generation == f"{5:032x}"
+
+
+@pytest.mark.parametrize("cuts", [100, 135, 200])
+def test_writes_after_a_long_tail_was_cut_off_are_not_taken_for_applied(cuts: int) -> None:
+    rig = RollbackRig(9650)
+    rig.history(4)
+    target = rig.engine.applied_epoch
+    for number in range(cuts):
+        rig.put(0, bytes([number]) * BLOCK)
+        rig.settle()
+    assert rig.engine.applied_epoch == target
+    rig.go_back(target, "tail")
+    rig.put(0, b"new" + bytes(BLOCK - 3))
+    rig.sync_all()
+    rig.reopen()
+    assert rig.engine.read(0, 0, 3) == b"new"
