@@ -249,11 +249,11 @@ class Journal:
     def begin_sync(self) -> SyncJob:
         """A job that makes everything appended so far durable; appending may go on meanwhile."""
         self._health.require()
-        # A job that is still running vouches for nothing yet: this one covers its files again.
-        files = dict.fromkeys(file for job in self._syncing for file in job.files)
-        files.update(dict.fromkeys(self._unsynced.values()))
-        directory = self._is_directory_unsynced or any(job.directory for job in self._syncing)
-        job = SyncJob(self._store, self._health, self.end_lsn, list(files), directory=directory)
+        files, directory = [*self._unsynced.values()], self._is_directory_unsynced
+        for running in self._syncing:  # It vouches for nothing yet: this one covers its files, too.
+            files += [file for file in running.files if file not in files]
+            directory |= running.directory
+        job = SyncJob(self._store, self._health, self.end_lsn, files, directory=directory)
         self._unsynced = {}
         self._is_directory_unsynced = False
         self._syncing.append(job)
