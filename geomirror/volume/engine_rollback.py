@@ -80,11 +80,18 @@ class RollbackPath(VolumeGrowth):
 
         :raises NotFoundError, RefusedError: as there.
         """
+        superblock = self.superblock
+        if superblock.data_state != "consistent":
+            raise RefusedError(
+                f'resource "{superblock.name}" is Inconsistent here: its first sync or a resync is '
+                "not over, so there is nothing to go back from"
+            )
         if epoch < self.sizes.newest_change:
             raise grown_since(epoch)
         points = self.rollback_points()
         found = self._info_of(epoch, self._labels(), chain_hash)
-        is_boundary = epoch in self._boundaries() and epoch <= self.applied_epoch
+        # One whose hash only the caller knows is none of the points.
+        is_boundary = epoch in self._boundaries() and epoch >= superblock.consistent_from
         if found is None or not (epoch in points or is_boundary):
             raise NotFoundError(
                 f'resource "{self.superblock.name}" cannot go back to epoch {epoch}: '
@@ -117,7 +124,8 @@ class RollbackPath(VolumeGrowth):
         :param chain_hash: H(to_epoch) as somebody else has it, to be compared.
         :param chain: the generation chain afterwards; None: what is left of this one.
         :raises NotFoundError: the state is not kept; names the nearest ones that are.
-        :raises RefusedError: H differs, a volume has grown since, or branches leave no room.
+        :raises RefusedError: H differs, a volume has grown since, this copy is not consistent, or
+            branches leave no room.
         """
         info = self.rollback_target(to_epoch, chain_hash)
         assert self.half_applied_through is None

@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from geomirror.errors import RefusedError
 from geomirror.volume.superblock import PeerRecord
 from tests.volume.engine_rig import BLOCK, SIZES, Stop, open_engine
 from tests.volume.rollback_rig import WALL_NS, RollbackRig
@@ -114,3 +115,14 @@ def test_the_journal_is_kept_from_the_boundary_that_every_streaming_peer_has() -
     engine.close()
     rig.engine = engine = open_engine(rig.store)
     assert engine.rollback_points() == [0, 4, 8, 9, 10, 11, 12]
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_copy_that_is_being_made_goes_back_to_nothing(step: int) -> None:
+    node = grown(920)
+    node.engine.superblock.data_state = "inconsistent"
+    assert node.engine.rollback_points() == []
+    target = node.engine.applied_epoch - step
+    with pytest.raises(RefusedError, match="Inconsistent"):
+        node.engine.roll_back(target, "tail", wall_ns=WALL_NS)
+    assert node.engine.branches.records() == []
