@@ -27,6 +27,8 @@ from geomirror.lab.packet_emulator_io import PacketEmulator
 from geomirror.lab.process_io import run
 
 LOOK_S = 0.1
+BEGIN_LOOK_S, BEGIN_LOOKS = 0.02, 1500
+"""Half a minute: starting the writer takes a second of CPU, more time on a busy machine."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,7 @@ async def observe(
     writing = asyncio.create_task(_write(plan, mirror.uri, log_path, rate, times))
     looking = asyncio.create_task(_look(mirror, observed, mark)) if mirror.has_copy else None
     try:
+        await _begun(observed.log, writing)
         await asyncio.sleep(times.steady)
         await link.flap(times.cut)
         observed.down_ns = time.monotonic_ns()
@@ -157,6 +160,14 @@ async def observe(
             np.array_equal(final.heads, plan.state(observed.writes)) and plan.is_usable(final)
         )
     return observed
+
+
+async def _begun(log: Log, writing: asyncio.Task[None]) -> None:
+    """Until the writer's process has come to its first write, or is not going to."""
+    for _ in range(BEGIN_LOOKS):
+        if log[1, ISSUED] or writing.done():
+            return
+        await asyncio.sleep(BEGIN_LOOK_S)
 
 
 async def crossed_bytes(wan: PacketEmulator) -> int:
