@@ -25,6 +25,8 @@ def advise(resource: dict[str, Any], node: str) -> list[Advice]:
     if resource["state"] == "storage_full":
         meaning = "A disk is full: writers wait, or get an error; nothing is lost."
         return [Advice("storage_full", meaning, "Free space below the data directory.")]
+    if resource.get("superseded"):
+        return [_superseded(resource["superseded"])]
     if resource["state"] == "opening":
         return [Advice("opening", "The journal is being recovered.", "Wait a moment.")]
     found = [finding for peer in resource["peers"] for finding in _about_peer(resource, peer, node)]
@@ -40,6 +42,19 @@ def advise(resource: dict[str, Any], node: str) -> list[Advice]:
     behind = max((peer.get("rpo_seconds") or 0.0) for peer in resource["peers"])
     meaning = f"Every peer has a usable copy, at most {format_seconds(behind)} old."
     return [Advice("healthy", meaning, "Nothing to do.")]
+
+
+def _superseded(tail: dict[str, Any]) -> Advice:
+    own, other, first = tail["own"], tail["other"], tail["branch_epoch"]
+    point = "an unknown point" if first is None else f"epoch {first}"
+    more = " and writes that no epoch holds" if own["has_unsealed"] else ""
+    meaning = (
+        f"{other['node']} was promoted (token {other['token']}, {own['token']} here). Both "
+        f"histories part at {point}; here is a tail up to epoch {own['epoch']}{more}. Nothing is "
+        "served here, nothing was dropped."
+    )
+    action = f"To keep the tail as a branch and follow {other['node']}: {tail['next']}"
+    return Advice("superseded", meaning, action)
 
 
 def _not_served(resource: dict[str, Any]) -> Advice:

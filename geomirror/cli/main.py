@@ -38,6 +38,7 @@ PANELS: dict[str, dict[str, str]] = {
         "switchover": "geomirror.cli.switchover",
         "failover": "geomirror.cli.failover",
         "demote": "geomirror.cli.demote",
+        "resolve": "geomirror.cli.resolve",
     },
     "Volumes": {
         "attach": "geomirror.cli.attach",

@@ -56,6 +56,14 @@ class Demote(Parameters, frozen=True):
     is_dry_run: bool = False
 
 
+class Resolve(Parameters, frozen=True):
+    """`resolve`; also from a member to the others, as `promotion.give_up`."""
+
+    name: str
+    keep: str
+    is_dry_run: bool = False
+
+
 class Take(Parameters, frozen=True):
     """From a member to the heir."""
 
@@ -78,6 +86,8 @@ class PromotionCalls:
         methods.add("promotion.failover", Assess, self.fail_over)
         methods.add("promotion.switchover", Switchover, self.switch_over, from_peers=True)
         methods.add("promotion.demote", Demote, self.demote, from_peers=True)
+        methods.add("promotion.resolve", Resolve, self.resolve)
+        methods.add("promotion.give_up", Resolve, self.give_up, from_peers=True)
         methods.add("promotion.take", Take, self.take, from_peers=True)
 
     @property
@@ -179,6 +189,59 @@ class PromotionCalls:
         position = await service.hand_over(heirs, request.timeout_s)
         self._disconnect(definition)
         return {**found, "is_dry_run": False, "epoch": position["epoch"]}
+
+    async def resolve(self, caller: Caller, request: Resolve) -> Result:
+        """Of two histories keep that of one node: the others give up their tails, as branches."""
+        definition = self._definition(request.name, request.keep)
+        found: list[dict[str, Any]] = []
+        for node in definition.members:
+            if node == request.keep:
+                continue
+            try:
+                if node == self._self:
+                    found.append(await self.give_up(Caller(), request))
+                elif self.calls.is_connected(node):
+                    raw = msgspec.to_builtins(request)
+                    call = self.calls.links.call(node, "promotion.give_up", raw, TAKE_TIMEOUT_S)
+                    found.append(await call)
+                else:
+                    found.append({"node": node, "error": "no link"})
+            except GeomirrorError as error:
+                found.append({"node": node, "error": str(error)})
+        given_up = [each for each in found if each.get("tail")]
+        return {
+            "name": request.name,
+            "keep": request.keep,
+            "is_dry_run": request.is_dry_run,
+            "is_resolved": bool(given_up) and not any(each.get("error") for each in given_up),
+            "members": found,
+        }
+
+    async def give_up(self, caller: Caller, request: Resolve) -> Result:
+        """This member's part: follow `keep`, whose history has the higher token."""
+        definition = self.calls.store.get(request.name).definition
+        if caller.peer is not None and caller.peer not in definition.members:
+            raise RefusedError(f'node "{caller.peer}" is no member of "{request.name}"')
+        service = self.calls.host.get(request.name)
+        if not service.is_superseded:
+            return {"node": self._self, "tail": None, "branch": ""}
+        tail = service.tail()
+        if tail["other"]["node"] != request.keep:
+            raise RefusedError(
+                f'"{request.name}" at {self._self} was superseded by {tail["other"]["node"]}, '
+                f"not by {request.keep}",
+                hint=tail["next"],
+            )
+        branch = ""
+        if not request.is_dry_run:
+            try:
+                branch = await service.follow(gives_up_tail=True)
+            except GeomirrorError:
+                # Whatever was begun is ended by opening it again, or nothing was.
+                await self.calls.host.close(request.name)
+                await self.calls.host.open(definition)
+                raise
+        return {"node": self._self, "tail": tail, "branch": branch}
 
     # What the heir does.
 

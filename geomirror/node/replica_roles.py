@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from geomirror.cluster.history import ANCESTOR, Comparison, compare, history
-from geomirror.cluster.promotion import DRAINING, PRIMARY, SECONDARY, next_state
+from geomirror.cluster.history import ANCESTOR, DIVERGED, Comparison, compare, history
+from geomirror.cluster.promotion import DRAINING, PRIMARY, SECONDARY, SUPERSEDED, next_state
 from geomirror.errors import (
     GeomirrorError,
     NotPrimaryError,
@@ -285,33 +286,78 @@ class ReplicaRoles:
         theirs = history(chain, last.parent_epoch, last.parent_hash)
         return compare(my_history(self._engine), theirs)
 
-    async def follow(self) -> None:
-        """Become a secondary of the chain that superseded this primary; it has no tail any more.
+    @property
+    def is_superseded(self) -> bool:
+        """A primary that serves nothing, because a higher token exists."""
+        return self.stage == SUPERSEDED
 
-        :raises RefusedError: it has one.
+    def tail(self) -> dict[str, Any]:
+        """What a superseded primary has that the other history has not."""
+        superblock, found = self._engine.superblock, self.comparison()
+        last = superblock.superseded_by[-1]
+        return {
+            "relation": found.relation,
+            "branch_epoch": None if found.branch is None else found.branch.epoch,
+            "own": {
+                "node": self._node.name,
+                "generation": self._engine.generation.hex(),
+                "token": superblock.chain[-1].token,
+                "epoch": self._engine.sealed_epoch,
+                "has_unsealed": my_history(self._engine).has_unsealed,
+            },
+            "other": {"node": last.by, "generation": last.identity, "token": last.token},
+            "next": f"geomirror resolve {self.definition.name} --keep {last.by}",
+        }
+
+    async def follow(self, *, gives_up_tail: bool = False) -> str:
+        """Become a secondary of the chain that superseded this primary; its tail becomes a branch.
+
+        :returns: the name of the branch, "" when there was no tail.
+        :raises RefusedError: it has a tail and may not give it up, or no common point is known.
+        :raises StorageError: open the resource again; that ends what was begun.
         """
         engine, name = self._engine, self.definition.name
-        found = self.comparison()
-        if found.relation != ANCESTOR:
+        found, branch = self.comparison(), ""
+        has_tail = found.relation == DIVERGED and found.branch is not None
+        if found.relation != ANCESTOR and not (has_tail and gives_up_tail):
             raise RefusedError(
                 f'"{name}" has a tail of its own here ({found.relation})',
                 hint=f"geomirror status {name} shows it",
             )
         chain = chain_entries(engine.superblock, engine.superblock.superseded_by)
         self._enter("rejoin")
-        await self._freeze()
+        try:
+            await self._freeze(is_tail_kept=not has_tail)
+            if has_tail:
+                assert found.branch is not None
+                roll_back = partial(
+                    engine.roll_back,
+                    found.branch.epoch,
+                    f"orphan-{engine.generation.hex()[:8]}",
+                    wall_ns=self._node.clock.wall_ns(),
+                    chain_hash=found.branch.chain_hash,
+                )
+                loop = asyncio.get_running_loop()
+                gone = await loop.run_in_executor(self._node.executor, roll_back)
+                branch = gone.branch.name if gone.branch is not None else ""
+        except GeomirrorError:
+            self._enter("failed")
+            raise
         engine.adopt_chain(chain)
         job = engine.demote(self._others())
         await self._execute(job)
         engine.complete_checkpoint(job)
         self._enter("rejoined")
         self._begin()
-        self._runner.tell("rejoined", {"epoch": engine.sealed_epoch, "by": chain[-1].by})
+        fields = {"epoch": engine.sealed_epoch, "by": chain[-1].by, "branch": branch}
+        self._runner.tell("rejoined", fields)
+        return branch
 
     # How a role ends.
 
-    async def _freeze(self) -> None:
-        """Stop everything that the core does and bring what is durable into the images."""
+    async def _freeze(self, *, is_tail_kept: bool = True) -> None:
+        """Stop everything that the core does and bring what is durable into the images, unless it
+        is about to be rolled back."""
         core, engine = self._core, self._engine
         self._is_changing = True
         if self._pins is not None:
@@ -321,7 +367,7 @@ class ReplicaRoles:
             core.close_session()
         await self._runner.idle()
         await self._runner.stop()
-        while True:
+        while is_tail_kept:
             if engine.committed_epoch > engine.sealed_epoch:
                 sync = engine.sync_job()
                 await self._execute(sync)

@@ -232,6 +232,7 @@ class ReplicaService(ReplicaRoles):
             "position": self.position(),
             "peers": peers,
             "sync": sync_object(core),
+            "superseded": self.tail() if engine.superblock.superseded_by else None,
             "reason": str(core.fenced or core.stalled or self._held.no_space or ""),
         }
 

@@ -51,6 +51,16 @@ class Service(Protocol):
     ) -> GenerationRecord:
         """Become the primary."""
 
+    @property
+    def is_superseded(self) -> bool:
+        """A primary that serves nothing, because a higher token exists."""
+
+    def tail(self) -> dict[str, Any]:
+        """What a superseded primary has that the other history has not."""
+
+    async def follow(self, *, gives_up_tail: bool = False) -> str:
+        """Become a secondary of what superseded this primary."""
+
     async def hand_over(self, heirs: list[str], timeout_s: float) -> dict[str, Any]:
         """Become a secondary once every heir has everything."""
 

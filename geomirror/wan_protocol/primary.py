@@ -39,7 +39,7 @@ from geomirror.wan_protocol.messages import (
     SessionOpen,
     SessionRefuse,
 )
-from geomirror.wan_protocol.sender import FOLD, STREAM, Sender
+from geomirror.wan_protocol.sender import FOLD, STREAM, UNANSWERED_NS, Sender
 from geomirror.wan_protocol.session import (
     chain_entries,
     check_accept,
@@ -152,7 +152,8 @@ class Primary(Supersession):
         self._offer(sender)
 
     def _offer(self, sender: Sender) -> None:
-        sender.reopen_at_ns = None
+        # A superseded primary, say, has no answer, until it follows.
+        sender.reopen_at_ns = self.now_ns + UNANSWERED_NS
         superblock = self.engine.superblock
         message = SessionOpen(
             self.session,

@@ -37,6 +37,8 @@ UNITS_MAX = 512
 """Units kept for a peer at once, however small: it takes a bounded number of epochs under way."""
 REOPEN_NS, REOPEN_NS_MAX = 1 * SECOND, 60 * SECOND
 """A session that the peer refused is offered again after this time, twice as long each time."""
+UNANSWERED_NS = 5 * SECOND
+"""An offer of a session that was not answered at all is repeated after this time."""
 LOST_AFTER_NS = 3 * SECOND
 """Nothing on its way was received for so long: it counts as lost with its connection."""
 
@@ -142,6 +144,7 @@ class Sender:
     def open(self, accept: SessionAccept, now_ns: int) -> None:
         """The peer accepted the session at this position: go on right after it."""
         self.is_open = True
+        self.reopen_at_ns = None
         self.progress_ns = now_ns
         self.refusal = ""
         self._sent_bytes = self._received_bytes = 0

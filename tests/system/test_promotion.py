@@ -156,7 +156,23 @@ def test_the_primary_is_killed_under_load_and_replaced(sites: Sites) -> None:
         asyncio.run(a.write(0, b"x" * CHUNK))
     a.stop()
     a.restart()
-    until(lambda: a.status()["state"] == "superseded")
+    state = until(lambda: a.status()["state"] == "superseded" and a.status())
+    tail = state["superseded"]
+    assert tail["relation"] == "diverged"
+    assert tail["branch_epoch"] == done["epoch"]
+    assert tail["next"] == f"geomirror resolve pg --keep {name_of(heir)}"
+
+    # The operator chooses: the tail becomes a branch, and the node follows.
+    found = heir.json("resolve", "pg", "--keep", name_of(heir), "--yes")
+    assert found["is_resolved"]
+    [given] = [member for member in found["members"] if member.get("tail")]
+    assert given["node"] == "east-1"
+    assert given["branch"].startswith("orphan-")
+    until(lambda: streams(heir, "east-1", name_of(other)), what="all follow")
+    settled(heir)
+    same_everywhere(sites, 60 * CHUNK, b"n" * CHUNK)
+    blocks = [asyncio.run(site.read(0, 32 * CHUNK)) for site in sites]
+    assert blocks[0] == blocks[1] == blocks[2]
     assert a.crashes() == b.crashes() == c.crashes() == []
 
 

@@ -1,0 +1,54 @@
+"""`geomirror resolve`: of two histories keep one; the other's tail becomes a branch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import rich_click as click
+
+from geomirror.cli.common import App, json_option, pass_app, table
+from geomirror.errors import RefusedError
+
+
+@click.command()
+@click.argument("name", metavar="RES")
+@click.option("--keep", metavar="NODE", required=True, help="The node whose history goes on.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--dry-run", is_flag=True, help="Only show the tails; nothing is changed.")
+@json_option
+@pass_app
+def resolve(app: App, name: str, keep: str, yes: bool, dry_run: bool) -> int:
+    """End a split brain: superseded primaries go back to the branch point and follow NODE.
+
+    What they have beyond it is saved first, as the branch orphan-GENERATION (geomirror branch
+    list), and nothing of it is lost; their cost is that of the divergence, not of the volume. NODE
+    must be the primary with the highest token. Exits 5 when no tail could be given up.
+    """
+    parameters = {"name": name, "keep": keep}
+    found = app.call("promotion.resolve", {**parameters, "is_dry_run": True})
+    if not dry_run and found["is_resolved"]:
+        if not app.is_json and not yes:
+            click.echo(_text(found), err=True)
+        app.confirm(f"Keep the history of {keep} for {name}", is_confirmed=yes)
+        app.progress("saving tails as branches and going back to the branch point")
+        found = app.call("promotion.resolve", parameters, timeout_s=120)
+    app.show(found, lambda: _text(found))
+    return 0 if found["is_resolved"] else RefusedError.exit_code
+
+
+def _text(found: dict[str, Any]) -> str:
+    rows = [_row(member) for member in found["members"]]
+    members = table(["MEMBER", "BRANCH POINT", "OWN TAIL", "BRANCH"], rows)
+    return f"{found['name']}: the history of {found['keep']} is kept\n{members}"
+
+
+def _row(member: dict[str, Any]) -> list[str]:
+    tail = member.get("tail")
+    if member.get("error"):
+        return [member["node"], "-", member["error"], "-"]
+    if not tail:
+        return [member["node"], "-", "none", "-"]
+    first, last = tail["branch_epoch"], tail["own"]["epoch"]
+    epochs = f"epochs {first + 1}–{last}" if first is not None and last > first else "no epoch"
+    more = " and unsealed writes" if tail["own"]["has_unsealed"] else ""
+    return [member["node"], f"epoch {first}", epochs + more, member["branch"] or "-"]
