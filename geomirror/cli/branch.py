@@ -172,9 +172,8 @@ def _table(result: dict[str, Any]) -> str:
         [
             each["name"],
             str(each["base"]["epoch"]),
-            f"{each['end']['epoch']} ({local(each['end']['time'])})"
-            if each["end"]["time"]
-            else "-",
+            str(each["end"]["epoch"]),
+            local(each["end"]["time"]) if each["end"]["time"] else "-",
             format_bytes(each["stored_bytes"]),
             local(each["created_at"]),
             "yes" if each["is_viewable"] else "no: history does not reach back to its base",
