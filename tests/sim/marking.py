@@ -9,11 +9,12 @@ with undo, block by block. M4 when faults stop, every member has the primary's n
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from geomirror.errors import GeomirrorError, LimitExceededError, RefusedError
 from geomirror.volume.mark_log import holds_state
 from geomirror.volume.marks import Mark
+from geomirror.volume.undo import History
 from geomirror.volume.view import View
 from geomirror.wan_protocol.mark_making import MarkRequest
 from geomirror.wan_protocol.primary import Primary
@@ -27,18 +28,32 @@ if TYPE_CHECKING:
 
 NAMES = [f"mark-{number}" for number in range(14)]
 """Two more than the limit takes."""
+CALM_FACTOR = 8
+"""Operations are so much rarer between storms: each new mark is an epoch, and a pass everywhere."""
 LOOK_NS = (100 * MS, 1500 * MS)
-STATE_CHANCE = 0.05
-"""Of a held mark at each look: opening a view reads all tables since."""
+STATE_CHANCE = 0.1
+"""That a held mark is read at a look at a node that changed since the last look or the one before:
+what was read stays as it is until something changes, and opening a view reads all tables since."""
+STATES_AT_END = 2
 BLOCKS_MAX = 8
 EPOCHS_MAX = 6
 """Blocks looked at are those that changed in so many epochs after the mark."""
 
 
 def draw_marks(seed: int) -> int:
-    """Mean time between two operations on marks in a run; in some there are none."""
+    """Mean time between two operations on marks in storms of a run; in some there are none."""
     chance = random.Random(f"{seed}/marks")
-    return NEVER if chance.random() < 0.25 else int(chance.uniform(0.3, 6) * SECOND)
+    return NEVER if chance.random() < 0.25 else int(chance.uniform(0.2, 3) * SECOND)
+
+
+class Seen(NamedTuple):
+    """What the marked states of a node rested on at a look."""
+
+    key: tuple[int, int, int]
+    """Life, version of the marks, applied epoch."""
+    history: History
+    is_settled: bool
+    """It was the same at the look before."""
 
 
 class Marking:
@@ -48,6 +63,9 @@ class Marking:
         self._simulation = simulation
         self._world = simulation.world
         self._chance = random.Random(f"{seed}/marking")
+        self._looks = random.Random(f"{seed}/marks looked at")
+        """Of its own: what is looked at does not change what is done."""
+        self._seen: dict[str, Seen] = {}
         self._mean_ns = mean_ns
         self.made: dict[str, Mark] = {}
         """What the operator was told, by name."""
@@ -69,6 +87,8 @@ class Marking:
         if self._simulation.client.is_ending:
             return
         self._world.after(int(self._mean_ns * self._chance.expovariate(1)) + MS, self._work)
+        if not self._simulation.client.is_storm and self._chance.random() * CALM_FACTOR >= 1:
+            return
         node = self._simulation.primary
         if node.is_alive and node.core.fenced is None:
             node.call(lambda: self._operate(node))
@@ -189,18 +209,35 @@ class Marking:
             return
         if engine.superblock.data_state != "consistent":
             return
+        count = self._count_states(node)
+        marked = engine.marks.table.marked_epochs()
+        if not marked or (count == 0 and self._seen[node.name].is_settled):
+            return
         kept = engine.undo.history.kept(engine.applied_epoch)
         horizon = kept[0].from_epoch if kept else engine.applied_epoch
         ends = {horizon, engine.applied_epoch, *(each.to_epoch for each in kept)}
-        with node.store.undisturbed():
-            for epoch in engine.marks.table.marked_epochs():
-                if not horizon <= epoch <= engine.applied_epoch:
-                    continue
-                if epoch not in ends:
-                    raise OracleError(f"{node.name}: no pass ends at marked epoch {epoch}")
-                if self._chance.random() < STATE_CHANCE:
+        held = [epoch for epoch in marked if horizon <= epoch <= engine.applied_epoch]
+        for epoch in held:
+            if epoch not in ends:
+                raise OracleError(f"{node.name}: no pass ends at marked epoch {epoch}")
+        if held:
+            with node.store.undisturbed():
+                for epoch in self._looks.sample(held, min(count, len(held))):
                     self._check_state(node, epoch)
                     self.held += 1
+
+    def _count_states(self, node: SimNode) -> int:
+        """How many marks of a node to read at this look."""
+        engine, before = node.engine, self._seen.get(node.name)
+        key = (node.life, engine.marks.table.version, engine.applied_epoch)
+        history = engine.undo.history
+        is_settled = before is not None and before.key == key and before.history is history
+        was_settled = before is not None and before.is_settled
+        self._seen[node.name] = Seen(key, history, is_settled)
+        if self._simulation.faults.is_ending:
+            return STATES_AT_END
+        is_due = not (is_settled and was_settled)
+        return int(is_due and self._looks.random() < STATE_CHANCE)
 
     def _check_state(self, node: SimNode, epoch: int) -> None:
         engine, oracle = node.engine, self._simulation.oracle
@@ -212,7 +249,7 @@ class Marking:
         view = View(
             epoch, engine.images, lambda: engine.undo.history, engine.store.open, entries_max
         )
-        for volume, block in self._chance.sample(changed, min(BLOCKS_MAX, len(changed))):
+        for volume, block in self._looks.sample(changed, min(BLOCKS_MAX, len(changed))):
             size = min(BLOCK, sizes[volume] - block * BLOCK)
             try:
                 content = view.read(volume, block * BLOCK, size)

@@ -29,8 +29,11 @@ class VerdictCheck:
 
     oracle: Oracle
     chance: random.Random
-    said: dict[tuple[int, int], int] = field(default_factory=dict)
-    """(version, time of the primary) → operations whose flush had been answered before."""
+    said: dict[int, int] = field(default_factory=dict)
+    """Time of the primary in a standing → operations whose flush had been answered before.
+
+    Clocks step: of standings with the same time the first, with the fewest, may be meant.
+    """
     restored: dict[str, int] = field(default_factory=dict)
     """Nodes whose disk is an older state of itself → the epoch they have to be past again."""
     verdicts: dict[str, int] = field(default_factory=dict)
@@ -39,8 +42,7 @@ class VerdictCheck:
     def report(self, message: object) -> None:
         """The primary sends this."""
         if isinstance(message, Announce):
-            standing = message.standing
-            self.said.setdefault((standing.version, standing.wall_ns), self.oracle.flushed)
+            self.said.setdefault(message.standing.wall_ns, self.oracle.flushed)
 
     def put_back(self, name: str) -> None:
         """A node's disk is an older one now: it cannot know what it forgot."""
@@ -60,8 +62,7 @@ class VerdictCheck:
             return MemberAnswer(node.name, "away")
         answer = answer_of(node.name, node.core)
         if answer.is_primary and answer.standing is not None:
-            key = (answer.standing.version, answer.standing.wall_ns)
-            self.said.setdefault(key, self.oracle.flushed)
+            self.said.setdefault(answer.standing.wall_ns, self.oracle.flushed)
         return answer
 
     def _is_older(self, node: SimNode) -> bool:
@@ -89,11 +90,10 @@ class VerdictCheck:
             )
         if confirmed.until_wall_ns is None:
             return
-        # Clocks step: of standings with this time, one must be meant that the copy does hold.
-        counts = [n for (_, wall_ns), n in self.said.items() if wall_ns == confirmed.until_wall_ns]
-        if min(counts) > held:
+        count = self.said[confirmed.until_wall_ns]
+        if count > held:
             raise OracleError(
                 f"O10: {answer.node} at epoch {answer.epoch} holds {held} operations; until the "
-                f"time said {min(counts)} were confirmed ({confirmed.verdict})"
+                f"time said {count} were confirmed ({confirmed.verdict})"
             )
         self.oracle.checks += 1
