@@ -10,7 +10,7 @@ import pytest
 from tests.system.private_mounts import MountSite, require_attach
 from tests.system.support import MIB, create, until
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]
 
 
 def size_of(site: MountSite, device: str) -> int:

@@ -28,7 +28,7 @@ from tests.system.support import (
     wait_applied,
 )
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_kills_around_the_command_leave_the_old_size_or_the_new_one(pair, tmp_pa
     a, b = pair
     chance = random.Random(3)
     wanted = known = 8 * MIB + 512
-    for number in range(8):
+    for number in range(6):
         victim = (a, b)[number % 2]
         wanted += MIB + 512
         killer = threading.Timer(chance.uniform(0.0, 0.6), victim.kill)
