@@ -89,9 +89,11 @@ def _plan(plan: dict[str, Any]) -> str:
     if not cut["epochs"]:
         return f"{name}: it is at epoch {plan['epoch']}{time} already"
     seconds = f", {format_seconds(cut['seconds'])}" if cut["seconds"] is not None else ""
-    epochs = f"epochs {cut['first_epoch']}–{cut['last_epoch']}{seconds}"
+    first, last = cut["first_epoch"], cut["last_epoch"]
+    epochs = f"epoch {first}" if first == last else f"epochs {first}–{last}"
     return (
-        f"{name}: back to epoch {plan['epoch']}{time}\n  {epochs} are cut off and stay as a branch"
+        f"{name}: back to epoch {plan['epoch']}{time}\n"
+        f"  cut off and kept as a branch: {epochs}{seconds}"
     )
 
 
