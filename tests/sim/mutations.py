@@ -35,6 +35,7 @@ from geomirror.wan_protocol.resync_sender import ResyncSender
 from geomirror.wan_protocol.secondary import Secondary
 from tests.sim.growth_mutations import GROWTH_MUTATIONS
 from tests.sim.mark_mutations import MARK_MUTATIONS
+from tests.sim.resync_mutations import RESYNC_MUTATIONS
 from tests.sim.sync_mutations import SYNC_MUTATIONS, Patch
 
 DROP_EVERY = 97
@@ -352,6 +353,7 @@ MUTATIONS: dict[str, Callable[[], list[Patch]]] = {
         status_without_the_bitmap,
         merge_keeps_newest,
         *MARK_MUTATIONS,
+        *RESYNC_MUTATIONS,
         *GROWTH_MUTATIONS,
     )
 }

@@ -42,6 +42,8 @@ FOCUS: dict[str, dict[str, Any]] = {
     "flush_before_sync": CRASHES,
     "lose_bitmap_bit": OVERFLOWS,
     "bits_cleared_early": OVERFLOWS,
+    "saved_after_the_overwrite": OVERFLOWS,
+    "before_images_not_synced": OVERFLOWS,
     "frames_not_asked_for": {
         "break_mean_ns": SECOND,
         "crash_mean_ns": NEVER,
