@@ -2,13 +2,19 @@
 
 ```
  geomirror drill ──▶ unshare ──▶ this, process 1 of namespaces of its own (mounts, processes)
-                                   ├ nbdfuse        GEOMIRROR_FILE, the volume as a file
-                                   ├ mount -o loop  GEOMIRROR_MOUNT
-                                   └ sh -c CHECK
+                                   ├ nbdfuse          GEOMIRROR_FILE, the volume as a file
+                                   └ in a second mount namespace, this and what follows:
+                                      ├ mount -o loop GEOMIRROR_MOUNT
+                                      └ sh -c CHECK
 ```
 Every process gets SIGKILL when the one before it is gone, and the kernel takes away a namespace's
 processes with its first one, its mounts with its last one, and a mount's loop device with the
 mount. So nothing stays, whoever is killed. Without namespaces (not root) nothing is mounted.
+
+Why two: a process that ends leaves its mount namespace before its files are closed. Was nbdfuse the
+last one in that of the file system, it would unmount what only it can write, and hang for ever.
+Process 1 is the last one in the second namespace, and nbdfuse is gone by then: the kernel's
+writes fail, and the unmount goes on.
 
 Says what it does in lines of JSON on a descriptor: `{"mount": …}`, then `{"check": …}`.
 """
@@ -16,6 +22,7 @@ Says what it does in lines of JSON on a descriptor: `{"mount": …}`, then `{"ch
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -28,6 +35,7 @@ from typing import Any
 
 from geomirror.errors import GeomirrorError
 from geomirror.node.attach_plan import file_system_of, probe_command
+from geomirror.node.attach_tools import mounts_here
 from geomirror.node.process_identity import death_signal
 
 PLACE = Path("/run/geomirror-drill")
@@ -45,6 +53,8 @@ SAFE_OPTIONS = {
 }
 """ext may be set to panic at an error, and a drill's disk may go away; XFS wants to be the only one
 of its UUID."""
+CLONE_NEWNS = 0x20000
+"""From linux/sched.h."""
 _POLL_S = 0.02
 
 
@@ -57,6 +67,7 @@ class Disk:
         self._mounts = mounts
         self._fuse_path, self._path = PLACE / "fuse", PLACE / "mount"
         self._helper: subprocess.Popen[bytes] | None = None
+        self._loop = Path()
         self.helper_pid = 0
         self.file: Path | None = None
         self.mount: Path | None = None
@@ -91,6 +102,7 @@ class Disk:
                 self.reason = "nbdfuse did not show the volume"
                 return
             time.sleep(_POLL_S)
+        leave_mount_namespace()
         self.file = file
         if not self._mounts:
             self.reason = "--no-mount"
@@ -106,15 +118,28 @@ class Disk:
         options = ",".join(filter(None, ("loop,nodev,nosuid", SAFE_OPTIONS.get(kind))))
         run("mount", "-t", kind, "-o", options, "--", str(file), str(self._path))
         self.mount, self.kind = self._path, kind
+        found = [each for each in mounts_here() if each.path == str(self._path)]
+        self._loop = Path("/sys/block", Path(found[-1].source).name, "loop/backing_file")
 
     def unmake(self) -> None:
         """In order, if that goes quickly; what does not is left to the kernel."""
         if self.mount is not None and os.path.ismount(self.mount):
             _repeat("umount", str(self.mount))
+            # It goes a little later than its mount.
+            give_up = time.monotonic() + RELEASE_S_MAX
+            while self._loop.exists() and time.monotonic() < give_up:
+                time.sleep(_POLL_S)
         if self._helper is not None:
-            _repeat("umount", str(self._fuse_path))
+            self._helper.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._helper.wait(RELEASE_S_MAX)
+
+
+def leave_mount_namespace() -> None:
+    """For a copy of it, in which alone is mounted what is mounted from now on."""
+    system = ctypes.CDLL(None, use_errno=True)
+    if system.unshare(CLONE_NEWNS):
+        raise OSError(ctypes.get_errno(), "a second mount namespace cannot be made")
 
 
 def run(*command: str) -> None:
@@ -123,7 +148,7 @@ def run(*command: str) -> None:
 
 
 def _repeat(*command: str) -> None:
-    """Until it works: a loop device goes a little later than its mount."""
+    """Until it works: what used it is being ended."""
     give_up = time.monotonic() + RELEASE_S_MAX
     while time.monotonic() < give_up:
         try:

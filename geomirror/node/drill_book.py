@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from geomirror.environment import SECOND
-from geomirror.errors import IntegrityError, RefusedError, StorageError
+from geomirror.errors import IntegrityError, NotFoundError, StorageError
 from geomirror.node.context import NodeContext
 from geomirror.node.paths import write_file_atomic
 from geomirror.node.rfc3339 import rfc3339
@@ -97,16 +97,16 @@ class DrillBook:
         """Make changed drills durable."""
         await self._write(name, self._file(name, resource_id))
 
-    def running(self, name: str, resource_id: str, number: int | None = None) -> list[Drill]:
-        """Drills without a result. :raises RefusedError: `number` is none of them."""
-        drills = self._file(name, resource_id).drills
-        found = [each for each in drills if each.result == RUNNING]
-        if number is None:
-            return found
-        found = [each for each in found if each.number == number]
-        if not found:
-            raise RefusedError(f'drill {number} of "{name}" is over, or was given up')
-        return found
+    def running(self, name: str, resource_id: str) -> list[Drill]:
+        """Drills without a result."""
+        return [each for each in self._file(name, resource_id).drills if each.result == RUNNING]
+
+    def find(self, name: str, resource_id: str, number: int) -> Drill:
+        """The drill of this number. :raises NotFoundError: it is not kept."""
+        for each in self._file(name, resource_id).drills:
+            if each.number == number:
+                return each
+        raise NotFoundError(f'"{name}" has no drill {number} here')
 
     def list_all(self, name: str, resource_id: str) -> list[dict[str, Any]]:
         """All that are kept, oldest first."""

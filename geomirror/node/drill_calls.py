@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from geomirror.errors import GeomirrorError, UsageError
+from geomirror.errors import GeomirrorError, RefusedError, UnreachableError, UsageError
 from geomirror.node import drill_book as book
 from geomirror.node.calls import Caller, MethodRegistry, Parameters, Result
 from geomirror.node.drill_book import Drill, DrillBook
@@ -98,14 +98,24 @@ class DrillCalls:
         return {"number": drill.number, "node": self._self, "view": view}
 
     async def end(self, caller: Caller, request: EndDrill) -> Result:
-        """Note what a drill came to. :raises RefusedError: it is over already."""
+        """Note what a drill came to.
+
+        :raises NotFoundError, RefusedError: there is no such drill, or it is over already.
+        :raises UnreachableError: not yet.
+        """
         other = self.views.elsewhere(request.name, request.node)
         if other is not None:
             return await self._forward(caller, other, "drill.end", request)
         if request.result not in book.OUTCOMES:
             raise UsageError(f'"{request.result}" is no result of a drill')
         name, resource_id = request.name, self._id(request.name)
-        (drill,) = self.book.running(name, resource_id, request.number)
+        drill = self.book.find(name, resource_id, request.number)
+        if drill.result != book.RUNNING and (drill.result, drill.reason) == _told(request):
+            return {"name": name, "drill": self.book.describe(drill)}  # The answer was lost.
+        if drill.result != book.RUNNING:
+            raise RefusedError(f'drill {request.number} of "{name}" was given up: {drill.reason}')
+        if name in self.calls.host.opening:
+            raise UnreachableError(f'"{name}" is being opened, and the view of the drill with it')
         for key in (*_SAID, *_SEEN):
             setattr(drill, key, getattr(request, key))
         await self._ended(name, resource_id, drill)
@@ -147,6 +157,10 @@ class DrillCalls:
 
     async def _forward(self, caller: Caller, node: str, method: str, request: Parameters) -> Result:
         return await self.calls.forward(caller, node, method, request, VIEW_TIMEOUT_S)
+
+
+def _told(request: EndDrill) -> tuple[str, str]:
+    return request.result, request.reason
 
 
 def _view(request: BeginDrill, expires_s: float) -> CreateView:

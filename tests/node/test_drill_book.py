@@ -12,7 +12,7 @@ import pytest
 
 from geomirror.cli.check import OK, WARNING, judge
 from geomirror.environment import SECOND, SystemEntropy
-from geomirror.errors import IntegrityError, RefusedError
+from geomirror.errors import IntegrityError, NotFoundError
 from geomirror.limits import PRODUCTION
 from geomirror.node.context import NodeContext
 from geomirror.node.drill_book import FAILED, PASSED, Drill, DrillBook
@@ -98,13 +98,15 @@ async def test_a_drill_that_never_ended_is_interrupted_once_its_view_is_gone(
     assert last["last_passed_at"] is None
 
 
-async def test_a_result_comes_once(node: NodeContext) -> None:
+async def test_a_drill_is_found_by_its_number(node: NodeContext) -> None:
     book = DrillBook(node)
     drill = await begin(book)
-    assert book.running("pg", "id", 1) == [drill]
+    assert book.running("pg", "id") == [drill]
+    assert book.find("pg", "id", 1) is drill
     await end(book, drill, PASSED)
-    with pytest.raises(RefusedError, match="is over"):
-        book.running("pg", "id", 1)
+    assert book.running("pg", "id") == []
+    with pytest.raises(NotFoundError):
+        book.find("pg", "id", 2)
 
 
 async def test_a_resource_of_the_same_name_begins_anew(node: NodeContext) -> None:

@@ -18,7 +18,16 @@ from typing import Any
 import pytest
 
 from tests.system.private_mounts import MountSite, require_attach
-from tests.system.support import Site, create, make_network, some_sites, until, wait_applied
+from tests.system.support import (
+    Site,
+    count_links,
+    create,
+    free_port,
+    make_network,
+    some_sites,
+    until,
+    wait_applied,
+)
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 FSCK = 'e2fsck -f -y "$GEOMIRROR_FILE"; test $? -le 1'
@@ -218,6 +227,29 @@ def test_without_root_the_check_has_the_uri_and_is_told_why_there_is_no_mount(
         )
         assert "run the drill on west-1" in said
         assert last(b)["result"] == "error"
+
+        port = free_port()
+        (b.data_dir / "geomirror.toml").write_text(f'[nbd]\ntcp_listen = "127.0.0.1:{port}"\n')
+        b.kill()
+        b.restart()
+        b.uri()
+        until(lambda: count_links(a) == 1, what="the link")
+        size = 'nbdinfo --size "$GEOMIRROR_URI"'
+        found = a.json("drill", "pg", "--node", "west-1", "--no-mount", "--check", size)["drill"]
+        assert (found["node"], found["runs_on"]) == ("west-1", "east-1")
+        assert found["output"] == f"{64 << 20}\n"
+        assert last(b)["result"] == "passed"
+
+        # A daemon that is away when a drill ends is waited for.
+        begun = tmp_path / "started"
+        running = subprocess.Popen([*command, f"touch {begun}; sleep 2"], stdout=subprocess.PIPE)
+        until(begun.exists, 60, "the check")
+        b.kill()
+        time.sleep(4)
+        b.restart()
+        assert json.loads(running.communicate(timeout=90)[0])["drill"]["result"] == "passed"
+        assert b.call("drill.list", name="pg")["drills"][-1]["result"] == "passed"
+        until(lambda: b.uri() and not b.call("view.list", name="pg")["views"], what="no view")
 
         begun = tmp_path / "begun"
         slow = shlex.join(["sh", "-c", f"echo $$ >{begun}; exec sleep 100"])
