@@ -177,10 +177,13 @@ class Simulation:
     def crash(self, node: SimNode, *, is_kill: bool) -> None:
         """Stop a node now; it comes back soon."""
         self.crashes += 1
+        was_alive = node.is_alive
         node.crash(is_kill=is_kill)
         self.network.lose(node.name)
         self.verdicts.look(self.nodes)
-        if not node.is_primary and not node.is_damaged and node.engine.held is not None:
+        # One that stops while it opens has no engine yet; the last one may be of another disk.
+        is_known = was_alive and not node.is_damaged
+        if is_known and not node.is_primary and node.engine.held is not None:
             self.cuts.cut(node, "a crash")
         is_ending = self.faults.is_ending
         if self.options.bit_flips and self.chance.random() < 0.5 and not is_ending:

@@ -22,6 +22,7 @@ SEEDS = [
     (139, 30, "a secondary with a tiny journal gave up the epoch that was next, again and again"),
     (180, 300, "epochs that were durable and not applied were forgotten when a resync began"),
     (181, 300, "the same, with readers that held the image"),
+    (4, 600, "a copy put back to a snapshot was judged by what the disk before it held"),
     (2786, 600, "a copy that a power cut gave back did not say that it holds its marks"),
 ]
 
