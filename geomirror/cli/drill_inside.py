@@ -92,6 +92,9 @@ class Disk:
         self._helper = subprocess.Popen(
             ["nbdfuse", str(self._fuse_path), self._uri],
             stdin=subprocess.DEVNULL,
+            # What it says is not the check's.
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
             start_new_session=True,
             preexec_fn=death_signal(),
         )
