@@ -338,6 +338,16 @@ class EngineBase:
         """Keep the journal from the boundary on that a rollback may have to begin at."""
         wanted = way_back(self.undo.history, self.superblock, self._directory, self.limits)
         self.retain(WAY_BACK, wanted)
+        self.yield_way_back()
+
+    def yield_way_back(self) -> None:
+        """Going on is worth more than going back by parts of a pass: give that up for room.
+
+        What is under way can need two segments, whatever part of the last one is left.
+        """
+        is_scarce = self.journal.room_bytes() < self.limits.segment_bytes
+        if is_scarce and self.superblock.rollback is None:
+            self.retain(WAY_BACK, self.applied_epoch)
 
     @property
     def _is_segment_unknown(self) -> bool:

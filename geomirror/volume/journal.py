@@ -83,7 +83,7 @@ class Journal:
         self._segments = {segment.number: segment for segment in segments}
         self._salts = {header.number: header.salt for header in headers}
         self._current = segments[-1]
-        self._spares = SparePool(store, limits, spares)
+        self._spares = SparePool(store, limits, spares, current=end.number)
         self._is_trimming = False
         self._unsynced: dict[int, File] = {}
         self._is_directory_unsynced = False
@@ -249,6 +249,7 @@ class Journal:
     def begin_sync(self) -> SyncJob:
         """A job that makes everything appended so far durable; appending may go on meanwhile."""
         self._health.require()
+        self._spares.before_sync(self._current, self.end_lsn)
         files, directory = [*self._unsynced.values()], self._is_directory_unsynced
         for running in self._syncing:  # It vouches for nothing yet: this one covers its files, too.
             files += [file for file in running.files if file not in files]
@@ -257,7 +258,6 @@ class Journal:
         self._unsynced = {}
         self._is_directory_unsynced = False
         self._syncing.append(job)
-        self._spares.count_sync()
         return job
 
     def complete_sync(self, job: SyncJob) -> None:
@@ -356,16 +356,10 @@ class Journal:
             )
 
     def _open_segment(self, number: int) -> Segment:
-        """A ready spare under its new name, or a new sparse file: never a wait for zeroing."""
-        name = segment_name(number)
         # A number whose file could not be written is not used again.
         self._end.number_next = number + 1
         self._is_directory_unsynced = True
-        if self._spares.names:
-            self._store.rename(self._spares.names[-1], name)
-            self._spares.names.pop()
-            return Segment(number, self._store.open(name))
-        return Segment(number, self._store.create(name, self._segment_bytes))
+        return self._spares.open_segment(number)
 
     def _adopt(self, opened: list[Segment], parts: list[PlanPart]) -> None:
         self._spares.segment_opened()

@@ -13,6 +13,7 @@ from geomirror.errors import StorageError
 from geomirror.limits import Limits
 from geomirror.volume.segment import DIRECTORY, Segment, segment_name, spare_index, spare_name
 from geomirror.volume.store import File, Store
+from geomirror.volume.zero_ahead import ZeroAhead
 
 
 class Health:
@@ -116,8 +117,10 @@ class SparePool:
     New ones are made while the journal is flush-heavy; recycled segments are always taken.
     """
 
-    def __init__(self, store: Store, limits: Limits, names: Sequence[str]) -> None:
+    def __init__(self, store: Store, limits: Limits, names: Sequence[str], *, current: int) -> None:
+        """:param current: segment that is written now; its blocks may be unwritten ones."""
         self.names = list(names)
+        self._zero_ahead = ZeroAhead(limits.segment_bytes, current)
         self._store = store
         self._segment_bytes = limits.segment_bytes
         self._count_max = limits.spare_segments_max
@@ -134,9 +137,23 @@ class SparePool:
         self._index += 1
         return spare_name(self._index)
 
-    def count_sync(self) -> None:
-        """The segment that is written was synced."""
+    def before_sync(self, current: Segment, end_lsn: int) -> None:
+        """The segment that is written is about to be synced; on the thread that appends."""
         self._syncs += 1
+        self._zero_ahead.before_sync(current, end_lsn)
+
+    def open_segment(self, number: int) -> Segment:
+        """A ready spare under its new name, or a new sparse file: never a wait for zeroing.
+
+        :raises StorageError: nothing was changed.
+        """
+        name = segment_name(number)
+        if self.names:
+            self._store.rename(self.names[-1], name)
+            self.names.pop()
+            return Segment(number, self._store.open(name))
+        self._zero_ahead.sparse = number
+        return Segment(number, self._store.create(name, self._segment_bytes))
 
     def segment_opened(self) -> None:
         """Another segment is written from now on; the one before tells what to expect of it."""

@@ -269,6 +269,7 @@ class Replica:
     def _pump_upkeep(self) -> None:
         journal = self.engine.journal
         if not self.is_running("trim"):
+            self.engine.yield_way_back()
             trim = journal.trim_job()
             if trim is not None:
                 self._run("trim", trim, self._trim_done)
