@@ -29,6 +29,7 @@ def sites(tmp_path: Path) -> Iterator[Sites]:
     with some_sites(tmp_path, "a", "b", "c") as (a, b, c):
         make_network(a, b, c)
         create(a, "pg", "--secondary", "north-1")
+        until(lambda: streams(a, "west-1", "north-1"), what="both copies are there")
         yield a, b, c
 
 
