@@ -6,7 +6,6 @@ from typing import Any
 from unittest import mock
 
 from geomirror.volume.engine import Engine
-from geomirror.volume.marks import MarkTable
 from geomirror.wan_protocol.encode_unit import EncodeUnitJob
 from geomirror.wan_protocol.replica import Replica
 
@@ -53,9 +52,4 @@ def name_after_epoch() -> list[Patch]:
     return [(Engine, "commit", commit)]
 
 
-def older_marks_stay_held() -> list[Patch]:
-    """A copy that is made anew says that it still holds the marks from before."""
-    return [(MarkTable, "drop_boundaries", lambda self: None)]
-
-
-MARK_MUTATIONS = (fold_swallows_mark, pass_swallows_mark, name_after_epoch, older_marks_stay_held)
+MARK_MUTATIONS = (fold_swallows_mark, pass_swallows_mark, name_after_epoch)

@@ -59,6 +59,7 @@ FOCUS: dict[str, dict[str, Any]] = {
     "sizes_before_their_epoch": GROWTHS,
     "grown_bytes_not_zeroed": GROWTHS,
     "old_sizes_not_kept": GROWTHS,
+    "name_after_epoch": {"promise_crash_chance": 0.1, "marks_mean_ns": SECOND * 3 // 10},
     "apply_while_held": {"hold_mean_ns": 2 * SECOND},
 }
 

@@ -20,6 +20,7 @@ from geomirror.errors import (
     IntegrityError,
     NotPrimaryError,
     RefusedError,
+    SplitBrainError,
     UsageError,
 )
 from geomirror.limits import MIB
@@ -161,7 +162,10 @@ FRAME_ATTACKS: dict[str, tuple[bytes, str]] = {
     "volume": (data_frame(volume=7), "volume 7"),
     "block": (data_frame(block=1 << 40), "names blocks"),
     "zero run": (frame_body([(0, 1, 0, 2**32 - 1, 0)], b""), "names blocks"),
-    "kind": (frame_body([(0, 3, 0, 1, 0)], BLOCK), "kind 3"),
+    "kind": (frame_body([(0, 4, 0, 1, 0)], BLOCK), "kind 4"),
+    "size": (frame_body([(0, 3, 0, 0, 1 << 60)], b""), "names a volume 0 of"),
+    "odd size": (frame_body([(0, 3, 0, 0, 100)], b""), "names a volume 0 of 100"),
+    "sizes": (frame_body([(1, 3, 0, 0, 4096), (0, 3, 0, 0, 4096)], b""), "volume 0 after 1"),
     "order": (frame_body([(0, 0, 0, 1, 5), (0, 0, 0, 1, 4)], BLOCK * 2), "not ascending"),
     "zeros": (frame_body([(0, 0, 0, 1, 0)], bytes(4096)), "zeros as data"),
     "too little": (frame_body([(0, 0, 0, 2, 0)], BLOCK), "its entries 8192"),
@@ -311,13 +315,13 @@ async def test_messages_of_the_other_role_close_the_link(three, victim: Site):
 async def test_sessions_that_cannot_be_are_refused_with_the_reason(three, victim: Site):
     async with impersonate(three) as peer:
         honest = peer.session_open("pg")
-        volumes = [msgspec.structs.replace(honest.volumes[0], size_bytes=128 * MIB)]
+        volumes = [msgspec.structs.replace(honest.volumes[0], size_bytes=32 * MIB)]
         chain = [msgspec.structs.replace(honest.chain[0], identity=b"?" * 16)]
         theirs = HostilePeer(victim.data_dir, "east-1", 1).session_open("other")
         for message, code, text in (
-            (change(honest, volumes=volumes), RefusedError.wire_code, f"{128 * MIB}"),
+            (change(honest, volumes=volumes), RefusedError.wire_code, f"{32 * MIB}"),
             (change(honest, volumes=[]), RefusedError.wire_code, "differ"),
-            (change(honest, chain=chain), RefusedError.wire_code, "another history"),
+            (change(honest, chain=chain), SplitBrainError.wire_code, "another history"),
             (change(honest, resource=b"x" * 16), RefusedError.wire_code, "another identity"),
             (theirs, 5, "no resource"),
         ):

@@ -34,7 +34,7 @@ def test_what_a_full_disk_stopped_is_applied_without_another_message() -> None:
 def test_a_secondary_that_cannot_spool_says_so_until_it_can() -> None:
     stage = Stage()
     stage.write_epochs(1)
-    stage.west.store.fail("pwritev", "journal/*", error=errno.ENOSPC, count=3)
+    stage.west.store.fail("pwritev", "journal/*", error=errno.ENOSPC, count=4)
     stage.write_epochs(1, seed=5)
     assert "journal" in str(stage.secondary.stalled)
     stage.pass_time(2500)
