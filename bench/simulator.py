@@ -19,7 +19,8 @@ async def run(options: Options) -> Result:
     """Run the simulator for some seeds, the same ones in every run."""
     result = Result(NAME, "The simulator: a primary and two secondaries with disks")
     rounds, seeds = options.choose_rounds(5, 1), options.choose(20, 4)
-    length = 600  # Storms and the calms between them; a short run would be little but one storm.
+    # Storms and the calms between them; a short run is little but one storm.
+    length = options.choose(600, 150)
     result.settings = {"rounds": rounds, "seeds": seeds, "length_seconds": length}
     speeds = []
     for number in range(rounds):

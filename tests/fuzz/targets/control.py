@@ -6,7 +6,6 @@ and what the node keeps of it can be read back at its next start.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import shutil
@@ -25,11 +24,12 @@ from geomirror.node.calls import Caller
 from geomirror.node.control_io import _parameters
 from geomirror.node.definition_store import DefinitionStore
 from geomirror.node.error_json import error_from_object, error_object
+from tests.fuzz.loop import LOOP
 from tests.fuzz.source import Source
 from tests.node.fakes import FakeNetwork
 
 CALLS_MAX = 6
-_loop = asyncio.new_event_loop()
+
 _ROOT = Path(tempfile.gettempdir())
 _DEFINITION = {
     "name": "pg",
@@ -105,7 +105,7 @@ def run(data: bytes) -> None:
     (root / "backing").write_bytes(bytes(8192))
     try:
         with patch.multiple(resource_calls, **_confined(root)):
-            _loop.run_until_complete(_calls(root, caller, lines))
+            LOOP.run_until_complete(_calls(root, caller, lines))
     finally:
         shutil.rmtree(root)
         structlog.reset_defaults()

@@ -19,10 +19,10 @@ from geomirror.errors import NotFoundError
 from geomirror.node.calls import Caller, MethodRegistry, Parameters
 from geomirror.node.control_io import ControlServer
 from geomirror.node.events import EventRing
+from tests.fuzz.loop import LOOP
 from tests.fuzz.source import Source, chunks
 
 ANSWER_S_MAX = 5.0
-_loop = asyncio.new_event_loop()
 
 
 class Echo(Parameters, frozen=True):
@@ -92,7 +92,8 @@ def _served() -> _Served:
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     server = ControlServer(registry, events)
     path = f"{directory}/control.sock"
-    _loop.run_until_complete(server.start(path))
+    LOOP.run_until_complete(server.start(path))
+    atexit.register(lambda: LOOP.run_until_complete(server.stop()))
     return _Served(server, path)
 
 
@@ -102,7 +103,7 @@ def run(data: bytes) -> None:
     sizes = [source.number() + 1 for _ in range(source.below(4))]
     logging.disable(logging.CRITICAL)
     try:
-        _loop.run_until_complete(_talk(_served().path, chunks(source.rest(), sizes)))
+        LOOP.run_until_complete(_talk(_served().path, chunks(source.rest(), sizes)))
     finally:
         logging.disable(logging.NOTSET)
 

@@ -19,6 +19,7 @@ from geomirror.nbd.connection_io import NbdConnection
 from geomirror.nbd.protocol import Export, Request
 from geomirror.nbd.registry import Registry
 from geomirror.nbd.request_parser import RequestParser, buffer_bytes
+from tests.fuzz.loop import LOOP
 from tests.fuzz.source import Source, chunks, require_equal
 from tests.fuzz.targets.nbd_negotiation import name, option
 from tests.nbd.ram_export import RamExport
@@ -27,7 +28,7 @@ SIZE = 64 << 10
 PAYLOAD_MAX = 512
 INPUT_BYTES_MAX = 1500
 _REQUEST = struct.Struct(">IHHQQI")
-_loop = asyncio.new_event_loop()
+
 _BUFFER = memoryview(bytearray(buffer_bytes(PAYLOAD_MAX)))
 _SOCKET = socket.socket(socket.AF_UNIX)
 """What options are set on; nothing goes over it."""
@@ -147,9 +148,7 @@ def run(data: bytes) -> None:
     ends = []
     for pieces in ([len(stream) or 1], sizes or [1]):
         export = Disk(**disk)
-        ends.append(
-            (export, _loop.run_until_complete(_serve(export, chunks(stream, pieces), kind)))
-        )
+        ends.append((export, LOOP.run_until_complete(_serve(export, chunks(stream, pieces), kind))))
     cookies = Counter(each[2] for each in whole[0] + whole[1])
     if all(count == 1 for count in cookies.values()):
         first, outcome = ends[0]
