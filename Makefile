@@ -17,7 +17,7 @@ $(VENV)/.ready: pyproject.toml deploy/setup_environment.sh
 
 setup: $(VENV)/.ready  ## create or refresh .venv
 
-demo: $(VENV)/.ready  ## three sites on this machine, a real image, flaps and kills; about 90 s
+demo: $(VENV)/.ready  ## three sites on this machine: faults, a mistake undone, failover, failback; two minutes
 	$(BIN)/geomirror demo --report build/demo/report.json
 
 test: $(VENV)/.ready  ## everything CI runs: lint, types, tests, fixed and fresh simulation seeds

@@ -23,7 +23,7 @@ from geomirror.cli.common import App, json_option, pass_app, print_json
 @click.option("--rtt", default="80ms", show_default=True, help="Round trip of all links.")
 @click.option("--rate", default="100mbit", show_default=True, help="Rate of all links.")
 @click.option("--loss", default="0.5%", show_default=True, help="Lost packets.")
-@click.option("--seconds", default=36.0, show_default=True, type=click.FloatRange(20, 3600),
+@click.option("--seconds", default=30.0, show_default=True, type=click.FloatRange(20, 3600),
               help="Time under load.")  # fmt: skip
 @click.option("--seed", default=1, show_default=True, help="Of writes, jitter, loss and flaps.")
 @click.option("--keep", is_flag=True, help="Keep disks and logs also when all checks hold.")
@@ -40,9 +40,9 @@ def demo(
     seed: int,
     keep: bool,
 ) -> None:
-    """Mirror a real disk to two other sites through flaps and kills, and check every byte.
+    """Mirror a disk through flaps and kills, undo a mistake, fail over and back; check every byte.
 
-    Three daemons on this machine, emulated WAN links, about 80 seconds, no root. Exits 0 only if
+    Three daemons on this machine, emulated WAN links, about two minutes, no root. Exits 0 only if
     all checks hold.
     """
     from rich.console import Console

@@ -4,27 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 
-from geomirror.lab.demo_ledger import Ledger
 from geomirror.lab.demo_nbd import judge_export
-from geomirror.lab.demo_report import Report
-from geomirror.lab.demo_view import View
-from geomirror.lab.lab_io import Lab, LabNode
-
-
-@dataclass
-class Stage:
-    """The actors."""
-
-    lab: Lab
-    primary: LabNode
-    first: LabNode
-    second: LabNode
-    resource: str
-    ledger: Ledger
-    view: View
-    report: Report
+from geomirror.lab.demo_stage import Stage
+from geomirror.lab.lab_io import LabNode
 
 
 class Faults:
@@ -87,6 +70,7 @@ class Faults:
         seconds = loop.time() - begin
         stage.report.figures[f"restart_seconds_{role}"] = round(seconds, 3)
         stage.view.event(f"{node.name} answers again {seconds:.1f} s after its start")
+        await stage.until_served(node)
 
     async def _stable_read(self) -> None:
         """Hold one secondary still while the writer goes on: it must be a cut of the history."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from geomirror.environment import Entropy
 from geomirror.limits import BLOCK_BYTES
@@ -22,6 +22,8 @@ MAGIC = b"geomirror-ledger"
 _HEADER = struct.Struct("<16sIQ")
 _HASH_BYTES = 32
 _NOISE_BYTES = 1 << 20
+BRANCH_SEQUENCES = 1_000_000
+"""Numbers left free for the history that is left behind, which may go on for a while."""
 
 
 class BlockMaker:
@@ -95,9 +97,15 @@ class Ledger:
         self._maker = maker
         self._entropy = entropy
         self._moment = 0
+        self._sequence = 0
         self._writes: list[Write] = []
         self._of_slot: list[list[Write]] = [[] for _ in offsets]
         self._confirmed_before = 0
+
+    @property
+    def moment(self) -> int:
+        """Where the counter of issues and completions is now."""
+        return self._moment
 
     @property
     def write_count(self) -> int:
@@ -113,6 +121,30 @@ class Ledger:
     def confirmed_count(self) -> int:
         """Writes that a flush confirmed."""
         return sum(self._is_confirmed(write) for write in self._writes)
+
+    def completed_before(self, moment: int) -> set[int]:
+        """Sequences of the writes that were completed before a moment."""
+        writes = (write for write in self._writes if write.completed is not None)
+        return {write.sequence for write in writes if (write.completed or 0) < moment}
+
+    def branch_off(self, read: Callable[[int], bytes]) -> Ledger:
+        """The history that goes on from an image: what a promoted copy has, and what comes next.
+
+        What is in the image counts as confirmed. New writes get numbers that this history will not
+        use, so that no block means two things.
+        """
+        other = Ledger(self.offsets, self._maker, self._entropy)
+        other._moment, other._confirmed_before = self._moment + 1, self._moment + 1
+        for slot, history in enumerate(self._of_slot):
+            parsed = read_block(bytes(read(slot)))
+            newest = parsed[1] if parsed is not None and parsed[0] == slot else 0
+            kept = [write for write in history if write.sequence <= newest]
+            other._of_slot[slot] = [replace(w, completed=w.completed or self._moment) for w in kept]
+        other._writes = sorted(
+            (write for history in other._of_slot for write in history), key=lambda w: w.sequence
+        )
+        other._sequence = self._sequence + BRANCH_SEQUENCES
+        return other
 
     def content(self, write: Write) -> bytes:
         """The block that a write puts into its slot."""
@@ -131,7 +163,8 @@ class Ledger:
         begun = []
         for slot in chosen:
             self._moment += 1
-            write = Write(len(self._writes) + 1, slot, self._moment)
+            self._sequence += 1
+            write = Write(self._sequence, slot, self._moment)
             self._writes.append(write)
             self._of_slot[slot].append(write)
             begun.append(write)

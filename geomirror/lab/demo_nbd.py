@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from geomirror.errors import GeomirrorError, NotFoundError, UnreachableError
@@ -68,11 +68,36 @@ async def read_slots(client: NbdClient, offsets: Sequence[int]) -> dict[int, byt
     return found
 
 
-async def judge_export(uri: str, ledger: Ledger) -> Verdict:
-    """Judge an export that stands still while it is read."""
+async def read_ledger(uri: str, ledger: Ledger) -> Callable[[int], bytes]:
+    """Read all blocks of a ledger; what gives a slot's block."""
     async with await NbdClient.connect(uri) as client:
         blocks = await read_slots(client, ledger.offsets)
-    return ledger.judge(lambda slot: blocks[ledger.offsets[slot]])
+    return lambda slot: blocks[ledger.offsets[slot]]
+
+
+async def judge_export(uri: str, ledger: Ledger) -> Verdict:
+    """Judge an export that stands still while it is read."""
+    return ledger.judge(await read_ledger(uri, ledger))
+
+
+async def write_blocks(uri: str, blocks: Sequence[tuple[int, bytes]]) -> None:
+    """Write (offset, content) of all blocks at once, and flush."""
+    async with await NbdClient.connect(uri) as client:
+        await asyncio.gather(*(client.write(offset, content) for offset, content in blocks))
+        await client.flush()
+
+
+async def read_a_block(uri: str) -> None:
+    """Return when the first block of an export is read."""
+    async with await NbdClient.connect(uri) as client:
+        await client.read(0, BLOCK_BYTES)
+
+
+async def write_and_flush(uri: str) -> None:
+    """One write that changes nothing, durable at return: whoever answers it serves writers."""
+    async with await NbdClient.connect(uri) as client:
+        content = await client.read(0, BLOCK_BYTES)
+        await client.write(0, content, is_fua=True)
 
 
 class Writer:
@@ -170,3 +195,38 @@ class Writer:
         moment = self._ledger.begin_flush()
         await client.flush()
         self._ledger.confirm(moment)
+
+
+class Writing:
+    """A writer in the background, while it is entered."""
+
+    def __init__(self, uri: str, ledger: Ledger, bytes_per_second: int) -> None:
+        self.writer = Writer(uri, ledger, bytes_per_second)
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Writing:
+        self._task = asyncio.create_task(self.writer.run())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._task is not None
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def stop(self) -> None:
+        """End it in order, with a flush.
+
+        :raises GeomirrorError: it had ended already, with this error.
+        """
+        assert self._task is not None
+        self.writer.stop()
+        await self._task
+
+    async def refusal(self, timeout_s: float) -> GeomirrorError | None:
+        """Wait until the server refuses to serve it; the error, None if it writes on."""
+        assert self._task is not None
+        done, _ = await asyncio.wait({self._task}, timeout=timeout_s)
+        error = self._task.exception() if done else None
+        if error is not None and not isinstance(error, GeomirrorError):
+            raise error
+        return error

@@ -56,9 +56,20 @@ class Report:
     figures: dict[str, float] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     """Why a check failed."""
+    acts: dict[str, list[str]] = field(default_factory=dict)
+    """Names of the checks that were made in each part, in order."""
+    _act: str = "the demo"
+
+    def begin_act(self, title: str) -> int:
+        """Checks made from now on belong to this part; its number."""
+        self._act = title
+        self.acts.setdefault(title, [])
+        return len(self.acts)
 
     def check(self, name: str, passed: bool, note: str = "") -> bool:
         """Record a check. One that failed once stays failed."""
+        if name not in self.checks:
+            self.acts.setdefault(self._act, []).append(name)
         self.checks[name] = self.checks.get(name, True) and passed
         if not passed:
             self.notes[name] = note
@@ -77,4 +88,5 @@ class Report:
             "checks": self.checks,
             "figures": self.figures,
             "notes": self.notes,
+            "acts": self.acts,
         }

@@ -1,31 +1,39 @@
-"""What the demo shows while it runs: steps, links, lag. It moves on a terminal only."""
+"""What the demo shows while it runs: acts, steps, links, lag. It moves on a terminal only.
+
+What is done is printed for good. Below it, on a terminal, the step under way, the links, the lag
+and the last events are drawn again and again, in few lines, so that they fit into a small window.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.table import Table
+from rich.padding import Padding
 from rich.text import Text
 
-from geomirror.lab.demo_report import Report, bars, chart
+from geomirror.lab.demo_report import Report, bars
 
-WIDTH = 60
-CHART_ROWS = 5
+WIDTH_MAX = 60
+EVENTS_SHOWN = 6
 STYLES = ("cyan", "magenta", "yellow", "green")
+_MARKS = {True: ("  ✓ ", "green"), False: ("  ✗ ", "bold red")}
 
 
 class View:
     """Progress on `console`; use as a context manager."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, report: Report) -> None:
         self._console = console
+        self._report = report
         self._begin = time.monotonic()
-        self._steps: list[tuple[str, str, float | None]] = []
-        self._events: list[str] = []
+        self._step = ""
+        self._step_begin = 0.0
+        self._facts: list[str] = []
+        self._events: list[Text] = []
         self._lags: dict[str, list[float]] = {}
         self._links: dict[str, bool] = {}
         self._numbers: dict[str, str] = {}
@@ -46,34 +54,48 @@ class View:
         if self._live is not None:
             self._live.stop()
             self._live = None
-            self._console.print(self._render_steps())
+
+    def act(self, title: str, what: str) -> None:
+        """A new part begins; checks made from now on belong to it."""
+        number = self._report.begin_act(title)
+        heading = Text.assemble((f"\n{number} {title}", "bold"), (f"  {what}", "dim"))
+        self._console.print(heading)
 
     @contextmanager
     def step(self, title: str) -> Iterator[None]:
         """A step with its time; marked as failed when it raises."""
-        begin = time.monotonic()
-        self._steps.append(("…", title, None))
-        index = len(self._steps) - 1
-        mark = "✗"
+        self._step, self._step_begin, self._facts = title, time.monotonic(), []
+        is_done = False
         try:
             yield
-            mark = "✓"
+            is_done = True
         finally:
-            seconds = time.monotonic() - begin
-            self._steps[index] = (mark, title, seconds)
-            if self._live is None:
-                self._console.print(self._render_step(index))
+            seconds = time.monotonic() - self._step_begin
+            text = Text.assemble(_MARKS[is_done], title, (f"  {seconds:.1f} s", "dim"))
+            self._step = ""
+            self._console.print(text)
+            for fact in self._facts:
+                self._console.print(Padding(Text(fact), (0, 0, 0, 6), expand=False))
+
+    def fact(self, text: str) -> None:
+        """Something found out: it stays below its step."""
+        self._facts.append(text)
+
+    def command(self, node: str, text: str) -> None:
+        """A command is run at a node."""
+        self._event(Text.assemble((f"{node} $ ", "dim"), (text, "bold")))
 
     def event(self, text: str) -> None:
         """Something happened: a fault or its end."""
-        line = f"{time.monotonic() - self._begin:5.1f} s  {text}"
-        self._events.append(line)
-        if self._live is None:
-            self._console.print(Text(f"    {line}", style="dim"))
+        self._event(Text(text, style="dim"))
 
     def show_lag(self, peer: str, seconds: float) -> None:
         """One sample of a peer's lag."""
         self._lags.setdefault(peer, []).append(seconds)
+
+    def forget_lags(self) -> None:
+        """Another node is the primary from now on: its peers are others."""
+        self._lags.clear()
 
     def show_links(self, links: Mapping[str, bool]) -> None:
         """Which links are up now."""
@@ -83,60 +105,47 @@ class View:
         """Counters, by their label."""
         self._numbers = dict(numbers)
 
+    def _event(self, text: Text) -> None:
+        clock = (f"    {time.monotonic() - self._begin:5.1f} s  ", "dim")
+        line = Text.assemble(clock, text)
+        self._events.append(line)
+        if self._live is None:
+            self._console.print(line, soft_wrap=True)
+
     def _render(self) -> RenderableType:
-        parts: list[RenderableType] = [self._render_steps()]
+        parts: list[RenderableType] = []
+        if self._step:
+            seconds = time.monotonic() - self._step_begin
+            running = (f"  {seconds:.0f} s", "dim")
+            parts.append(Text.assemble(("  … ", "bold"), self._step, running))
         if self._links:
             line = Text("  links  ")
             for name, is_up in self._links.items():
-                line.append(f"{'━' if is_up else '╳'} {name}  ", "green" if is_up else "bold red")
+                mark, style = ("━", "green") if is_up else ("╳", "bold red")
+                line.append(f"{mark} {name}  ", style)
             parts.append(line)
-        top = max((max(values) for values in self._lags.values() if values), default=0.0)
-        for (peer, values), style in zip(self._lags.items(), STYLES, strict=False):
-            line = Text(f"  lag {peer:<10} ")
-            line.append(bars(values[-WIDTH:], WIDTH, max(top, 1.0)), style)
-            line.append(f" {values[-1]:.2f} s")
-            parts.append(line)
+        parts += self._render_lags()
         if self._numbers:
             text = "  ".join(f"{label} {value}" for label, value in self._numbers.items())
             parts.append(Text(f"  {text}", style="dim"))
-        parts += [Text(f"    {line}", style="dim") for line in self._events[-6:]]
+        for event in self._events[-EVENTS_SHOWN:]:
+            parts.append(_one_line(event, self._console.width))
         return Group(*parts)
 
-    def _render_steps(self) -> RenderableType:
-        return Group(*(self._render_step(index) for index in range(len(self._steps))))
+    def _render_lags(self) -> list[RenderableType]:
+        top = max((max(values) for values in self._lags.values() if values), default=0.0)
+        width = max(10, min(WIDTH_MAX, self._console.width - 28))
+        lines: list[RenderableType] = []
+        for (peer, values), style in zip(self._lags.items(), STYLES, strict=False):
+            line = Text(f"  lag {peer:<10} ")
+            line.append(bars(values[-width:], width, max(top, 1.0)).ljust(width), style)
+            line.append(f" {values[-1]:6.2f} s")
+            lines.append(line)
+        return lines
 
-    def _render_step(self, index: int) -> Text:
-        mark, title, seconds = self._steps[index]
-        style = {"✓": "green", "✗": "bold red"}.get(mark, "bold")
-        text = Text.assemble((f"  {mark} ", style), title)
-        if seconds is not None:
-            text.append(f"  {seconds:.1f} s", "dim")
-        return text
 
-
-def show_report(
-    console: Console, report: Report, lags: Mapping[str, Sequence[float]], path: str
-) -> None:
-    """Chart, checks and figures."""
-    top = max((max(values) for values in lags.values() if values), default=0.0)
-    for (peer, values), style in zip(lags.items(), STYLES, strict=False):
-        console.print(f"\n  lag of {peer}, seconds over time", highlight=False)
-        lines = chart(values, WIDTH, CHART_ROWS, top)
-        for row, line in enumerate(lines):
-            label = top * (CHART_ROWS - row) / CHART_ROWS
-            console.print(Text.assemble((f"  {label:5.1f} ┤", "dim"), (line, style)))
-        console.print(Text(f"        └{'─' * WIDTH}", style="dim"))
-    table = Table(box=None, padding=(0, 2), show_header=False)
-    for name, passed in report.checks.items():
-        mark = Text("✓ holds", style="green") if passed else Text("✗ FAILED", style="bold red")
-        table.add_row(mark, name.replace("_", " "), Text(report.notes.get(name, ""), style="red"))
-    console.print()
-    console.print(table)
-    figures = Table(box=None, padding=(0, 2), show_header=False)
-    for name, value in report.figures.items():
-        shown = f"{value:,.3f}" if isinstance(value, float) else f"{value:,}"
-        figures.add_row(name.replace("_", " "), Text(shown, justify="right"))
-    console.print()
-    console.print(figures)
-    verdict = Text("passed", style="bold green") if report.passed else Text("FAILED", "bold red")
-    console.print(Text.assemble("\n  ", verdict, f"  {path}\n"))
+def _one_line(text: Text, width: int) -> Text:
+    """A copy that takes one line of the terminal, whatever its width."""
+    short = text.copy()
+    short.truncate(width - 1, overflow="ellipsis")
+    return short

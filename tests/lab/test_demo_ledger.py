@@ -136,3 +136,50 @@ def test_one_batch_never_writes_a_slot_twice() -> None:
         slots = [write.slot for write in ledger.issue(16)]
         assert len(slots) == len(set(slots))
         assert slots
+
+
+def test_a_history_branches_off_at_what_a_promoted_copy_has() -> None:
+    disk = Disk()
+    disk.write(60)
+    disk.flush()
+    promoted = bytes(disk.image)
+    before = disk.ledger.moment
+    safe = disk.ledger.completed_before(before)
+    tail = disk.write(8)
+
+    def read(slot: int) -> bytes:
+        return promoted[slot * BLOCK_BYTES : (slot + 1) * BLOCK_BYTES]
+
+    other = disk.ledger.branch_off(read)
+    lost = disk.ledger.judge(read).missing_completed
+    assert lost
+    assert set(lost) <= {write.sequence for write in tail}
+    assert not set(lost) & safe
+    assert other.write_count == other.confirmed_count == 60
+    verdict = other.judge(read)
+    assert verdict.is_legal_cut
+    assert not verdict.missing_completed
+
+    # What either side writes from now on is unknown to the other.
+    image = bytearray(promoted)
+    [new] = other.issue(1)
+    at = other.offsets[new.slot]
+    image[at : at + BLOCK_BYTES] = other.content(new)
+    other.complete(new)
+    assert new.sequence not in {write.sequence for write in disk.write(20)}
+    assert other.judge_image(memoryview(image)).is_legal_cut
+    assert other.judge_image(memoryview(promoted)).missing_completed == [new.sequence]
+    assert disk.ledger.judge_image(memoryview(image)).unknown_sequences == [new.sequence]
+    assert other.judge_image(memoryview(disk.image)).unknown_sequences
+
+
+def test_what_was_under_way_and_is_in_the_promoted_copy_is_part_of_its_history() -> None:
+    disk = Disk()
+    [write] = disk.ledger.issue(1)
+    disk.put(write)
+    image = bytes(disk.image)
+    other = disk.ledger.branch_off(lambda slot: image[slot * BLOCK_BYTES :][:BLOCK_BYTES])
+    assert other.confirmed_count == 1
+    assert write.completed is None
+    empty = b"".join(MAKER.block(slot, 0) for slot in range(SLOTS))
+    assert other.judge_image(memoryview(empty)).missing_confirmed == [write.sequence]
