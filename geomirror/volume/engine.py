@@ -254,8 +254,8 @@ class Engine(RollbackPath, RoleChanges):
 
         :raises NoSpaceError, StorageError: it is not sealed.
         """
-        draft = self.cut(wall_ns)
-        if draft is not None:
+        # One that was cut before, and then the disk was full, comes first.
+        while (draft := self._draft or self.cut(wall_ns)) is not None:
             job = self.seal_job(draft)
             job.run()
             self.complete_seal(job)

@@ -180,7 +180,7 @@ class Primary(Supersession):
         """The link's queues take this many bytes now."""
         self.now_ns = max(self.now_ns, now_ns)
         sender = self.senders.get(peer)
-        if sender is not None and sender.is_open:
+        if sender is not None and sender.is_open and not self.is_frozen:
             sender.room_bytes = room_bytes
             self._pump_sender(sender)
 

@@ -7,13 +7,22 @@ import secrets
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from tests.sim.mutations import MUTATIONS, mutated
 from tests.sim.oracle import OracleError
-from tests.sim.simulation import SECONDS, Outcome, Simulation
+from tests.sim.simulation import SECONDS, Outcome, Simulation, kind_of
+from tests.sim.succession import successions
 
-REPLAY = "replay: python -m tests.sim --seed {} --length {}"
+REPLAY = "replay: python -m tests.sim --seed {} --length {} --kind {}"
+KINDS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "mixed": kind_of,
+    "single": lambda seed: {},
+    "succession": successions,
+}
+"""One primary for ever, or one after the other."""
 
 
 @dataclass
@@ -31,6 +40,8 @@ class Totals:
     lost: int = 0
     detected: int = 0
     growths: int = 0
+    promotions: int = 0
+    tails: int = 0
 
     def add(self, outcome: Outcome) -> None:
         """One more run."""
@@ -45,13 +56,16 @@ class Totals:
         self.lost += outcome.lost
         self.detected += outcome.is_detected
         self.growths += outcome.growths
+        self.promotions += outcome.promotions
+        self.tails += outcome.tails
 
     def __str__(self) -> str:
         speed = self.simulated / self.spent if self.spent else 0.0
         return (
             f"{self.seeds} seeds, {self.simulated:.0f} simulated s, {speed:.0f} times real time: "
             f"{self.operations} writes in {self.epochs} epochs, {self.crashes} crashes, "
-            f"{self.growths} growths, {self.resyncs} resyncs, {self.checks} images compared, "
+            f"{self.growths} growths, {self.resyncs} resyncs, {self.promotions} promotions, "
+            f"{self.tails} tails and {self.checks} images compared, "
             f"{self.detected} times planted damage was noticed"
         )
 
@@ -66,6 +80,7 @@ def main() -> int:
         "--length", type=int, default=SECONDS, help=f"simulated seconds with faults ({SECONDS})"
     )
     parser.add_argument("--seconds", type=float, help="go on for so long instead of --seeds")
+    parser.add_argument("--kind", choices=sorted(KINDS), default="mixed", help="of the runs")
     parser.add_argument("--mutation", choices=sorted(MUTATIONS), help="break the product like this")
     arguments = parser.parse_args()
     first = arguments.first if arguments.first is not None else secrets.randbelow(1 << 31)
@@ -77,16 +92,17 @@ def main() -> int:
             break
         seed = first + totals.seeds
         with mutated(arguments.mutation):
-            if not _run(seed, arguments.length, totals, is_told=arguments.seed is not None):
+            is_told = arguments.seed is not None
+            if not _run(seed, arguments.length, arguments.kind, totals, is_told=is_told):
                 extra = f" --mutation {arguments.mutation}" if arguments.mutation else ""
-                print(f"{REPLAY.format(seed, arguments.length)}{extra}")
+                print(f"{REPLAY.format(seed, arguments.length, arguments.kind)}{extra}")
                 return 1
     print(totals)
     return 0
 
 
-def _run(seed: int, length: int, totals: Totals, *, is_told: bool) -> bool:
-    simulation = Simulation(seed, length)
+def _run(seed: int, length: int, kind: str, totals: Totals, *, is_told: bool) -> bool:
+    simulation = Simulation(seed, length, **KINDS[kind](seed))
     try:
         totals.add(simulation.run())
     except OracleError as error:
@@ -96,7 +112,7 @@ def _run(seed: int, length: int, totals: Totals, *, is_told: bool) -> bool:
         return False
     except BaseException:
         print("\n".join(simulation.world.trace[-40:]))
-        print(f"seed={seed}: {REPLAY.format(seed, length)}")
+        print(f"seed={seed}: {REPLAY.format(seed, length, kind)}")
         raise
     if is_told:
         print("\n".join(simulation.world.trace))

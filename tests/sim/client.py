@@ -1,4 +1,4 @@
-"""The client of the primary: batches of writes, flushes, storms and calms."""
+"""The client of the primary, or of each: batches of writes, flushes, storms and calms."""
 
 from __future__ import annotations
 
@@ -25,31 +25,29 @@ HELD_NS_MAX = 40 * SECOND
 
 
 class Client:
-    """Writes through whatever life of the primary is there."""
+    """Writes through whatever life of a primary is there."""
 
     def __init__(
         self,
         world: World,
         options: Options,
-        oracle: Oracle,
         sync: SyncCheck,
-        primary: Callable[[], SimNode],
+        writers: Callable[[], list[SimNode]],
     ) -> None:
         self.world = world
         self.options = options
-        self.oracle = oracle
         self.sync = sync
-        self.grower = Grower(world, oracle)
+        self.grower = Grower(world)
         self.operations = 0
         self.is_ending = False
-        self.is_held = False
+        self.held: dict[str, int] = {}
+        """Nodes where writes are held back → since when."""
         self.is_storm = True
         self.is_quiet = False
         """A calm without faults: at its end nothing may lag."""
-        self._primary = primary
+        self._writers = writers
         self.on_storm: Callable[[], None] = lambda: None
         """Called before each storm but the first."""
-        self._held_since_ns = 0
         self._serial = 0
         self._hot = 0
 
@@ -58,29 +56,21 @@ class Client:
         self._rage()
         self._work()
 
-    def forget_hold(self) -> None:
-        """The primary's disk or life is not as it was: waiting begins anew."""
-        self._held_since_ns = self.world.now_ns
-
-    def reconnect(self) -> None:
-        """The primary stopped: nothing is held back by the next life."""
-        self.is_held = False
-
-    def room(self) -> None:
-        """The primary says that held writers may try again."""
-        self.is_held = False
+    def room(self, node: SimNode) -> None:
+        """The primary says that held writers may try again, or it stopped."""
+        self.held.pop(node.name, None)
 
     def flushed(self, token: object, error: GeomirrorError | None) -> None:
         """A flush was answered."""
         assert isinstance(token, tuple)
-        life, position, asked = token
-        primary = self._primary()
+        primary, life, position, asked = token
         if error is None and life == primary.life:
             assert isinstance(primary.core, Primary)
-            self.oracle.flushed = max(self.oracle.flushed, position)
+            oracle = primary.oracle
+            oracle.flushed = max(oracle.flushed, position)
             # One that was asked for while nobody was waited for does not wait, whatever came since.
             rules = primary.core.policy if asked.is_synchronous else asked
-            self.sync.answered(position, primary.engine.sealed_epoch, rules)
+            self.sync.answered(oracle, position, primary.engine.sealed_epoch, rules)
 
     def _storm(self) -> None:
         if not self.is_ending:
@@ -103,11 +93,15 @@ class Client:
         if not self.is_ending:
             low, high = (MS, chance.choice(GAPS_NS)) if self.is_storm else (SECOND, 60 * SECOND)
             world.after(world.between(low, high), self._work)
-        primary = self._primary()
-        if not primary.is_alive or primary.core.fenced is not None:
-            return
-        if self.is_held:
-            if world.now_ns - self._held_since_ns > HELD_NS_MAX and not primary.is_ailing:
+        for primary in self._writers():
+            if primary.is_alive and primary.core.fenced is None:
+                self._work_at(primary)
+
+    def _work_at(self, primary: SimNode) -> None:
+        chance, world = self.world.random, self.world
+        since_ns = self.held.get(primary.name)
+        if since_ns is not None:
+            if world.now_ns - since_ns > HELD_NS_MAX and not primary.is_ailing:
                 raise OracleError(f"the writer is held back for {HELD_NS_MAX // SECOND} s")
             return
         burst = self.options.burst if self.is_storm else 2
@@ -117,15 +111,17 @@ class Client:
         if self.options.growth_chance and chance.random() < self.options.growth_chance:
             self.grower.grow(primary)
         if chance.random() < 0.5:
-            Reading(primary, self.oracle).start()
+            Reading(primary, primary.oracle).start()
         if chance.random() < 0.3:
             assert isinstance(primary.core, Primary)
-            token = (primary.life, len(self.oracle.log), primary.core.policy)
+            token = (primary, primary.life, len(primary.oracle.log), primary.core.policy)
             primary.call(lambda: primary.core.flush(token, primary.now_ns()))
 
     def _write_batch(self, primary: SimNode) -> bool:
         random = self.world.random.random
-        entries = [self._draw_entry() for _ in range(BATCHES[int(random() * len(BATCHES))])]
+        entries = [
+            self._draw_entry(primary.oracle) for _ in range(BATCHES[int(random() * len(BATCHES))])
+        ]
         zero = int(RecordType.ZERO if random() < 0.5 else RecordType.TRIM)
         writes = [
             (
@@ -149,17 +145,16 @@ class Client:
             except GeomirrorError as error:
                 is_refused = True
                 if isinstance(error, JournalFullError):
-                    self.is_held = True
-                    self._held_since_ns = self.world.now_ns
+                    self.held[primary.name] = self.world.now_ns
 
         primary.call(action)
         self.operations += len(entries)
         return not is_refused and primary.is_alive
 
-    def _draw_entry(self) -> Entry:
+    def _draw_entry(self, oracle: Oracle) -> Entry:
         random = self.world.random.random
-        volume = draw_volume(random(), self.oracle)
-        size = len(self.oracle.content[volume])
+        volume = draw_volume(random(), oracle)
+        size = len(oracle.content[volume])
         length = min(LENGTHS[int(random() * len(LENGTHS))], size)
         offset = int(random() * (size - length + 1))
         if random() < 0.5:

@@ -66,10 +66,11 @@ class Faults:
             node.stop_at_operation(0)
             core = node.core
             if isinstance(core, Secondary):
-                simulation.network.heal(simulation.primary.name, node.name)
                 self._release(node, core, node.life)
             else:
                 self._resume(node, core, None, node.life)
+        for pair in simulation.pairs:
+            simulation.network.heal(*pair)
 
     def _repeat(self, mean_ns: int, action: Callable[[], None]) -> None:
         if mean_ns == NEVER:
@@ -124,6 +125,9 @@ class Faults:
     def _any_secondary(self) -> SimNode:
         return self._chance.choice(self._simulation.secondaries)
 
+    def _any_pair(self) -> tuple[str, str]:
+        return self._chance.choice(self._simulation.pairs)
+
     def _crash(self) -> None:
         node = self._any_node()
         if not node.is_alive:
@@ -170,19 +174,18 @@ class Faults:
             self._world.note(f"{node.name}: bit {bit} of {name} flips")
 
     def _cut(self) -> None:
-        simulation, name = self._simulation, self._any_secondary().name
+        network, pair = self._simulation.network, self._any_pair()
         directions = self._chance.choice([(True, True), (True, False), (False, True)])
-        self._world.note(f"link {simulation.primary.name}-{name} cut {directions}")
-        simulation.network.cut(simulation.primary.name, name, directions)
+        self._world.note(f"link {'-'.join(pair)} cut {directions}")
+        network.cut(*pair, directions)
         long = 40 * SECOND if self._chance.random() < 0.2 else 8 * SECOND
-        self._later(100 * MS, long, lambda: simulation.network.heal(simulation.primary.name, name))
+        self._later(100 * MS, long, lambda: network.heal(*pair))
 
     def _break(self) -> None:
-        network, primary = self._simulation.network, self._simulation.primary
-        name = self._any_secondary().name
+        network, pair = self._simulation.network, self._any_pair()
         # Soon, as soon as something is on its way.
         for delay_ns in (0, 300 * MS, 700 * MS):
-            self._world.after(delay_ns, lambda: network.break_connection(primary.name, name))
+            self._world.after(delay_ns, lambda: network.break_connection(*pair))
 
     def _fail_disk(self) -> None:
         node = self._any_node()
@@ -211,8 +214,7 @@ class Faults:
         """Readers keep a secondary's image as it is for a while."""
         node = self._any_secondary()
         core, life = node.core, node.life
-        assert isinstance(core, Secondary)
-        if not node.is_alive or core.hold_apply:
+        if not isinstance(core, Secondary) or not node.is_alive or core.hold_apply:
             return
         self._world.note(f"{node.name}: held by readers")
         node.call(lambda: core.set_hold(True, node.now_ns()))
@@ -235,8 +237,7 @@ class Faults:
         """The operator pauses one peer or all, and resumes later."""
         node = self._simulation.primary
         core, life = node.core, node.life
-        assert isinstance(core, Primary)
-        if not node.is_alive:
+        if not isinstance(core, Primary) or not node.is_alive:
             return
         peer = self._chance.choice([None, *core.senders])
         self._world.note(f"{node.name}: pause {peer}")
@@ -251,8 +252,7 @@ class Faults:
         """The operator changes what flushes wait for."""
         node, sync = self._simulation.primary, self._simulation.sync
         core = node.core
-        assert isinstance(core, Primary)
-        if node.is_alive and core.fenced is None:
+        if isinstance(core, Primary) and node.is_alive and core.fenced is None:
             sync.policy = draw_policy(self._chance, list(core.senders))
             self._world.note(f"{node.name}: settings {sync.policy}")
             node.call(lambda: core.set_policy(sync.policy, node.now_ns()))

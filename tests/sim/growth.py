@@ -8,7 +8,6 @@ from geomirror.errors import GeomirrorError
 from geomirror.volume.volume_change import VolumeChange
 from geomirror.wan_protocol.primary import Primary
 from tests.sim.node import SimNode
-from tests.sim.oracle import Oracle
 from tests.sim.world import World
 
 STEPS = (512, 1536, 4096, 5 * 4096, 33 * 4096 + 512, 70 * 4096)
@@ -33,9 +32,8 @@ def leave_garbage(node: SimNode) -> None:
 class Grower:
     """Grows a volume of the primary or adds one."""
 
-    def __init__(self, world: World, oracle: Oracle) -> None:
+    def __init__(self, world: World) -> None:
         self._world = world
-        self._oracle = oracle
         self.count = 0
 
     def grow(self, node: SimNode) -> None:

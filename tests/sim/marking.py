@@ -67,6 +67,8 @@ class Marking:
         """Of its own: what is looked at does not change what is done."""
         self._seen: dict[str, Seen] = {}
         self._mean_ns = mean_ns
+        self._is_light = simulation.is_succession
+        """What was answered by one primary need not be known to the next: M3 and M4 only."""
         self.made: dict[str, Mark] = {}
         """What the operator was told, by name."""
         self._open: list[MarkRequest] = []
@@ -95,7 +97,8 @@ class Marking:
 
     def _operate(self, node: SimNode) -> None:
         core, now_ns = node.core, node.now_ns()
-        assert isinstance(core, Primary)
+        if not isinstance(core, Primary) or core.is_frozen:
+            return
         self._collect(node)
         name = self._chance.choice(NAMES)
         known = core.engine.marks.table.find(name)
@@ -103,7 +106,7 @@ class Marking:
         try:
             if known is None or is_busy or self._chance.random() < 0.3:
                 self._open.append(core.mark(name, now_ns, node.wall_ns()))
-                if known is not None and not is_busy:
+                if known is not None and not is_busy and not self._is_light:
                     raise OracleError(f"{name} was made twice")
             elif self._chance.random() < 0.3:
                 confirmed = known._replace(is_quiesced=True)
@@ -148,7 +151,7 @@ class Marking:
         self._doubtful.clear()
 
     def _check_primary(self, node: SimNode) -> None:
-        if node.is_damaged:
+        if node.is_damaged or self._is_light:
             return
         table = node.engine.marks.table
         told = {name: mark for name, mark in self.made.items() if name not in self._unsure()}
@@ -172,12 +175,12 @@ class Marking:
     def check(self) -> None:
         """M1 to M3, for everybody who is up."""
         primary = self._simulation.primary
-        if primary.is_alive and primary.core.fenced is None:
+        if primary.is_alive and primary.core.fenced is None and primary.is_primary:
             self._collect(primary)
             self._check_primary(primary)
         for node in self._simulation.nodes.values():
             if node.is_alive and node.core.fenced is None and not node.is_damaged:
-                if not node.is_primary:
+                if not node.is_primary and not self._is_light:
                     self._check_secondary(node)
                 self._check_states(node)
         self.checks += 1
@@ -240,7 +243,7 @@ class Marking:
         return int(is_due and self._looks.random() < STATE_CHANCE)
 
     def _check_state(self, node: SimNode, epoch: int) -> None:
-        engine, oracle = node.engine, self._simulation.oracle
+        engine, oracle = node.engine, node.oracle
         last = min(epoch + EPOCHS_MAX, engine.applied_epoch)
         sizes = oracle.epoch_sizes[epoch]
         touched = {key for n in range(epoch, last + 1) for key in oracle.changes.get(n, [])}

@@ -24,6 +24,7 @@ from geomirror.volume.journal import Journal
 from geomirror.volume.open_epoch import open_changes
 from geomirror.volume.seal import SealJob
 from geomirror.volume.superblock import SuperblockFile
+from geomirror.volume.undo import UndoStore
 from geomirror.volume.undo_file import UndoWriter
 from geomirror.volume.undo_merge import ThinJob
 from geomirror.wan_protocol.block_status import BlockStatus
@@ -36,6 +37,7 @@ from geomirror.wan_protocol.secondary import Secondary
 from tests.sim.growth_mutations import GROWTH_MUTATIONS
 from tests.sim.mark_mutations import MARK_MUTATIONS
 from tests.sim.resync_mutations import RESYNC_MUTATIONS
+from tests.sim.succession_mutations import SUCCESSION_MUTATIONS
 from tests.sim.sync_mutations import SYNC_MUTATIONS, Patch
 
 DROP_EVERY = 97
@@ -327,6 +329,31 @@ def merge_keeps_newest() -> list[Patch]:
     return [(ThinJob, "_copy", copy)]
 
 
+def undo_after_image() -> list[Patch]:
+    """The undo of a pass is made when the image is changed already."""
+    real_save, real_write = ApplyJob._save_old, ApplyJob._write_data
+
+    def save(self: ApplyJob, last: Any) -> None:
+        self._last = last  # type: ignore[attr-defined]
+
+    def write(self: ApplyJob) -> None:
+        real_write(self)
+        if self.with_undo:
+            real_save(self, self._last)  # type: ignore[attr-defined]
+
+    return [(ApplyJob, "_save_old", save), (ApplyJob, "_write_data", write)]
+
+
+def thinning_forgets_pins() -> list[Patch]:
+    """History gets coarser at epochs, too, that a view or a mark needs as they are."""
+    real = ThinJob.__init__
+
+    def init(self: ThinJob, store: Any, undo: Any, limits: Any, pinned: Any) -> None:
+        real(self, store, undo, limits, ())
+
+    return [(ThinJob, "__init__", init), (UndoStore, "pinned_epochs", lambda self: [])]
+
+
 MUTATIONS: dict[str, Callable[[], list[Patch]]] = {
     make.__name__: make
     for make in (
@@ -352,9 +379,12 @@ MUTATIONS: dict[str, Callable[[], list[Patch]]] = {
         status_without_the_draft,
         status_without_the_bitmap,
         merge_keeps_newest,
+        undo_after_image,
+        thinning_forgets_pins,
         *MARK_MUTATIONS,
         *RESYNC_MUTATIONS,
         *GROWTH_MUTATIONS,
+        *SUCCESSION_MUTATIONS,
     )
 }
 

@@ -16,7 +16,7 @@ from geomirror.errors import GeomirrorError, RemoteProtocolError
 from geomirror.limits import Limits
 from geomirror.volume.engine import Engine, VolumeSpec
 from geomirror.volume.open_epoch import EpochDraft
-from geomirror.volume.superblock import GenerationRecord, PeerRecord
+from geomirror.volume.superblock import DataState, GenerationRecord, PeerRecord
 from geomirror.volume.volume_change import VolumeChange
 from geomirror.wan_protocol.decisions import (
     Emit,
@@ -30,6 +30,7 @@ from geomirror.wan_protocol.messages import (
     Acknowledge,
     AnnounceAcknowledge,
     EpochCommit,
+    SessionAccept,
     decode_message,
     encode_message,
 )
@@ -39,7 +40,9 @@ from geomirror.wan_protocol.secondary import Secondary
 from tests.sim.disk import SimStore
 from tests.sim.network import Network
 from tests.sim.oracle import Entry, Growth, Oracle
+from tests.sim.placing import Placing
 from tests.sim.promotable import CutCheck
+from tests.sim.roles import Roles
 from tests.sim.sync_check import SyncCheck
 from tests.sim.verdict_check import VerdictCheck
 from tests.sim.watch import Watch
@@ -65,7 +68,6 @@ class Setup:
 
     world: World
     network: Network
-    oracle: Oracle
     limits: Limits
     primary: str
     secondaries: list[str]
@@ -76,11 +78,20 @@ class Setup:
     sync: SyncCheck
     verdicts: VerdictCheck
     cuts: CutCheck
+    placing: Placing
+    is_succession: bool
+    """The primary may change: everybody is linked with everybody."""
     on_flush: Callable[[object, GeomirrorError | None], None]
-    on_room: Callable[[], None]
+    on_room: Callable[[SimNode], None]
+    on_primary: Callable[[SimNode], None]
+    """It serves as a primary from now on."""
     on_stopped: Callable[[SimNode], None]
     on_recovered: Callable[[SimNode], None]
     on_fenced: Callable[[SimNode], None]
+    on_followed: Callable[[SimNode], None]
+    """A superseded primary is a secondary now."""
+    on_reopen: Callable[[SimNode], None]
+    """A change of the role failed: the daemon opens the resource again."""
     on_promise: Callable[[SimNode], None]
     """Something was said to be durable: a good moment for the power to go away."""
     node: Callable[[str], SimNode]
@@ -94,10 +105,13 @@ class SimNode:
         self.name = name
         self.setup = setup
         self.world = setup.world
-        self.is_primary = name == setup.primary
+        self.role = "primary" if name == setup.primary else "secondary"
         self.store = SimStore(f"{seed}/{name}")
         self.entropy = SeededEntropy(f"{seed}/{name}")
         self.watch = Watch(self)
+        self.roles = Roles(self)
+        self.readings = 0
+        """Reads of a client that are under way."""
         self.is_alive = False
         self.is_damaged = False
         self.is_slow = False
@@ -113,6 +127,26 @@ class SimNode:
         self._stop_at = 0
         self._is_draining = False
 
+    @property
+    def is_primary(self) -> bool:
+        """By its superblock, in this life or the last one."""
+        return self.role == "primary"
+
+    @property
+    def oracle(self) -> Oracle:
+        """The history that it is on."""
+        return self.setup.placing.line_of(self.engine.superblock.chain)
+
+    @property
+    def is_copying(self) -> bool:
+        """Its image is none by itself: what it has counts for no promise."""
+        return self.engine.superblock.data_state != CONSISTENT
+
+    @property
+    def others(self) -> list[str]:
+        """All other members."""
+        return [n for n in (self.setup.primary, *self.setup.secondaries) if n != self.name]
+
     # Clocks: each node has its own, none of them right.
 
     def now_ns(self) -> int:
@@ -127,10 +161,16 @@ class SimNode:
 
     def create(self) -> None:
         """Make the resource, as the node's service does."""
+        is_blank = self.setup.needs_first_sync and not self.is_primary
+        self._create("blank" if is_blank else CONSISTENT)
+
+    def _create(self, data_state: DataState) -> None:
         setup = self.setup
         chain = []
         if self.is_primary:
-            chain.append(GenerationRecord(self.entropy.token_bytes(16).hex(), 1, by=self.name))
+            first = GenerationRecord(self.entropy.token_bytes(16).hex(), 1, by=self.name)
+            setup.placing.begin(first)
+            chain.append(first)
         self.engine = Engine.create(
             self.store,
             setup.limits,
@@ -144,8 +184,7 @@ class SimNode:
             wall_ns=self.wall_ns(),
         )
         superblock = self.engine.superblock
-        is_blank = setup.needs_first_sync and not self.is_primary
-        superblock.data_state = "blank" if is_blank else CONSISTENT
+        superblock.data_state = data_state
         if self.is_primary:
             for peer in setup.secondaries:
                 mode = "Bitmap" if setup.needs_first_sync else "Stream"
@@ -157,6 +196,12 @@ class SimNode:
             self.engine.complete_checkpoint(job)
         self._begin()
 
+    def make_anew(self) -> None:
+        """Begin again with a blank disk, as a secondary."""
+        self.role = "secondary"
+        self.store = SimStore(f"{self.name}/{self.world.random.random()}")
+        self._create(data_state="blank")
+
     def open(self) -> None:
         """Come back after a crash. FencedError: the disk is damaged, and it was noticed."""
         self.engine = Engine.open(
@@ -167,27 +212,46 @@ class SimNode:
 
     def _begin(self) -> None:
         setup = self.setup
+        self.role = self.engine.superblock.role
+        for wrapped in ("cut", "write", "grow"):
+            self.engine.__dict__.pop(wrapped, None)
         if self.is_primary:
             self.core = Primary(
                 self.engine,
                 setup.limits,
                 incarnation=self.entropy.token_bytes(16),
-                peers=setup.secondaries,
+                peers=self.others,
                 now_ns=self.now_ns(),
                 wall_ns=self.wall_ns(),
             )
             self._watch_writes()
-            self.core.set_policy(setup.sync.policy, self.now_ns())
+            self.core.set_policy(setup.sync.policy_at(self.name), self.now_ns())
         else:
-            self.core = Secondary(self.engine, setup.limits, primary=setup.primary)
+            chain = self.engine.superblock.chain
+            primary = chain[-1].by if chain and chain[-1].by != self.name else setup.primary
+            members = self.others if setup.is_succession else []
+            self.core = Secondary(self.engine, setup.limits, primary=primary, members=members)
             self.core.now_ns = self.now_ns()
         self.is_alive = True
         self._timer_ns = None
+        self.roles.begin()
+        if self.is_primary:
+            setup.on_primary(self)
         self.watch.begin()
         self.call(self._handle_timer)
 
+    def serve(self) -> None:
+        """Go on over the same engine, in the role that its superblock has."""
+        self.life += 1
+        life = self.life
+        self.run_blocking(self._begin)
+        if self.life != life:
+            return
+        for peer in sorted(self.links):
+            self.call(partial(self.core.link_up, peer, self.now_ns()))
+
     def _watch_writes(self) -> None:
-        engine, oracle = self.engine, self.setup.oracle
+        engine, oracle = self.engine, self.oracle
         real_cut, real_write, real_grow = engine.cut, engine.write, engine.grow
 
         def cut(wall_ns: int, *, is_mark: bool = False) -> EpochDraft | None:
@@ -198,6 +262,8 @@ class SimNode:
 
         def write(writes: Any, wall_ns: int) -> int:
             # In doubt until the call returns: a crash inside it may keep any first part.
+            last = engine.superblock.chain[-1]
+            self.setup.placing.check_claim(self, (last.token, last.identity), "takes a write by")
             before = len(oracle.log)
             for entry in self.writing:
                 oracle.add(entry)
@@ -224,6 +290,7 @@ class SimNode:
         self.world.note(f"{self.name}: {'killed' if is_kill else 'power cut'}")
         self.is_alive = False
         self.life += 1
+        self.readings = 0
         self.links.clear()
         self.stop_at_operation(0)
         self.store.faults.clear()
@@ -284,6 +351,7 @@ class SimNode:
         finally:
             self._is_draining = False
         self.watch.observe()
+        self.roles.look()
         self._arm()
 
     def _tell_new_sessions(self, core: Primary) -> None:
@@ -300,11 +368,12 @@ class SimNode:
         match decision:
             case SendMessage(peer, _, message):
                 if isinstance(message, Acknowledge):
-                    oracle = setup.oracle
-                    oracle.reported_durable(self.name, message.durable_epoch, message.durable_hash)
+                    self._reported(message)
+                elif isinstance(message, SessionAccept):
+                    setup.placing.acted(self, self.engine.superblock.chain)
                 if isinstance(message, (Acknowledge, AnnounceAcknowledge, EpochCommit)):
                     setup.on_promise(self)
-                setup.sync.report(self.name, message)
+                setup.sync.report(self.oracle, self.name, message)
                 setup.verdicts.report(message)
                 body = encode_message(message)
                 setup.network.send(self.name, peer, body, len(body) + 32, is_frame=False)
@@ -317,37 +386,54 @@ class SimNode:
             case RunJob():
                 self._run_job(decision)
             case RoomAvailable():
-                setup.on_room()
+                setup.on_room(self)
             case Emit(kind, fields):
                 if kind == "sync_restored":
-                    setup.sync.restored(str(fields["peer"]))
+                    setup.sync.restored(self.oracle, str(fields["peer"]))
                 self.world.note(f"{self.name}: {kind} {fields}")
 
+    def _reported(self, message: Acknowledge) -> None:
+        oracle = self.oracle
+        before = self.setup.placing.mirror(self).durable_epoch
+        oracle.reported_durable(self.name, message.durable_epoch, message.durable_hash)
+        if self.setup.is_succession and self.is_copying:
+            # A promotion may go back to the state from before the resync.
+            self.setup.placing.mirror(self).durable_epoch = before
+
     def _run_job(self, run: RunJob) -> None:
-        world, life = self.world, self.life
-        limit = 30 * MS if run.kind in SLOW_JOBS else 8 * MS
+        life = self.life
+        at_ns, end_ns = self.job_times(run.kind)
+        # What it does happens at one instant, early or late; its end is noticed after that.
+        self.world.at(at_ns, partial(self._run, run, life, end_ns))
+
+    def job_times(self, kind: str) -> tuple[int, int]:
+        """When a job that begins now does what it does, and when its end is noticed."""
+        world = self.world
+        limit = 30 * MS if kind in SLOW_JOBS else 8 * MS
         factor = SLOW_FACTOR if self.is_slow or world.random.random() < STALL_CHANCE else 1
         first, second = world.between(50_000, 2 * MS), world.between(100_000, limit) * factor
         if world.random.random() < 0.5:
             first, second = second, first
-        # What it does happens at one instant, early or late; its end is noticed after that.
-        at = world.now_ns + first
-        world.at(at, partial(self._run, run, life, at + second))
+        return world.now_ns + first, world.now_ns + first + second
 
     def _run(self, run: RunJob, life: int, end_ns: int) -> None:
         if self.life != life:
             return
-        error: GeomirrorError | None = None
+        error = self.run_blocking(run.job.run)
+        if self.life == life:
+            self.world.at(end_ns, partial(self._finish, run, life, error))
+
+    def run_blocking(self, work: Callable[[], None]) -> GeomirrorError | None:
+        """Do what may use the disk; what it raised. The machine may stop in it."""
         if not self.is_primary:
             self.setup.cuts.watch(self)
         try:
-            run.job.run()
-        except GeomirrorError as failure:
-            error = failure
+            work()
+        except GeomirrorError as error:
+            return error
         except MachineStoppedError:
             self.setup.on_stopped(self)
-            return
-        self.world.at(end_ns, partial(self._finish, run, life, error))
+        return None
 
     def _finish(self, run: RunJob, life: int, error: GeomirrorError | None) -> None:
         if self.life == life:

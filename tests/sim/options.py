@@ -52,6 +52,9 @@ class Options:
     """Between changes of it."""
     marks_mean_ns: int = NEVER
     """Between two operations on marks."""
+    nodes: int = 3
+    succession_mean_ns: int = NEVER
+    """Between two changes of the primary that an operator asks for."""
 
     @classmethod
     def draw(cls, chance: random.Random, seconds: int, names: list[str]) -> Options:

@@ -4,14 +4,19 @@ S(p) is the content after the first p operations of the log. O1: a mirror equals
 the epoch it reports. O2: that never falls. O3: it is at least what was last reported durable. O4:
 local recovery is at least the last flush reply and at least every mirror. O5: undo gives the blocks
 of an earlier epoch. O7 is the runner's, O8 is in `sync_check`, O9 in `status_check`.
+
+An `Oracle` is one history. A promotion forks it: the new generation goes on from an epoch of the
+old one, which may go on as well. `placing` knows which node is on which.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 BLOCK = 4096
+ENDLESS = 1 << 62
 
 
 class OracleError(AssertionError):
@@ -85,6 +90,8 @@ class Mirror:
     at_epoch: int = 0
     """Of `content`, and the highest that was ever applied."""
     durable_epoch: int = 0
+    line: Oracle | None = None
+    """The history that these epochs are of; None: the first one."""
 
 
 @dataclass
@@ -115,12 +122,72 @@ class Oracle:
     mirrors: dict[str, Mirror] = field(default_factory=dict)
     checks: int = 0
     undo_checks: int = 0
+    generation: str = ""
+    """Identity in hex; of the first one it does not matter."""
+    parent: Oracle | None = None
+    base_epoch: int = 0
+    """The last epoch that it shares with its parent."""
 
     def __post_init__(self) -> None:
         self.content = self.blank()
         self.epoch_prefix[0] = 0
         self.epoch_sizes[0] = dict(self.sizes)
         self.touched: set[tuple[int, int]] = set()
+
+    def fork(self, generation: str, epoch: int) -> Oracle:
+        """The history of another generation, which begins after an epoch of this one."""
+        if epoch > self.sealed_epoch:
+            raise OracleError(f"a generation begins at epoch {epoch}, which was never sealed")
+        prefix = self.epoch_prefix[epoch]
+        other = Oracle(
+            self.sizes,
+            log=self.log[:prefix],
+            undo=self.undo[:prefix],
+            flushed=min(self.flushed, prefix),
+            epoch_prefix={e: p for e, p in self.epoch_prefix.items() if e <= epoch},
+            epoch_sizes={e: sizes for e, sizes in self.epoch_sizes.items() if e <= epoch},
+            epoch_hash={e: known for e, known in self.epoch_hash.items() if e <= epoch},
+            changes={e: keys for e, keys in self.changes.items() if e <= epoch},
+            sealed_epoch=epoch,
+            mirrors=self.mirrors,
+            generation=generation,
+            parent=self,
+            base_epoch=epoch,
+        )
+        for key, known in self.history.items():
+            count = bisect_right(known.epochs, epoch)
+            if count:
+                other.history[key] = History(known.epochs[:count], known.contents[:count])
+        other.content = {volume: bytearray(content) for volume, content in self.content.items()}
+        for at in range(len(self.log) - 1, prefix - 1, -1):
+            self.log[at].revert(other.content, self.undo[at])
+        return other
+
+    def common_epoch(self, other: Oracle) -> int:
+        """The last epoch that two histories share."""
+        ends = {id(line): end for line, end in self._left_at()}
+        return next(min(end, ends[id(o)]) for o, end in other._left_at() if id(o) in ends)
+
+    def ancestry(self) -> Iterator[Oracle]:
+        """This history and those before it."""
+        return (line for line, _ in self._left_at())
+
+    def _left_at(self) -> Iterator[tuple[Oracle, int]]:
+        """This history and those before it, each with the epoch at which it is left."""
+        line: Oracle | None = self
+        end = ENDLESS
+        while line is not None:
+            yield line, end
+            line, end = line.parent, line.base_epoch
+
+    def content_at(self, epoch: int) -> dict[int, bytes]:
+        """All volumes after an epoch."""
+        found: dict[int, bytes] = {}
+        for volume, size in self.epoch_sizes[epoch].items():
+            blocks = range(-(-size // BLOCK))
+            whole = b"".join(self.block_at(volume, block, epoch) for block in blocks)
+            found[volume] = whole[:size]
+        return found
 
     def blank(self) -> dict[int, bytearray]:
         """All volumes as zeros."""

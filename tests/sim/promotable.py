@@ -16,7 +16,8 @@ from geomirror.errors import GeomirrorError
 from geomirror.limits import Limits
 from geomirror.volume.engine import Engine
 from tests.sim.disk import SimStore
-from tests.sim.oracle import BLOCK, Oracle, OracleError
+from tests.sim.oracle import BLOCK, OracleError
+from tests.sim.placing import Placing
 
 if TYPE_CHECKING:
     from tests.sim.node import SimNode
@@ -33,7 +34,7 @@ class _CutError(BaseException):
 class CutCheck:
     """Makes cuts and looks at what is left."""
 
-    oracle: Oracle
+    placing: Placing
     limits: Limits
     chance: random.Random
     part: float = 0.02
@@ -127,15 +128,16 @@ class CutCheck:
         return engine
 
     def _compare(self, engine: Engine, epoch: int, what: str) -> None:
+        oracle = self.placing.line_of(engine.superblock.chain)
         for volume, image in engine.images.items():
             content = image.read(0, image.size_bytes)
             for block in range(image.block_count):
                 held = content[block * BLOCK : (block + 1) * BLOCK].ljust(BLOCK, b"\0")
-                if held != self.oracle.block_at(volume, block, epoch):
+                if held != oracle.block_at(volume, block, epoch):
                     raise OracleError(
                         f"O11: {what}: block {block} of volume {volume} is not that of {epoch}"
                     )
-        self.oracle.checks += 1
+        oracle.checks += 1
 
 
 def _checkpoint(engine: Engine) -> None:

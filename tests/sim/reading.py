@@ -40,6 +40,7 @@ class Reading:
         except StorageError:
             return  # The client gets EIO.
         job = engine.read_job(*place)
+        self._node.readings += 1
         self._position = len(self._oracle.log)
         world = self._node.world
         world.after(world.between(MS // 10, 400 * MS), lambda: self._end(job))
@@ -48,6 +49,7 @@ class Reading:
         node = self._node
         if node.life != self._life or not node.is_alive:
             return
+        node.readings -= 1
         try:
             job.run()
         except StorageError:

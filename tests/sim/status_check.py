@@ -12,7 +12,7 @@ from geomirror.volume.block_runs import BlockRuns
 from geomirror.wan_protocol.block_status import BACKING, BlockStatus
 from geomirror.wan_protocol.primary import Primary
 from geomirror.wan_protocol.resync_intake import CONSISTENT
-from tests.sim.oracle import BLOCK, Oracle, OracleError
+from tests.sim.oracle import BLOCK, OracleError
 
 if TYPE_CHECKING:
     from tests.sim.node import SimNode
@@ -40,7 +40,7 @@ class StatusCheck:
 
     def ask(self) -> None:
         """Ask about every mirror and the backing device, and compare."""
-        oracle = self._node.setup.oracle
+        oracle = self._node.oracle
         with self._node.store.undisturbed():
             for volume, content in oracle.content.items():
                 lacking = self._answer(volume, len(content))
@@ -60,12 +60,12 @@ class StatusCheck:
 
     def _check(self, name: str, volume: int, told: set[int]) -> None:
         mirror, sender = self._node.setup.node(name), self._core.senders[name]
-        is_known = sender.is_open and mirror.is_alive
+        is_known = sender.is_open and mirror.is_alive and mirror.oracle is self._node.oracle
         if not is_known or mirror.engine.superblock.data_state != CONSISTENT:
             return
         epoch = mirror.engine.sealed_epoch
         for block in self._changed(volume):
-            held = self._node.setup.oracle.block_at(volume, block, epoch)
+            held = self._node.oracle.block_at(volume, block, epoch)
             if block not in told and held != self._now(volume, block):
                 raise OracleError(
                     f"block {block} of volume {volume} counts as held by {name}, "
@@ -73,7 +73,7 @@ class StatusCheck:
                 )
 
     def _check_backing(self, volume: int, told: set[int]) -> None:
-        image, content = self._node.engine.images[volume], self._node.setup.oracle.content[volume]
+        image, content = self._node.engine.images[volume], self._node.oracle.content[volume]
         for block in self._changed(volume):
             # Where a volume has grown beyond the image, the backing may hold anything.
             now = bytes(content[block * BLOCK : (block + 1) * BLOCK])
@@ -81,11 +81,11 @@ class StatusCheck:
                 raise OracleError(f"block {block} of volume {volume} counts as destaged")
 
     def _changed(self, volume: int) -> list[int]:
-        oracle = self._node.setup.oracle
+        oracle = self._node.oracle
         return sorted(block for of, block in {*oracle.history, *oracle.touched} if of == volume)
 
     def _now(self, volume: int, block: int) -> bytes:
-        oracle: Oracle = self._node.setup.oracle
+        oracle = self._node.oracle
         content = oracle.content[volume][block * BLOCK : (block + 1) * BLOCK]
         return bytes(content).ljust(BLOCK, b"\0")
 

@@ -29,20 +29,40 @@ def draw_policy(chance: random.Random, names: list[str]) -> SyncPolicy:
 
 
 @dataclass
+class _Line:
+    """Of one history, which has one primary."""
+
+    reported: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Mirror → level → highest epoch that it ever reported."""
+    left_out: set[str] = field(default_factory=set)
+
+
+@dataclass
 class SyncCheck:
     """Keeps what mirrors said, and who was left out."""
 
     policy: SyncPolicy
     """What the operator asked for last."""
-    oracle: Oracle
-    reported: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Mirror → level → highest epoch that it ever reported."""
-    left_out: set[str] = field(default_factory=set)
     checks: int = 0
+    _lines: dict[str, _Line] = field(default_factory=dict)
 
-    def report(self, name: str, message: object) -> None:
-        """A mirror sends this."""
-        levels = self.reported.setdefault(name, dict.fromkeys(LEVELS, 0))
+    def policy_at(self, name: str) -> SyncPolicy:
+        """The settings as a primary of this name takes them: it waits for others only."""
+        policy = self.policy
+        if name not in policy.acks:
+            return policy
+        acks = {peer: level for peer, level in policy.acks.items() if peer != name}
+        copies = None if policy.copies is None or policy.copies > len(acks) else policy.copies
+        return SyncPolicy(acks, copies, policy.degrade_after_ns) if acks else ASYNCHRONOUS
+
+    def _of(self, oracle: Oracle) -> _Line:
+        return self._lines.setdefault(oracle.generation, _Line())
+
+    def report(self, oracle: Oracle, name: str, message: object) -> None:
+        """A mirror on this history sends this."""
+        if not isinstance(message, (Acknowledge, SessionAccept)):
+            return
+        levels = self._of(oracle).reported.setdefault(name, dict.fromkeys(LEVELS, 0))
         if isinstance(message, (Acknowledge, SessionAccept)):
             levels["durable"] = max(levels["durable"], message.durable_epoch)
             levels["applied"] = max(levels["applied"], message.applied_epoch)
@@ -50,19 +70,21 @@ class SyncCheck:
         if isinstance(message, Acknowledge):
             levels[RECEIVED] = max(levels[RECEIVED], message.received_epoch)
 
-    def answered(self, position: int, sealed_epoch: int, policy: SyncPolicy) -> None:
+    def answered(
+        self, oracle: Oracle, position: int, sealed_epoch: int, policy: SyncPolicy
+    ) -> None:
         """A flush that covers so many operations was answered with success under these rules."""
         acks = policy.acks
         if not acks:
             return
-        prefixes = self.oracle.epoch_prefix
+        prefixes, line = oracle.epoch_prefix, self._of(oracle)
         epoch = min((e for e, count in prefixes.items() if count >= position), default=None)
         if epoch is None or epoch > sealed_epoch:
             raise OracleError("a synchronous flush was answered before its epoch was sealed")
         lacking = [
             name
             for name, level in acks.items()
-            if self.reported.get(name, {}).get(level, 0) < epoch
+            if line.reported.get(name, {}).get(level, 0) < epoch
         ]
         held = len(acks) - len(lacking)
         self.checks += 1
@@ -70,14 +92,14 @@ class SyncCheck:
             return
         if policy.degrade_after_ns is None:
             raise OracleError(f"epoch {epoch} is not at {', '.join(lacking)}, a flush was answered")
-        self.left_out.update(lacking)
+        line.left_out.update(lacking)
 
-    def restored(self, name: str) -> None:
+    def restored(self, oracle: Oracle, name: str) -> None:
         """The primary says that a mirror is in sync again."""
-        self.left_out.discard(name)
+        self._of(oracle).left_out.discard(name)
 
-    def recovered(self, peers: Mapping[str, PeerRecord]) -> None:
+    def recovered(self, oracle: Oracle, peers: Mapping[str, PeerRecord]) -> None:
         """The primary came back with these records."""
-        for name in sorted(self.left_out):
+        for name in sorted(self._of(oracle).left_out):
             if peers[name].in_sync:
                 raise OracleError(f"{name} counts as in sync; a flush was answered without it")

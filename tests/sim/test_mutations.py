@@ -16,6 +16,8 @@ from tests.sim.mutations import MUTATIONS, mutated
 from tests.sim.options import NEVER
 from tests.sim.oracle import OracleError
 from tests.sim.simulation import Simulation
+from tests.sim.succession import successions
+from tests.sim.succession_mutations import SUCCESSION_MUTATIONS
 from tests.sim.world import SECOND
 
 SEEDS_MAX = 100
@@ -61,7 +63,16 @@ FOCUS: dict[str, dict[str, Any]] = {
     "old_sizes_not_kept": GROWTHS,
     "name_after_epoch": {"promise_crash_chance": 0.1, "marks_mean_ns": SECOND * 3 // 10},
     "apply_while_held": {"hold_mean_ns": 2 * SECOND},
+    "unsealed_copied": OVERFLOWS,
+    "late_copy_wins": OVERFLOWS,
+    "thinning_forgets_pins": {"marks_mean_ns": SECOND},
 }
+IN_SUCCESSIONS = {make.__name__ for make in SUCCESSION_MUTATIONS}
+
+
+def focus_of(name: str, seed: int) -> dict[str, Any]:
+    """What the runs lean towards in which a mutation is looked for."""
+    return successions(seed) if name in IN_SUCCESSIONS else FOCUS.get(name, {})
 
 
 @pytest.mark.timeout(600)
@@ -70,7 +81,7 @@ def test_a_mutation_is_found(name: str) -> None:
     for seed in range(1, SEEDS_MAX + 1):
         with mutated(name):
             try:
-                Simulation(seed, **FOCUS.get(name, {})).run()
+                Simulation(seed, **focus_of(name, seed)).run()
             except OracleError as error:
                 print(f"found with seed {seed}: {str(error).splitlines()[0]}")
                 return

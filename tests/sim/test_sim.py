@@ -12,8 +12,10 @@ import pytest
 from tests.sim.mutations import mutated
 from tests.sim.oracle import OracleError
 from tests.sim.simulation import Simulation
+from tests.sim.succession import successions
 
 FIXED, FIXED_SECONDS = range(1, 21), 300
+SUCCESSIONS = range(1, 21)
 FRESH = 5
 FRESH_FIRST = int(os.environ.get("GEOMIRROR_SIM_SEED", "0")) or secrets.randbelow(1 << 31)
 REPEATED, REPEATED_SECONDS = 8, 200
@@ -28,10 +30,23 @@ def test_a_fixed_seed_keeps_all_promises(seed: int) -> None:
     Simulation(seed, FIXED_SECONDS).run()
 
 
+@pytest.mark.parametrize("seed", SUCCESSIONS)
+def test_a_fixed_seed_with_changes_of_the_primary_keeps_all_promises(seed: int) -> None:
+    outcome = Simulation(seed, FIXED_SECONDS, **successions(seed)).run()
+    assert outcome.promotions
+
+
+@pytest.mark.parametrize("number", range(FRESH))
+def test_a_fresh_seed_with_changes_of_the_primary_keeps_all_promises(number: int) -> None:
+    seed = FRESH_FIRST + number
+    print(f"seed={seed}: replay with python -m tests.sim --seed {seed} --kind succession")
+    Simulation(seed, **successions(seed)).run()
+
+
 @pytest.mark.parametrize("number", range(FRESH))
 def test_a_fresh_seed_keeps_all_promises(number: int) -> None:
     seed = FRESH_FIRST + number
-    print(f"seed={seed}: replay with python -m tests.sim --seed {seed}")
+    print(f"seed={seed}: replay with python -m tests.sim --seed {seed} --kind single")
     Simulation(seed).run()
 
 

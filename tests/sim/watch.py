@@ -42,6 +42,8 @@ class Watch:
     def observe(self) -> None:
         """Compare what changed."""
         node = self._node
+        if node.core.is_frozen:
+            return  # Its role changes.
         if node.core.fenced is not None:
             if not self.fence_reason:
                 self.fence_reason = str(node.core.fenced)
@@ -49,6 +51,8 @@ class Watch:
                 node.setup.on_fenced(node)
             return
         engine = node.engine
+        if node.setup.is_succession:
+            node.setup.placing.look(node)
         if node.is_primary and self._sealed_seen < engine.sealed_epoch:
             self._see_sealed()
         if engine.applied_epoch == self._applied_seen:
@@ -64,7 +68,7 @@ class Watch:
                         self._check_undo()
 
     def _see_sealed(self) -> None:
-        engine, oracle = self._node.engine, self._node.setup.oracle
+        engine, oracle = self._node.engine, self._node.oracle
         numbers = engine.epoch_numbers()
         while self._sealed_seen < engine.sealed_epoch:
             self._sealed_seen += 1
@@ -82,12 +86,12 @@ class Watch:
         with self._node.store.undisturbed():
             images = [(i, image) for i, image in engine.images.items() if image.size_bytes]
             content = {i: image.read(0, image.size_bytes) for i, image in images}
-        self._node.setup.oracle.applied(self._node.name, engine.applied_epoch, content)
+        self._node.oracle.applied(self._node.name, engine.applied_epoch, content)
 
     def _check_undo(self) -> None:
         """O5 for a few blocks: in a new view of some point, or in one that was opened before."""
         node = self._node
-        oracle, chance = node.setup.oracle, node.world.random
+        oracle, chance = node.oracle, node.world.random
         if self._view is None or chance.random() < NEW_VIEW_CHANCE:
             self._open_view()
         view = self._view

@@ -1,0 +1,243 @@
+"""The steps of a change of role, over an engine that no core runs any more.
+
+```
+ promotion  settle, or back to the state that a resync holds ─▶ superblock: primary, new generation
+ demotion   settle ─▶ superblock: secondary
+ claim      superblock: a higher token was seen
+ following  no tail: settle; a tail: roll back, it is a branch ─▶ superblock: secondary, their chain
+```
+Each is a generator of jobs. `Change` drives it: whoever holds one runs the job that it gives, on
+any thread, and asks for the next; a job's error is raised in the step that wanted it.
+Invariants: one job runs at a time and nothing else uses the engine; a crash or an error before or
+in any job leaves a disk from which opening the resource goes on as one of the two roles.
+Deliberately not here: who decides, and what is served meanwhile (the node).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Sequence
+from functools import partial
+from typing import Generic, TypeVar
+
+from geomirror.cluster.history import ANCESTOR, DIVERGED, Comparison, compare, history
+from geomirror.errors import GeomirrorError, RefusedError
+from geomirror.volume.branches import BranchRecord
+from geomirror.volume.engine import Engine
+from geomirror.volume.engine_rollback import RollbackJob
+from geomirror.volume.superblock import GenerationRecord
+from geomirror.wan_protocol.decisions import Job
+from geomirror.wan_protocol.messages import GenerationEntry
+from geomirror.wan_protocol.primary import Primary
+from geomirror.wan_protocol.sender import FOLD, STREAM
+from geomirror.wan_protocol.session import chain_entries, my_history
+
+Result = TypeVar("Result")
+Steps = Generator[Job, None, Result]
+
+
+class Call(Generic[Result]):
+    """A blocking call as a job."""
+
+    def __init__(self, function: Callable[[], Result]) -> None:
+        self.result: Result
+        self._function = function
+
+    def run(self) -> None:
+        """Blocking."""
+        self.result = self._function()
+
+
+class Change(Generic[Result]):
+    """Steps on their way: run `next_job` until there is none, then `result` is there."""
+
+    def __init__(self, steps: Steps[Result]) -> None:
+        self.result: Result
+        self._steps = steps
+
+    def next_job(self, error: GeomirrorError | None = None) -> Job | None:
+        """The next job; None at the end.
+
+        :param error: what the last job raised.
+        :raises GeomirrorError: that is the end; what the role is by now, the superblock says.
+        """
+        try:
+            return next(self._steps) if error is None else self._steps.throw(error)
+        except StopIteration as end:
+            self.result = end.value
+            return None
+
+
+# Bringing things to an end.
+
+
+def settle(engine: Engine) -> Steps[None]:
+    """Make everything durable that was received, and bring it into the images."""
+    while True:
+        if engine.committed_epoch > engine.sealed_epoch:
+            sync = engine.sync_job()
+            yield sync
+            engine.complete_sync(sync)
+        target = engine.half_applied_through or engine.pass_end(engine.sealed_epoch)
+        grow = engine.grow_job(target) if target > engine.applied_epoch else None
+        if grow is not None:
+            yield grow
+            engine.complete_grow(grow)
+        yield from checkpoint(engine)
+        if target <= engine.applied_epoch:
+            return
+        apply = engine.apply_job(target)
+        yield apply
+        engine.complete_apply(apply)
+
+
+def checkpoint(engine: Engine) -> Steps[None]:
+    """Make the superblock durable, if there is anything new in it."""
+    job = engine.checkpoint_job()
+    if job is not None:
+        yield job
+        engine.complete_checkpoint(job)
+
+
+def go_back(engine: Engine) -> Steps[None]:
+    """Return to the state from before a resync that is under way.
+
+    :raises RefusedError: a volume has grown since; nothing changed.
+    """
+    engine.begin_return()
+    yield from checkpoint(engine)
+    job = engine.return_job()
+    yield job
+    engine.complete_return()
+    yield from checkpoint(engine)
+
+
+def end_resync(engine: Engine) -> Steps[None]:
+    """Close the undo of a resync of which everything has come and is applied."""
+    job = engine.close_held_job()
+    yield job
+    engine.complete_close_held(job)
+    engine.marks.became_consistent(engine.applied_epoch)
+    yield from checkpoint(engine)
+
+
+# Changes of the role.
+
+
+def promotion(
+    engine: Engine,
+    identity: bytes,
+    reason: str,
+    by: str,
+    wall_ns: int,
+    peers: Iterable[str],
+) -> Steps[GenerationRecord]:
+    """Become the primary of a new generation, which begins at the durable epoch.
+
+    :param reason: `promoted` after a hand over, `forced` otherwise.
+    """
+    superblock = engine.superblock
+    is_whole = engine.committed_epoch >= superblock.consistent_from >= 0
+    if engine.held is not None and not is_whole:
+        yield from go_back(engine)
+    yield from settle(engine)
+    if engine.held is not None:
+        yield from end_resync(engine)
+    generation = engine.next_generation(identity, reason, by, wall_ns)
+    job = engine.promote(generation, peers)
+    yield job
+    engine.complete_checkpoint(job)
+    return generation
+
+
+def demotion(engine: Engine, peers: Iterable[str]) -> Steps[None]:
+    """Become a secondary; everything is sealed."""
+    yield from settle(engine)
+    job = engine.demote(peers)
+    yield job
+    engine.complete_checkpoint(job)
+
+
+def claim(engine: Engine, chain: Sequence[GenerationEntry]) -> Steps[None]:
+    """Remember durably that a chain with a higher token exists."""
+    job = engine.supersede(chain)
+    if job is not None:
+        yield job
+        engine.complete_checkpoint(job)
+
+
+def following(
+    engine: Engine, peers: Iterable[str], wall_ns: int, *, gives_up_tail: bool
+) -> Steps[BranchRecord | None]:
+    """Become a secondary of the chain that superseded this primary.
+
+    :returns: the branch that the tail is now, None when there was no tail.
+    :raises RefusedError: it has a tail and may not give it up, or no common point is known.
+    """
+    found = check_following(engine, gives_up_tail=gives_up_tail)
+    chain = chain_entries(engine.superblock, engine.superblock.superseded_by)
+    branch: BranchRecord | None = None
+    if found.relation == DIVERGED:
+        assert found.branch is not None
+        roll_back: Call[RollbackJob] = Call(
+            partial(
+                engine.roll_back,
+                found.branch.epoch,
+                f"orphan-{engine.generation.hex()[:8]}",
+                wall_ns=wall_ns,
+                chain_hash=found.branch.chain_hash,
+            )
+        )
+        yield roll_back
+        branch = roll_back.result.branch
+    else:
+        yield from settle(engine)
+    engine.adopt_chain(chain)
+    job = engine.demote(peers)
+    yield job
+    engine.complete_checkpoint(job)
+    return branch
+
+
+# What is decided by.
+
+
+def check_following(engine: Engine, *, gives_up_tail: bool) -> Comparison:
+    """How this superseded primary relates to whom it is to follow.
+
+    :raises RefusedError: it has a tail and may not give it up, or no common point is known.
+    """
+    found = compare_with_claim(engine)
+    has_tail = found.relation == DIVERGED and found.branch is not None
+    if found.relation != ANCESTOR and not (has_tail and gives_up_tail):
+        name = engine.superblock.name
+        raise RefusedError(
+            f'"{name}" has a tail of its own here ({found.relation})',
+            hint=f"geomirror status {name} shows it",
+        )
+    return found
+
+
+def compare_with_claim(engine: Engine) -> Comparison:
+    """How what this superseded primary has relates to the chain that superseded it."""
+    superblock = engine.superblock
+    chain = chain_entries(superblock, superblock.superseded_by)
+    last = chain[-1]
+    return compare(my_history(engine), history(chain, last.parent_epoch, last.parent_hash))
+
+
+def lacking(core: Primary, heirs: Iterable[str], epoch: int) -> list[str]:
+    """The heirs that the primary's role cannot be handed over to yet: a consistent image and
+    everything up to `epoch` durable is what it takes."""
+    found: list[str] = []
+    for name in heirs:
+        sender = core.senders.get(name)
+        is_ready = (
+            sender is not None
+            and sender.is_open
+            and sender.mode in (STREAM, FOLD)
+            and sender.data_state == "consistent"
+            and sender.durable_epoch >= epoch
+        )
+        if not is_ready:
+            found.append(name)
+    return found

@@ -1,0 +1,240 @@
+"""The operator changes the primary: failovers, switchovers, demotions, and what they leave behind.
+
+What is asked for is what the commands ask for (`node.promotion_calls`): a failover is refused while
+a primary answers at the heir's end, so there are two primaries only when links or machines failed.
+"""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from geomirror.cluster.verdict import COMPLETE, assess
+from geomirror.errors import RefusedError
+from geomirror.volume.engine import Engine
+from geomirror.wan_protocol.member_answer import answer_of
+from geomirror.wan_protocol.primary import Primary
+from geomirror.wan_protocol.secondary import CONSISTENT, Secondary
+from tests.sim.node import SimNode
+from tests.sim.options import NEVER
+from tests.sim.oracle import OracleError
+from tests.sim.role_steps import lacking
+from tests.sim.roles import Position
+from tests.sim.world import MS, SECOND
+
+if TYPE_CHECKING:
+    from tests.sim.simulation import Simulation
+
+CALM_FACTOR = 6
+TAKE_NS = 200 * MS
+"""From the hand over to the heir's promotion, about."""
+TRIES_MAX = 8
+"""A tail that cannot be given up, say because the state to go back to is not kept."""
+OTHER_HISTORY = "has another history here"
+
+
+def successions(seed: int) -> dict[str, Any]:
+    """Options of a run in which the primary changes: two to five nodes."""
+    chance = random.Random(f"{seed}/succession")
+    return {
+        "nodes": chance.choice([2, 3, 3, 4, 5]),
+        "succession_mean_ns": int(chance.uniform(2, 8) * SECOND),
+        "growth_chance": 0.0,
+        "bit_flips": False,
+        "snapshot_mean_ns": NEVER,
+    }
+
+
+class Succession:
+    """Draws and does the changes of one run."""
+
+    def __init__(self, simulation: Simulation, seed: int, mean_ns: int) -> None:
+        self._simulation = simulation
+        self._world = simulation.world
+        self._chance = random.Random(f"{seed}/operator")
+        self._mean_ns = mean_ns
+        self.counts: dict[str, int] = {}
+        self._tries: dict[str, int] = {}
+        """Superseded primaries → how often they were to give up their tail."""
+
+    def begin(self) -> None:
+        """Schedule what the options ask for."""
+        if self._mean_ns != NEVER:
+            self._work()
+
+    def _work(self) -> None:
+        simulation = self._simulation
+        if simulation.faults.is_ending:
+            return
+        self._world.after(int(self._mean_ns * self._chance.expovariate(1)) + MS, self._work)
+        if not simulation.client.is_storm and self._chance.random() * CALM_FACTOR >= 1:
+            return
+        kinds = [self._fail_over, self._fail_over, self._switch_over, self._demote, self._resolve]
+        self._chance.choice(kinds)()
+
+    def _count(self, kind: str) -> None:
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+
+    # Failover.
+
+    def _fail_over(self) -> None:
+        """Something happens to the primary, and a moment later somebody takes its place."""
+        simulation, chance = self._simulation, self._chance
+        heir = chance.choice(simulation.secondaries)
+        primary = simulation.primary
+        cause = chance.choice(["crash", "cut", "isolated", "nothing"])
+        if cause == "crash" and primary.is_alive:
+            simulation.crash(primary, is_kill=chance.random() < 0.5)
+        elif cause in ("cut", "isolated"):
+            for pair in simulation.pairs:
+                is_between = primary.name in pair and (cause == "isolated" or heir.name in pair)
+                if is_between:
+                    self._cut(pair)
+        after_ns = self._world.between(10 * MS, 4 * SECOND)
+        self._world.after(after_ns, lambda: self._try(heir))
+
+    def _cut(self, pair: tuple[str, str]) -> None:
+        network = self._simulation.network
+        network.cut(*pair, self._chance.choice([(True, True), (True, False), (False, True)]))
+        long = 40 * SECOND if self._chance.random() < 0.2 else 8 * SECOND
+        self._world.after(self._world.between(SECOND, long), lambda: network.heal(*pair))
+
+    def _try(self, heir: SimNode) -> bool:
+        """`failover --to HEIR`, given at the heir."""
+        if not heir.is_alive or not heir.roles.may_promote():
+            return False
+        answering = [
+            node
+            for node in self._simulation.nodes.values()
+            if node is not heir and self._answers(heir, node) and isinstance(node.core, Primary)
+        ]
+        if any(node.core.fenced is None for node in answering):
+            return False
+        self._check_verdict(heir)
+        self._count("failover")
+        heir.roles.promote("forced")
+        return True
+
+    def _check_verdict(self, heir: SimNode) -> None:
+        """O10: what the operator is told of the copy before it is promoted."""
+        nodes = self._simulation.nodes.values()
+        asked = [n for n in nodes if n is heir or self._answers(heir, n)]
+        answers = [answer_of(n.name, n.core) for n in asked if n.core.fenced is None]
+        verdict = assess(heir.name, answers)
+        epoch = next(each.epoch for each in answers if each.node == heir.name)
+        held = heir.oracle.epoch_prefix[epoch]
+        if verdict.confirmed.verdict == COMPLETE and held < heir.oracle.flushed:
+            raise OracleError(
+                f"O10: {heir.name} at epoch {epoch} is said to be complete; it holds {held} "
+                f"operations, {heir.oracle.flushed} were confirmed"
+            )
+
+    def _answers(self, asking: SimNode, node: SimNode) -> bool:
+        link = self._simulation.network.link(asking.name, node.name)
+        return node.is_alive and link.is_up and not any(link.is_cut)
+
+    # In order.
+
+    def _switch_over(self) -> None:
+        primary = self._simulation.primary
+        heir = self._chance.choice(self._simulation.secondaries)
+        if self._may_hand_over(primary, [heir.name]):
+            self._count("switchover")
+            self._world.note(f"{primary.name}: switchover to {heir.name}")
+            taken = partial(self._taken, primary, heir)
+            primary.roles.hand_over([heir.name], taken, lambda: None)
+
+    def _may_hand_over(self, primary: SimNode, heirs: list[str]) -> bool:
+        core = primary.core
+        is_free = primary.is_alive and isinstance(core, Primary) and core.fenced is None
+        if not is_free or core.is_frozen or primary.roles.stage != "Primary":
+            return False
+        assert isinstance(core, Primary)
+        return bool(heirs) and not lacking(core, heirs, 0)
+
+    def _taken(self, former: SimNode, heir: SimNode, position: Position) -> None:
+        """The heir is asked to take over; if it says no, the former primary goes on."""
+
+        def take() -> None:
+            engine = heir.engine
+            if not heir.is_alive or not self._answers(former, heir):
+                return  # Nobody knows whether it took over: the operator looks.
+            if heir.roles.may_promote() and _position(engine) == position:
+                heir.roles.promote("promoted")
+            elif former.is_alive and former.roles.may_promote():
+                former.roles.promote("promoted")
+
+        self._world.after(self._world.between(TAKE_NS // 10, TAKE_NS), take)
+
+    def _demote(self) -> None:
+        """Nobody is the primary for a while."""
+        primary = self._simulation.primary
+        core = primary.core
+        heirs = [name for name in primary.others if self._may_hand_over(primary, [name])]
+        if isinstance(core, Primary) and self._may_hand_over(primary, heirs):
+            self._count("demote")
+            self._world.note(f"{primary.name}: demoted")
+            primary.roles.hand_over(heirs, lambda _: None, lambda: None)
+
+    # Afterwards.
+
+    def _resolve(self) -> None:
+        """`resolve --keep` whoever superseded them: tails are given up."""
+        for node in self._simulation.nodes.values():
+            if node.is_alive and node.roles.is_superseded:
+                self._count("resolve")
+                self._tries[node.name] = self._tries.get(node.name, 0) + 1
+                try:
+                    node.roles.follow(gives_up_tail=True)
+                except RefusedError as error:
+                    self._world.note(f"{node.name}: {error}")
+
+    def followed(self, node: SimNode) -> None:
+        """It gave up its tail, or had none."""
+        self._tries.pop(node.name, None)
+
+    def _make_anew(self) -> None:
+        """`remove-secondary`, `add-secondary` for copies that cannot follow."""
+        primary = self._simulation.primary.core
+        senders = primary.senders if isinstance(primary, Primary) else {}
+        for node in self._simulation.nodes.values():
+            core = node.core
+            is_refused = node.name in senders and OTHER_HISTORY in senders[node.name].refusal
+            is_stuck = isinstance(core, Secondary) and is_refused
+            is_hopeless = self._tries.get(node.name, 0) > TRIES_MAX
+            if is_hopeless:
+                self._count("tail given up for good")
+            if is_hopeless or (node.is_alive and is_stuck and not core.is_frozen):
+                self._count("anew")
+                self._tries.pop(node.name, None)
+                self._simulation.make_anew(node)
+
+    def mend(self) -> None:
+        """Faults are over: the operator sees to it that everybody follows one primary."""
+        if self._mean_ns == NEVER:
+            return
+        simulation = self._simulation
+        nodes = simulation.nodes.values()
+        if not all(node.is_alive for node in nodes):
+            return
+        self._resolve()
+        self._make_anew()
+        if any(isinstance(n.core, Primary) or n.core.is_frozen for n in nodes):
+            return
+        able = [node for node in nodes if node.roles.may_promote()]
+        if able:
+            self._try(max(able, key=_claim))
+
+
+def _position(engine: Engine) -> Position:
+    return (engine.generation, engine.sealed_epoch)
+
+
+def _claim(node: SimNode) -> tuple[int, bool, int, str]:
+    """Who is to be the primary when nobody is: the newest history, and the most of it."""
+    superblock = node.engine.superblock
+    chain = superblock.chain
+    token = chain[-1].token if chain else 0
+    is_whole = superblock.data_state == CONSISTENT
+    return (token, is_whole, node.engine.sealed_epoch, node.name)
