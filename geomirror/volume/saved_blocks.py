@@ -27,28 +27,33 @@ class SavedBlocks:
     def missing(self, table: Table) -> Table:
         """The blocks of a table's entries that are not in the set: ascending runs, kind ZERO."""
         parts: list[Table] = []
-        for volume, page, wanted in _pages(table):
+        for volume, page, first, wanted in _pages(table):
             saved = self._pages.get((volume, page))
             if saved is not None:
-                wanted &= ~np.unpackbits(saved, count=PAGE_BLOCKS).view(np.bool_)
+                within = saved[first >> 3 : first + len(wanted) >> 3]
+                wanted &= ~np.unpackbits(within).view(np.bool_)
             edges = np.flatnonzero(np.diff(wanted, prepend=False, append=False))
             runs = empty_table(len(edges) // 2)
             runs["volume"], runs["kind"] = volume, KIND_ZERO
-            runs["block"] = edges[::2] + page * PAGE_BLOCKS
+            runs["block"] = edges[::2] + (page * PAGE_BLOCKS + first)
             runs["count"] = edges[1::2] - edges[::2]
             parts.append(runs)
         return np.concatenate(parts) if parts else empty_table()
 
     def add(self, table: Table) -> None:
         """Put the blocks of a table's entries into the set."""
-        for volume, page, wanted in _pages(table):
-            bits = np.packbits(wanted)
+        for volume, page, first, wanted in _pages(table):
             saved = self._pages.get((volume, page))
-            self._pages[volume, page] = bits if saved is None else saved | bits
+            if saved is None:
+                saved = self._pages[volume, page] = np.zeros(PAGE_BLOCKS >> 3, dtype=np.uint8)
+            saved[first >> 3 : first + len(wanted) >> 3] |= np.packbits(wanted)
 
 
-def _pages(table: Table) -> Iterator[tuple[int, int, _Mask]]:
-    """(volume, page, which of its blocks the entries cover), ascending."""
+def _pages(table: Table) -> Iterator[tuple[int, int, int, _Mask]]:
+    """(volume, page, first block in it, which blocks from there on the entries cover), ascending.
+
+    First block and count are multiples of 8: a few blocks cost no more than they are.
+    """
     for volume in np.unique(table["volume"]).tolist():
         entries = table[table["volume"] == volume]
         starts = entries["block"].astype(np.int64)
@@ -62,8 +67,9 @@ def _pages(table: Table) -> Iterator[tuple[int, int, _Mask]]:
             inside = (firsts <= page) & (lasts >= page)
             low = np.maximum(starts[inside] - base, 0)
             high = np.minimum(ends[inside] - base, PAGE_BLOCKS)
+            start, end = int(low.min()) & ~7, int(high.max()) + 7 & ~7
             # Counted up where a run begins and down where it ends: covered is what is above zero.
-            steps = np.zeros(PAGE_BLOCKS + 1, dtype=np.int32)
-            np.add.at(steps, low, 1)
-            np.add.at(steps, high, -1)
-            yield volume, page, np.cumsum(steps[:-1]) > 0
+            steps = np.zeros(end - start + 1, dtype=np.int32)
+            np.add.at(steps, low - start, 1)
+            np.add.at(steps, high - start, -1)
+            yield volume, page, start, np.cumsum(steps[:-1]) > 0

@@ -7,6 +7,7 @@ from typing import Any
 
 from geomirror.cluster.history import Comparison
 from geomirror.volume.engine import Engine
+from geomirror.volume.generations import chain_records
 from geomirror.volume.undo import UndoStore
 from geomirror.wan_protocol import session
 from tests.sim.sync_mutations import Patch
@@ -21,7 +22,7 @@ def claim_not_durable() -> list[Patch]:
     """A primary stops for a higher token, and has forgotten that after a crash."""
 
     def supersede(self: Engine, chain: Any) -> None:
-        return None
+        self.superblock.superseded_by = chain_records(chain)
 
     return [(Engine, "supersede", supersede)]
 
