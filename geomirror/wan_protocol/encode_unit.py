@@ -50,7 +50,8 @@ class EncodeUnitJob:
         for number in self.numbers:
             epoch = self.engine.load_epoch(number)
             total += epoch.raw_bytes()
-            if epochs and total > self.raw_bytes_max:
+            is_of_another = bool(epochs) and epoch.generation != epochs[0].generation
+            if epochs and (total > self.raw_bytes_max or is_of_another):
                 break
             epochs.append(epoch)
             if epoch.is_mark:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import pytest
 
 from tests.sim.simulation import Simulation
+from tests.sim.succession import successions
 
 SEEDS = [
     (4, 300, "frames of a resync that was given up stayed counted as sent: no window was left"),
@@ -25,6 +26,19 @@ SEEDS = [
     (4, 600, "a copy put back to a snapshot was judged by what the disk before it held"),
     (2786, 600, "a copy that a power cut gave back did not say that it holds its marks"),
 ]
+
+
+SUCCESSIONS = [
+    (38, 400, "a fold of epochs of two generations"),
+]
+
+
+@pytest.mark.parametrize(("seed", "seconds", "found"), SUCCESSIONS)
+def test_what_a_change_of_the_primary_once_found_stays_mended(
+    seed: int, seconds: int, found: str
+) -> None:
+    assert found
+    Simulation(seed, seconds, **successions(seed)).run()
 
 
 @pytest.mark.parametrize(("seed", "seconds", "found"), SEEDS)
