@@ -260,6 +260,8 @@ class Faults:
     def _snapshot(self) -> None:
         """Take a snapshot of a secondary's disk; the next time, put it back."""
         node = self._any_secondary()
+        if node.is_primary:
+            return  # A primary with an older disk has forgotten what its mirrors have.
         snapshot = self._snapshots.pop(node.name, None)
         if snapshot is not None:
             if node.is_alive:
@@ -268,6 +270,7 @@ class Faults:
             node.store.restore(snapshot)
             self._simulation.oracle.restored(node.name)
             self._simulation.verdicts.put_back(node.name)
+            self._simulation.placing.forget(node)
         elif node.is_alive and node.core.fenced is None:
             states = {node.engine.superblock.data_state, node.engine._written.data_state}
             if states == {CONSISTENT}:

@@ -69,8 +69,8 @@ class Placing:
         return found
 
     def forget(self, node: SimNode) -> None:
-        """Its disk is blank from now on: whatever it had is given up, and it was said so."""
-        self.root.mirrors.pop(node.name, None)
+        """Its disk is blank or an older one from now on: what it had is no promise any more."""
+        self.root.mirrors[node.name] = Mirror(self.root.blank())
         self.claims.pop(node.name, None)
         for generation in [each for each, name in self.written.items() if name == node.name]:
             del self.written[generation]

@@ -42,7 +42,6 @@ def successions(seed: int) -> dict[str, Any]:
         "succession_mean_ns": int(chance.uniform(2, 8) * SECOND),
         "growth_chance": 0.0,
         "bit_flips": False,
-        "snapshot_mean_ns": NEVER,
     }
 
 
@@ -124,6 +123,8 @@ class Succession:
         verdict = assess(heir.name, answers)
         epoch = next(each.epoch for each in answers if each.node == heir.name)
         held = heir.oracle.epoch_prefix[epoch]
+        if heir.name in self._simulation.verdicts.restored:
+            return  # It does not know that it forgot something.
         if verdict.confirmed.verdict == COMPLETE and held < heir.oracle.flushed:
             raise OracleError(
                 f"O10: {heir.name} at epoch {epoch} is said to be complete; it holds {held} "
