@@ -31,6 +31,8 @@ class Cluster:
 
     def __init__(self, programs: Path, directory: Path, sockets: Path) -> None:
         self.directory = directory
+        self.pid: int | None = None
+        """Of the server that was started here and has not been stopped."""
         self._programs = programs
         self._sockets = sockets
         (self._port,) = free_ports(1)
@@ -73,14 +75,18 @@ class Cluster:
         options = f"-p {self._port} -k {self._sockets} -c listen_addresses="
         log = str(self._sockets / "log")
         self.run("pg_ctl", "-D", str(self.directory), "-l", log, "-w", "-o", options, "start")
+        self.pid = int((self.directory / "postmaster.pid").read_text().split()[0])
 
     def stop(self) -> None:
         """Orderly."""
         self.run("pg_ctl", "-D", str(self.directory), "-m", "fast", "-w", "stop")
+        self.pid = None
 
     def kill(self) -> None:
-        """SIGKILL to the postmaster and to its children."""
-        pid = int((self.directory / "postmaster.pid").read_text().split()[0])
+        """SIGKILL to the postmaster and to its children; nothing if it does not run."""
+        if (pid := self.pid) is None:
+            return
+        self.pid = None
         pids = [pid, *_children(pid)]
         for each in pids:
             try:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from bench.database import Cluster, find_programs
+from bench.database import AS_USER, Cluster, find_programs
 from tests.system.support import is_root
 
-__all__ = ["Cluster", "require_postgres"]
+__all__ = ["AS_USER", "Cluster", "require_postgres"]
 
 
 def require_postgres() -> Path:
