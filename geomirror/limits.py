@@ -73,6 +73,8 @@ class Limits:
     """Data read by one step of a resync."""
     resync_run_bytes_max: int = 1 * GIB
     """Range looked at by one step of a resync; holes in it cost nothing."""
+    resync_node_regions: int = 256
+    """Regions of a node: what is equal in it costs one digest (16 MiB)."""
     fold_backlog_fraction: float = 0.25
     """Backlog, as a part of the journal, at which a peer's unsent epochs are folded."""
     bitmap_backlog_fraction: float = 0.90
@@ -215,6 +217,7 @@ class Limits:
         assert self.journal_bytes_min >= 4 * self.segment_bytes
         # Two epochs per peer may be in flight while a third is open; none may fill the journal.
         assert self.epoch_bytes_max * 3 <= self.journal_bytes_min
+        assert 1 < self.resync_node_regions <= 4096
         assert self.fold_backlog_fraction < self.bitmap_backlog_fraction < 1.0
         assert self.way_back_fraction <= self.fold_backlog_fraction
         assert self.queue_bytes_max >= FRAME_RAW_BYTES_MAX
@@ -254,6 +257,7 @@ SIMULATION = Limits(
     fold_epochs_max=16,
     resync_read_bytes_max=64 * KIB,
     resync_run_bytes_max=512 * KIB,
+    resync_node_regions=4,
     mode_dwell_ns_min=2 * SECOND,
     undo_bytes_max=4 * MIB,
     resync_undo_bytes_max=16 * MIB,

@@ -79,6 +79,17 @@ def _about_settings(resource: dict[str, Any]) -> list[Advice]:
     return [Advice("pending settings", meaning, action)]
 
 
+def _progress(peer: dict[str, Any]) -> str:
+    """How far a resync or a first sync is, and what is left of it."""
+    resync, text = peer.get("resync") or {}, ""
+    if resync.get("compared_bytes") is not None:
+        compared, total = (format_bytes(resync[k]) for k in ("compared_bytes", "total_bytes"))
+        text = f" {compared} of {total} are compared, {format_bytes(resync['sent_bytes'])} sent."
+    if peer.get("eta_seconds"):
+        text += f" About {format_seconds(peer['eta_seconds'])} left."
+    return text
+
+
 def _about_peer(resource: dict[str, Any], peer: dict[str, Any], here: str) -> list[Advice]:
     node, state, disk = peer["node"], peer["state"], peer.get("disk_state")
     found = []
@@ -89,8 +100,7 @@ def _about_peer(resource: dict[str, Any], peer: dict[str, Any], here: str) -> li
         return [Advice("pending", meaning, action)]
     if disk == "Inconsistent":
         meaning = f"{node} is being filled; until it is done its copy cannot be used."
-        if peer.get("eta_seconds"):
-            meaning += f" About {format_seconds(peer['eta_seconds'])} left."
+        meaning += _progress(peer)
         found.append(Advice("inconsistent", meaning, "Wait; do not lose this side now."))
     held = (peer.get("resync") or {}).get("held_epoch")
     if held is not None and disk != "Inconsistent":
@@ -99,8 +109,7 @@ def _about_peer(resource: dict[str, Any], peer: dict[str, Any], here: str) -> li
             f"A resync of {holder} is in progress; its copy stays usable as of epoch {held} until "
             "the end."
         )
-        if peer.get("eta_seconds"):
-            meaning += f" About {format_seconds(peer['eta_seconds'])} left."
+        meaning += _progress(peer)
         found.append(Advice("resync", meaning, "Nothing; a promotion now would go back to then."))
     if state == "Disconnected":
         found.append(_disconnected(resource, peer, here))

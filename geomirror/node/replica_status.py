@@ -13,6 +13,7 @@ from geomirror.environment import SECOND
 from geomirror.errors import NoSpaceError
 from geomirror.wan_protocol.primary import Primary
 from geomirror.wan_protocol.resync_intake import BLANK, CONSISTENT
+from geomirror.wan_protocol.resync_sender import ResyncSender
 from geomirror.wan_protocol.secondary import Secondary
 from geomirror.wan_protocol.sender import BITMAP, FOLD, RESYNC, STREAM, Sender
 
@@ -80,6 +81,7 @@ class PrimaryStatus:
         self._core = core
         self._churn = RateMeter()
         self._rates: dict[str, RateMeter] = {}
+        self._resyncs: dict[str, tuple[ResyncSender, RateMeter]] = {}
 
     def sample(self, now_ns: int) -> None:
         """Take readings; called about once a second."""
@@ -87,6 +89,15 @@ class PrimaryStatus:
         for name, sender in self._core.senders.items():
             meter = self._rates.setdefault(name, RateMeter())
             meter.sample(sender.counters.wire_bytes, now_ns)
+        for name, resync in self._core.resyncs.items():
+            self._compared(name, resync).sample(resync.compared_bytes, now_ns)
+
+    def _compared(self, name: str, resync: ResyncSender) -> RateMeter:
+        """How fast a resync goes through what was dirty; each begins anew."""
+        known = self._resyncs.get(name)
+        if known is None or known[0] is not resync:
+            known = self._resyncs[name] = resync, RateMeter()
+        return known[1]
 
     def covers_seconds(self) -> float | None:
         """How long an outage the rest of the journal covers at the present churn."""
@@ -120,7 +131,7 @@ class PrimaryStatus:
             lag_bytes = kept.bitmap.count() * 65536 + engine.bytes_backlog(kept.through_epoch)
         lag_seconds = core.lag_seconds(sender, now_ns)
         rate = self._rates.setdefault(sender.name, RateMeter()).per_second
-        resync = core.resyncs.get(sender.name)
+        resync = self._resync(sender)
         return {
             "node": sender.name,
             "state": peer_state(sender, is_initial=kept is not None and kept.is_initial),
@@ -138,15 +149,29 @@ class PrimaryStatus:
             "logical_bytes": sender.counters.logical_bytes,
             "wire_bytes": sender.counters.wire_bytes,
             "resyncs": sender.counters.resyncs,
-            "eta_seconds": self._eta(sender, lag_bytes, rate),
-            "resync": None
+            "eta_seconds": self._eta(sender, lag_bytes, rate)
             if resync is None
-            else {
-                "total_bytes": resync.total_bytes,
-                "copied_bytes": resync.copied_bytes,
-                "held_epoch": None if sender.held_epoch < 0 else sender.held_epoch,
-            },
+            else resync["eta_seconds"],
+            "resync": resync,
             "reason": sender.refusal,
+        }
+
+    def _resync(self, sender: Sender) -> dict[str, Any] | None:
+        """How far the peer's resync is: most of its time may go into comparing what is equal."""
+        resync = self._core.resyncs.get(sender.name)
+        if resync is None:
+            return None
+        rate = self._compared(sender.name, resync).per_second
+        left = max(0, resync.total_bytes - resync.compared_bytes)
+        eta = 0.0 if left == 0 else round(left / rate, 1) if rate >= 1 else None
+        return {
+            "total_bytes": resync.total_bytes,
+            "compared_bytes": min(resync.compared_bytes, resync.total_bytes),
+            "copied_bytes": resync.copied_bytes,
+            "sent_bytes": resync.sent_bytes,
+            "compared_bytes_per_second": round(rate),
+            "eta_seconds": eta,
+            "held_epoch": None if sender.held_epoch < 0 else sender.held_epoch,
         }
 
     def _eta(self, sender: Sender, lag_bytes: int, rate: float) -> float | None:
@@ -154,7 +179,7 @@ class PrimaryStatus:
         counters = sender.counters
         if lag_bytes == 0:
             return 0.0
-        if rate < 1 or not counters.wire_bytes or sender.mode not in (STREAM, FOLD, RESYNC):
+        if rate < 1 or not counters.wire_bytes or sender.mode not in (STREAM, FOLD):
             return None
         ratio = max(1.0, counters.logical_bytes / counters.wire_bytes)
         drain = rate * ratio - self._churn.per_second
@@ -201,8 +226,16 @@ class SecondaryStatus:
         if held is None:
             return None
         resync = self._core.resync
-        total_bytes = None if resync is None else resync.begin.total_bytes
-        return {"total_bytes": total_bytes, "copied_bytes": None, "held_epoch": held.epoch}
+        # The primary knows how far it is; here only what was announced is known.
+        return {
+            "total_bytes": None if resync is None else resync.begin.total_bytes,
+            "compared_bytes": None,
+            "copied_bytes": None,
+            "sent_bytes": None,
+            "compared_bytes_per_second": None,
+            "eta_seconds": None,
+            "held_epoch": held.epoch,
+        }
 
     def peers(self) -> list[dict[str, Any]]:
         """The primary, as seen from here."""

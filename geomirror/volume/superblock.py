@@ -68,6 +68,10 @@ class PeerRecord(msgspec.Struct):
     mode: str = "Stream"
     bitmap_base: int = 0
     """The dirty bitmap is right for a peer at or past this epoch."""
+    bitmap_base_hash: str = ""
+    """H(bitmap_base), hexadecimal; empty: as the bitmap's file says."""
+    bitmap_later: dict[int, str] = msgspec.field(default_factory=dict)
+    """Epochs after it that the peer may have reached -> H, as far as they are remembered."""
     bitmap_through: int = 0
     """Epochs up to this one are in the durable bitmap; later ones are kept in the journal."""
     bitmap_is_full: bool = False

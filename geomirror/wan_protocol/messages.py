@@ -161,6 +161,8 @@ class SessionAccept(Message, frozen=True):
     """As of `durable_epoch`; empty from a node of the previous version: its volumes never grow."""
     held_epoch: int = -1
     """While inconsistent: the state from before the resync, which a promotion would restore."""
+    gives_digests: bool = False
+    """`ResyncAsk` may be sent: an older version closes the link at a message it does not know."""
 
 
 class SessionRefuse(Message, frozen=True):
@@ -245,6 +247,36 @@ class ResyncBegin(Message, frozen=True):
     """Serial number of the resync: frames and acknowledgements of an older one are ignored."""
     volumes: list[VolumeInfo] = []
     """All volumes as of `epoch`; empty from a node of the previous version."""
+    key: int = 0
+    """Of the digests that are asked for, 64 bits, another one for each resync."""
+
+
+class ResyncAsk(Message, frozen=True):
+    """Primary to secondary, in a resync: what do these parts of the images hold? Only to a peer
+    whose `SessionAccept` says that it answers."""
+
+    session: int
+    number: int
+    """Of the resync."""
+    request: int
+    """Number of the ask, from 1 in each resync."""
+    unit_blocks: int
+    """Blocks that one digest is of: 1, 16 (a region), or a multiple of 16 (a node)."""
+    runs: list[tuple[int, int, int]]
+    """(volume, first block, units), disjoint."""
+
+
+class ResyncDigests(Message, frozen=True):
+    """Secondary to primary: a part of what was asked, in the order of the ask. What the digests are
+    of is durable in the images, and does not change before it is copied."""
+
+    session: int
+    number: int
+    request: int
+    first: int
+    """Units of the ask that were answered before."""
+    digests: bytes
+    """16 bytes each."""
 
 
 class ResyncEnd(Message, frozen=True):
@@ -300,6 +332,8 @@ AnyMessage = (
     | Marks
     | Acknowledge
     | ResyncBegin
+    | ResyncAsk
+    | ResyncDigests
     | ResyncEnd
     | ResyncAcknowledge
     | Announce

@@ -13,6 +13,7 @@ together. A slow peer never pins another.
 
 from __future__ import annotations
 
+import hashlib
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,7 @@ from geomirror.wan_protocol.decisions import Emit, SendMessage
 from geomirror.wan_protocol.encode_unit import EncodeUnitJob, commit_message
 from geomirror.wan_protocol.growth import volumes_at
 from geomirror.wan_protocol.mark_intake import marks_message
-from geomirror.wan_protocol.messages import ResyncAcknowledge, SessionAccept
+from geomirror.wan_protocol.messages import ResyncAcknowledge, ResyncDigests, SessionAccept
 from geomirror.wan_protocol.peer_bitmap import PeerBitmap
 from geomirror.wan_protocol.peer_records import BITMAP_INTERVAL_NS, PeerRecords
 from geomirror.wan_protocol.resync_sender import ResyncSender
@@ -36,6 +37,8 @@ FOREVER = 1 << 62
 
 class PeerModes(PeerRecords):
     """The part of the primary that is about peers."""
+
+    incarnation: bytes
 
     def __init__(self, engine: Engine, limits: Limits) -> None:
         super().__init__(engine, limits)
@@ -80,7 +83,8 @@ class PeerModes(PeerRecords):
         if message.data_state == "consistent" and known is not None and self._may_stream(epoch):
             # It came to the end of a resync, or back in time: the journal has all it lacks.
             self._leave_bitmap(sender, epoch)
-        elif epoch < self.bitmaps[sender.name].base_epoch:
+        elif not self.bitmaps[sender.name].serves(epoch, message.durable_hash, known):
+            # Older than it, or of a history that cannot be compared any more.
             self._start_over(sender, is_initial=False)
         return ""
 
@@ -147,7 +151,10 @@ class PeerModes(PeerRecords):
         if resync is None:
             base = sender.durable_epoch
             bitmap = self._new_bitmap(sender.name, base, sender.durable_hash)
-            self.bitmaps[sender.name] = PeerBitmap(bitmap, base, base)
+            sent = {unit.encoded.number: unit.commit.chain_hash for unit in sender.units}
+            self.bitmaps[sender.name] = PeerBitmap(
+                bitmap, base, base, base_hash=sender.durable_hash, later=sent
+            )
             sender.counters.resyncs += 1
         sender.forget_units(sender.durable_epoch + 1)
         self._set_mode(sender, BITMAP)
@@ -196,9 +203,11 @@ class PeerModes(PeerRecords):
             base_epoch,
             base_hash,
             volumes_at(self.engine, base_epoch),
+            self._digest_key(sender.name),
             progress_ns=self.now_ns,
         )
         self.resyncs[sender.name] = resync
+        kept.later[base_epoch] = base_hash
         self._set_mode(sender, RESYNC)
         if sender.data_state == "consistent":
             sender.held_epoch = sender.applied_epoch  # Until the peer says what it can go back to.
@@ -206,6 +215,25 @@ class PeerModes(PeerRecords):
         sender.restart_flow(self.now_ns)
         self._decide(resync.begin())
         self._pump_sender(sender)
+
+    def _digest_key(self, name: str) -> int:
+        """For the next resync: nobody who writes to a volume knows an incarnation."""
+        what = f"{self._resync_number} {name}".encode()
+        digest = hashlib.sha256(self.incarnation + what).digest()
+        return int.from_bytes(digest[:8], "little")
+
+    def _resync_answered(self, sender: Sender, message: ResyncDigests) -> None:
+        resync = self.resyncs.get(sender.name)
+        if resync is None or message.number != resync.number:
+            return  # Of one that was given up.
+        resync.answer(message)
+        self._move_base(sender, resync)
+
+    def _move_base(self, sender: Sender, resync: ResyncSender) -> None:
+        kept = self.bitmaps[sender.name]
+        if resync.has_cleared and kept.base_epoch != resync.base_epoch:
+            kept.move_base(resync.base_epoch, resync.base_hash)
+            self._checkpoint_wanted = True
 
     def _resync_acknowledged(self, sender: Sender, message: ResyncAcknowledge) -> None:
         resync = self.resyncs.get(sender.name)
@@ -215,11 +243,7 @@ class PeerModes(PeerRecords):
             raise RemoteProtocolError(f'peer "{sender.name}" acknowledges frames never sent')
         sender.held_epoch = message.held_epoch
         is_finished = resync.acknowledge(message, self.now_ns)
-        kept = self.bitmaps[sender.name]
-        if message.frames and kept.base_epoch != resync.base_epoch:
-            # From here on the bitmap is only right for a peer that kept what was copied.
-            kept.base_epoch = resync.base_epoch
-            self._checkpoint_wanted = True
+        self._move_base(sender, resync)
         if is_finished:
             self._finish_resync(sender, resync)
 
@@ -262,16 +286,20 @@ class PeerModes(PeerRecords):
             job = resync.next_read()
             if job is not None:
                 pin = self.engine.journal.pin(self.engine.scan_lsn, kind)
-                self._run(kind, job, partial(self._read_done, sender.name, resync, pin))
+                self._run(kind, job, partial(self._read_done, sender, resync, pin))
         stuck_at = resync.stuck_at()
         if stuck_at is not None and self.now_ns >= stuck_at:
             resync.send_again(self.now_ns)
+        for decision in resync.next_asks():
+            self._decide(decision)
         for decision in resync.next_sends(self.engine.sealed_epoch):
             self._decide(decision)
 
-    def _read_done(self, name: str, resync: ResyncSender, pin: Any, job: Any) -> None:
+    def _read_done(self, sender: Sender, resync: ResyncSender, pin: Any, job: Any) -> None:
         pin.release()
-        resync.read_done(job)
+        if self.resyncs.get(sender.name) is resync:
+            resync.read_done(job)
+            self._move_base(sender, resync)
 
     def _start_encode(self, sender: Sender) -> None:
         kind = f"encode:{sender.name}"

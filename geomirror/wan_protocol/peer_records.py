@@ -96,10 +96,22 @@ class PeerRecords(Replica):
             return self._full_bitmap(name, is_initial=record.is_initial)
         try:
             bitmap = DirtyBitmap.load(store, name)
-            return PeerBitmap(bitmap, record.bitmap_base, record.bitmap_through, record.is_initial)
         except GeomirrorError:
             # Lost or damaged: everything may differ. Never less.
             return self._full_bitmap(name, is_initial=record.is_initial)
+        base_hash = bytes.fromhex(record.bitmap_base_hash)
+        _, epoch, chain_hash = bitmap.base
+        if not base_hash and epoch == record.bitmap_base:
+            base_hash = chain_hash
+        return PeerBitmap(
+            bitmap,
+            record.bitmap_base,
+            record.bitmap_through,
+            record.is_initial,
+            covers_all=bitmap.is_full,
+            base_hash=base_hash,
+            later={number: bytes.fromhex(h) for number, h in record.bitmap_later.items()},
+        )
 
     def _new_bitmap(self, name: str, base_epoch: int, base_hash: bytes) -> DirtyBitmap:
         return DirtyBitmap.create(
@@ -192,6 +204,8 @@ class PeerRecords(Replica):
             if kept is not None and (kept.covers_all or kept.bitmap.is_on_disk):
                 record.mode = BITMAP
                 record.bitmap_base = kept.base_epoch
+                record.bitmap_base_hash = kept.base_hash.hex()
+                record.bitmap_later = kept.saved_later()
                 record.bitmap_through = kept.through_epoch
                 record.bitmap_is_full = not kept.bitmap.is_on_disk
                 record.is_initial = kept.is_initial
@@ -199,6 +213,7 @@ class PeerRecords(Replica):
             # Until the bits are durable the journal keeps what they stand for.
             record.mode = sender.mode if kept is None else FOLD
             record.bitmap_base = record.bitmap_through = 0
+            record.bitmap_base_hash, record.bitmap_later = "", {}
             record.bitmap_is_full = record.is_initial = False
 
     def _pump_checkpoint(self) -> None:

@@ -35,6 +35,7 @@ from geomirror.wan_protocol.messages import (
     AnnounceAcknowledge,
     AnyMessage,
     ResyncAcknowledge,
+    ResyncDigests,
     SessionAccept,
     SessionOpen,
     SessionRefuse,
@@ -207,9 +208,11 @@ class Primary(Supersession):
                 self._acknowledged(sender, message)
             case ResyncAcknowledge() if sender.is_open:
                 self._resync_acknowledged(sender, message)
+            case ResyncDigests() if sender.is_open:
+                self._resync_answered(sender, message)
             case AnnounceAcknowledge() if sender.is_open:
                 self._standing_acknowledged(sender, message)
-            case Acknowledge() | ResyncAcknowledge() | AnnounceAcknowledge():
+            case Acknowledge() | ResyncAcknowledge() | ResyncDigests() | AnnounceAcknowledge():
                 pass  # Of a session that was closed meanwhile.
             case _:
                 name = type(message).__name__

@@ -21,6 +21,7 @@ from geomirror.wan_protocol.decisions import Emit
 from geomirror.wan_protocol.growth import changes_to, growth_problem
 from geomirror.wan_protocol.incoming import HASH_BYTES, Incoming
 from geomirror.wan_protocol.messages import ResyncBegin
+from geomirror.wan_protocol.resync_answer import DigestJob
 from geomirror.wan_protocol.resync_receiver import ResyncReceiver
 from geomirror.wan_protocol.standing_keeper import StandingKeeper
 
@@ -61,6 +62,8 @@ class ResyncIntake(StandingKeeper):
         is_known = message.generation == self.engine.generation and message.epoch >= 0
         if not is_known or len(message.chain_hash) != HASH_BYTES:
             raise RemoteProtocolError(f'primary "{self.primary}" resyncs to another history')
+        if not 0 <= message.key < 1 << 64:
+            raise RemoteProtocolError(f"a resync with digests of key {message.key}")
         problem = growth_problem(self.engine, changes_to(message.volumes, self.engine.sizes.now))
         if problem:
             raise RemoteProtocolError(f'primary "{self.primary}" resyncs other volumes: {problem}')
@@ -81,7 +84,7 @@ class ResyncIntake(StandingKeeper):
         resync = self.resync
         if resync is None:
             return
-        busy = {"apply", "grow", "resync", "checkpoint", "sync", "thin"}
+        busy = {"apply", "grow", "resync", "digest", "checkpoint", "sync", "thin"}
         is_applied = self.engine.applied_epoch == self.engine.committed_epoch
         if not resync.is_begun and is_applied and not any(map(self.is_running, busy)):
             # What is durable here is not copied, so it is in the image before it is forgotten.
@@ -100,6 +103,14 @@ class ResyncIntake(StandingKeeper):
             job = resync.next_job()
             if job is not None:
                 self._run("resync", job, partial(self._resync_written, resync))
+        if not self.is_running("digest"):
+            digests = resync.next_digests()
+            if digests is not None:
+                self._run("digest", digests, partial(self._digested, resync))
+
+    def _digested(self, resync: ResyncReceiver, job: DigestJob) -> None:
+        if self.resync is resync:  # Else nobody waits for it.
+            self._send(resync.answers.done(job))
 
     def _resync_written(self, resync: ResyncReceiver, job: Any) -> None:
         # Numbers begin anew with each start of the primary, so they do not tell an old one apart.

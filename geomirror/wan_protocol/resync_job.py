@@ -1,120 +1,196 @@
-"""Reads and encodes one step of a plain resync, from a snapshot of where the content lies.
+"""Reads one step of a resync: what we hold is compared with what the peer said of its own.
 
-The snapshot (pieces) is taken on the loop and holds sealed content only; blocks whose newest record
-is not sealed are left to their epoch (I3). While the step runs, the journal is pinned and images
-change only by applying epochs after the base of the resync, all of which are streamed to the peer
-afterwards, so that a mix of old and new inside one block is always overwritten.
+A step works on a snapshot of where sealed content lies, which is taken on the loop; blocks whose
+newest record is not sealed are left to their epoch (I3). While it runs, the journal is pinned and
+images change only by applying epochs after the base of the resync, all of which are streamed to the
+peer afterwards, so that a mix of old and new inside one block is always overwritten.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
-from geomirror.limits import BLOCK_BYTES
-from geomirror.volume.dirty_index import IMAGE, ZERO, Piece
-from geomirror.volume.engine import Engine
+from geomirror.limits import BLOCK_BYTES, REGION_BYTES
+from geomirror.volume.sealed_content import SealedContent
+from geomirror.volume.tree_digest import DIGEST_BYTES, REGION_BLOCKS, TreeDigest, spans
 from geomirror.wan_protocol.epoch_encode import encode_blocks
+from geomirror.wan_protocol.resync_plan import ZEROS, Differing, Part
+
+Ranges = list[tuple[int, int, memoryview]]
+"""(volume, first block, content)."""
 
 
 @dataclass
-class Run:
-    """A block-aligned range of one volume (the volume's end may be short) and its pieces."""
+class Item:
+    """A part, or as much of it as one step may read, with our content of it."""
 
-    volume: int
-    offset: int
-    length: int
-    pieces: list[Piece]
+    part: Part
+    blocks: int
+    """At most those of the part."""
+    content: SealedContent
+    stop: int
+    """Offset of its end: the volume's last block may be short."""
+    unsealed: frozenset[int]
+    """Blocks that are left to their epoch."""
+
+    @property
+    def offset(self) -> int:
+        """Of its first byte."""
+        return self.part.first * BLOCK_BYTES
+
+    def bytes_from(self, block: int, blocks: int) -> tuple[int, int]:
+        """(start, stop) of some of its blocks."""
+        return block * BLOCK_BYTES, min((block + blocks) * BLOCK_BYTES, self.stop)
 
 
 @dataclass
 class ResyncReadJob:
-    """Encode up to `bytes_max` of data from `runs` into frames.
+    """Encodes what the peer lacks of `items`, up to `bytes_max` of data, into frames."""
 
-    After `run`: `frames`, `consumed` (bytes of the runs that were covered, in order), `data_bytes`.
-    """
-
-    engine: Engine
-    runs: list[Run]
+    items: list[Item]
+    key: TreeDigest
     bytes_max: int
     level: int
     frames: list[bytes] = field(default_factory=list)
-    consumed: int = 0
+    """After `run`."""
+    done: list[int] = field(default_factory=list)
+    """After `run`: blocks of each item that were looked at."""
     data_bytes: int = 0
+    """After `run`: of contents that the frames have."""
 
     def run(self) -> None:
-        """Read, find zeros, encode. Raises StorageError, IntegrityError."""
-        ranges: list[tuple[int, int, bytearray]] = []
+        """Read, compare, find zeros, encode. Raises StorageError, IntegrityError."""
+        ranges: Ranges = []
         holes: list[tuple[int, int, int]] = []
-        for item in self.runs:
-            done = self._read_run(item, ranges, holes)
-            self.consumed += done
-            if done < item.length:
+        for item in self.items:
+            done = self._read(item, ranges, holes)
+            self.done.append(done)
+            if done < item.blocks:
                 break
+        self.done += [0] * (len(self.items) - len(self.done))
         self.frames = encode_blocks(ranges, holes, level=self.level)
 
-    def _read_run(
-        self,
-        item: Run,
-        ranges: list[tuple[int, int, bytearray]],
-        holes: list[tuple[int, int, int]],
-    ) -> int:
-        """Cover `item` as far as the byte bound allows; returns the bytes covered."""
-        position, end = item.offset, item.offset + item.length
-        for start, stop, is_hole in self._areas(item):
-            assert start == position
-            if is_hole:
-                count = -(-(stop - start) // BLOCK_BYTES)
-                holes.append((item.volume, start // BLOCK_BYTES, count))
-                position = stop
-                continue
-            room = (self.bytes_max - self.data_bytes) // BLOCK_BYTES * BLOCK_BYTES
-            step = min(stop - position, room)
-            if step:
-                content = self._content(item, position, step)
-                ranges.append((item.volume, position // BLOCK_BYTES, content))
-                self.data_bytes += step
-                position += step
-            if position < stop:
-                return position - item.offset
-        assert position == end
-        return item.length
+    def _read(self, item: Item, ranges: Ranges, holes: list[tuple[int, int, int]]) -> int:
+        """Cover `item` as far as the byte bound allows; returns the blocks covered."""
+        first, end = item.part.first, item.part.first + item.blocks
+        position = first
+        for start, stop in spans(item.content, item.offset, item.stop, BLOCK_BYTES):
+            self._hole(item, position, start // BLOCK_BYTES, holes)
+            position = start // BLOCK_BYTES
+            data = memoryview(item.content.read(start, stop - start))
+            reached = self._solid(item, position, data, ranges)
+            position += reached
+            if reached * BLOCK_BYTES < len(data):
+                return position - first
+        self._hole(item, position, end, holes)
+        return item.blocks
 
-    def _areas(self, item: Run) -> list[tuple[int, int, bool]]:
-        """Split into (start, stop, is_hole), block-aligned: holes hold nothing but zeros."""
-        solid: list[tuple[int, int]] = []
-        image = self.engine.images[item.volume]
-        for piece in item.pieces:
-            if piece.source == ZERO:
+    def _solid(self, item: Item, first: int, data: memoryview, ranges: Ranges) -> int:
+        """Compare blocks that may hold data; returns how many, fewer at the byte bound."""
+        count = -(-len(data) // BLOCK_BYTES)
+        run = 0  # Adjacent blocks just before `at` that are to be sent.
+        for at in range(count + 1):
+            view = data[at * BLOCK_BYTES : (at + 1) * BLOCK_BYTES]
+            is_full = at < count and self.data_bytes + len(view) > self.bytes_max
+            is_sent = at < count and not is_full and self._differs(item, first + at, view)
+            if is_sent:
+                run += 1
+                self.data_bytes += len(view)
                 continue
-            if piece.source == IMAGE:
-                ranges = image.data_ranges(piece.offset, piece.length)
-                solid.extend((offset, offset + length) for offset, length in ranges)
-            else:
-                solid.append((piece.offset, piece.offset + piece.length))
-        areas: list[tuple[int, int, bool]] = []
-        position, end = item.offset, item.offset + item.length
-        for start, stop in sorted(solid):
-            first = max(position, start // BLOCK_BYTES * BLOCK_BYTES)
-            last = min(end, -(-stop // BLOCK_BYTES) * BLOCK_BYTES)
-            if first > position:
-                areas.append((position, first, True))
-            if last > max(position, first):
-                areas.append((max(position, first), last, False))
-                position = last
-        if position < end:
-            areas.append((position, end, True))
-        return areas
+            if run:
+                content = data[(at - run) * BLOCK_BYTES : at * BLOCK_BYTES]
+                ranges.append((item.part.volume, first + at - run, content))
+                run = 0
+            if is_full:
+                return at
+        return count
 
-    def _content(self, item: Run, offset: int, length: int) -> bytearray:
-        content = bytearray(length)
-        for piece in item.pieces:
-            start = max(piece.offset, offset)
-            stop = min(piece.offset + piece.length, offset + length)
-            if start >= stop or piece.source == ZERO:
-                continue
-            if piece.source == IMAGE:
-                part = self.engine.images[item.volume].read(start, stop - start)
+    def _differs(self, item: Item, block: int, content: memoryview) -> bool:
+        if block in item.unsealed:
+            return False
+        theirs = item.part.theirs
+        if theirs is None:
+            return True
+        if theirs == ZEROS:
+            expected = self.key.of_zeros(len(content))
+        else:
+            at = (block - item.part.first) * DIGEST_BYTES
+            expected = theirs[at : at + DIGEST_BYTES]
+        return self.key.of(content) != expected
+
+    def _hole(self, item: Item, first: int, end: int, holes: list[tuple[int, int, int]]) -> None:
+        """Blocks that hold nothing but zeros here: which does the peer lack?"""
+        part = item.part
+        if first >= end or part.theirs == ZEROS:
+            return
+        if part.theirs is None:
+            cuts = [first - 1, *sorted(b for b in item.unsealed if first <= b < end), end]
+            for low, high in itertools.pairwise(cuts):
+                if high > low + 1:
+                    holes.append((part.volume, low + 1, high - low - 1))
+            return
+        zero = self.key.of_zeros(BLOCK_BYTES)
+        for block in range(first, end):
+            at = (block - part.first) * DIGEST_BYTES
+            if (block + 1) * BLOCK_BYTES > item.stop:
+                zero = self.key.of_zeros(item.stop - block * BLOCK_BYTES)
+            if part.theirs[at : at + DIGEST_BYTES] != zero and block not in item.unsealed:
+                volume, start, count = holes[-1] if holes else (-1, 0, 0)
+                if (volume, start + count) == (part.volume, block):
+                    holes[-1] = (volume, start, count + 1)
+                else:
+                    holes.append((part.volume, block, 1))
+
+
+@dataclass
+class CompareJob:
+    """Compares nodes with the digests of the peer's, about `bytes_max` of reading."""
+
+    item: Item
+    key: TreeDigest
+    bytes_max: int
+    done: int = 0
+    """After `run`: blocks of the item that were compared."""
+    zeros: list[Part] = field(default_factory=list)
+    """After `run`: nodes that are zeros there and not here."""
+    differing: list[Differing] = field(default_factory=list)
+    """After `run`."""
+    equal: list[tuple[int, int]] = field(default_factory=list)
+    """After `run`: (first block, end) of each node that is equal."""
+
+    def run(self) -> None:
+        """Raises StorageError, IntegrityError."""
+        part, began = self.item.part, self.key.read_bytes
+        assert part.theirs
+        for at in range(0, self.item.blocks, part.unit_blocks):
+            if self.key.read_bytes - began >= self.bytes_max:
+                return
+            blocks = min(part.unit_blocks, self.item.blocks - at)
+            index = at // part.unit_blocks * DIGEST_BYTES
+            self._compare(part.first + at, blocks, part.theirs[index : index + DIGEST_BYTES])
+            self.done += blocks
+
+    def _compare(self, first: int, blocks: int, theirs: bytes) -> None:
+        item, volume = self.item, self.item.part.volume
+        start, stop = item.bytes_from(first, blocks)
+        regions = range(0, blocks, REGION_BLOCKS)
+        unsealed = {
+            (block - first) // REGION_BLOCKS
+            for block in item.unsealed
+            if first <= block < first + blocks
+        }
+        if theirs == self.key.of_zeros(stop - start):
+            if unsealed or item.content.data_ranges(start, stop - start, 1):
+                self.zeros.append(Part(volume, first, blocks, ZEROS))
             else:
-                part = self.engine.journal.read(piece.source + start - piece.offset, stop - start)
-            content[start - offset : stop - offset] = part
-        return content
+                self.equal.append((first, first + blocks))
+            return
+        ours = self.key.leaves(item.content, start, stop, REGION_BYTES)
+        assert len(ours) == len(regions)
+        if not unsealed and self.key.node(ours) == theirs:
+            self.equal.append((first, first + blocks))
+            return
+        for region in unsealed:
+            ours[region] = b""
+        self.differing.append(Differing(volume, first, blocks, ours))

@@ -17,6 +17,7 @@ from geomirror.limits import Limits
 from geomirror.volume.engine import Engine
 from geomirror.wan_protocol.epoch_decode import FrameDecoder
 from geomirror.wan_protocol.messages import ResyncAcknowledge, ResyncBegin, ResyncEnd
+from geomirror.wan_protocol.resync_answer import DigestAnswers, DigestJob
 from geomirror.wan_protocol.resync_write import ResyncWriteJob
 
 FRAMES_AHEAD_MAX = 1 << 20
@@ -38,9 +39,14 @@ class ResyncReceiver:
     end_message: ResyncEnd | None = None
     frames_durable: int = 0
     queued_bytes: int = 0
+    answers: DigestAnswers = field(init=False)
     _is_end_recorded: bool = False
     _queue: dict[int, bytes] = field(default_factory=dict)
     _ahead: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        sizes = {each.index: each.size_bytes for each in self.begin.volumes}
+        self.answers = DigestAnswers(self.limits, self.begin.key, sizes)
 
     @property
     def number(self) -> int:
@@ -72,6 +78,10 @@ class ResyncReceiver:
         decoder = FrameDecoder(self.limits, sizes)
         engine = self.engine
         return ResyncWriteJob(engine.images, engine.open_pass, decoder, self.number, frames)
+
+    def next_digests(self) -> DigestJob | None:
+        """The next part of an answer, once nothing of an earlier resync changes the images."""
+        return self.answers.next_job(self.engine.images) if self.is_recorded else None
 
     def written(self, job: ResyncWriteJob) -> int:
         """A job's blocks are durable. Returns the bytes of damaged frames: they come again."""

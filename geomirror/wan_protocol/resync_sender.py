@@ -1,12 +1,13 @@
-"""The primary's side of a plain resync: dirty regions, copied in ascending order.
+"""The primary's side of a resync: what differs in dirty regions, in frames.
 
 ```
- bitmap   ▓▓░▓▓▓░░▓   copied ──▶ cursor ──▶
+ bitmap   ▓▓░▓▓▓░░▓   asked, compared, read (`resync_plan`)
  frames      [0][1][2]… each chunk remembers its last frame; a chunk that is durable at the
                         peer has its bits cleared, so an interrupted resync never starts again (I12)
 ```
-Content copied is that of the base epoch or newer; every epoch after the base is streamed next, and
-the peer is consistent once it has applied the end epoch. Until then it says Inconsistent.
+Content compared and copied is that of the base epoch or newer; every epoch after the base is
+streamed next, and the peer is consistent once it has applied the end epoch. Until then its image
+says Inconsistent. Regions that are equal are chunks without frames.
 """
 
 from __future__ import annotations
@@ -18,19 +19,23 @@ from geomirror.environment import SECOND
 from geomirror.limits import BLOCK_BYTES, REGION_BYTES, Limits
 from geomirror.volume.dirty_bitmap import DirtyBitmap
 from geomirror.volume.engine import Engine
+from geomirror.volume.sealed_content import SPARSE_INDEX_ENTRIES, SealedContent, pieces_of
+from geomirror.volume.tree_digest import REGION_BLOCKS
 from geomirror.wan_protocol.decisions import Decision, SendFrame, SendMessage
 from geomirror.wan_protocol.messages import (
     ResyncAcknowledge,
+    ResyncAsk,
     ResyncBegin,
+    ResyncDigests,
     ResyncEnd,
     VolumeInfo,
 )
-from geomirror.wan_protocol.resync_job import ResyncReadJob, Run
+from geomirror.wan_protocol.resync_job import CompareJob, Item, ResyncReadJob
+from geomirror.wan_protocol.resync_plan import Part, ResyncPlan
 from geomirror.wan_protocol.sender import Sender
 
-SPARSE_INDEX_ENTRIES = 1024
-"""With fewer undestaged entries a whole GiB is looked at in one step, else 16 MiB."""
 DENSE_RUN_BYTES = 16 << 20
+"""Range looked at by one step while many blocks wait for destage; with few, a whole GiB."""
 LOST_AFTER_NS = 3 * SECOND
 """No frame of a resync became durable for so long: those on the way are sent again. At 1 Mbit/s a
 frame takes half a second."""
@@ -49,20 +54,35 @@ class ResyncSender:
     base_hash: bytes
     volumes: list[VolumeInfo]
     """As of the base epoch: what has grown since comes with its epoch."""
+    key: int
+    """Of digests, 64 bits; new for each resync."""
     end_epoch: int = 0
     total_bytes: int = 0
+    """Of dirty regions, at its begin."""
+    compared_bytes: int = 0
+    """Of these, found equal or read."""
     copied_bytes: int = 0
+    """Contents that differed, or of which nothing was known."""
+    sent_bytes: int = 0
+    """Frames handed to the link."""
+    has_cleared: bool = False
+    """Bits of the bitmap are cleared: it is right only for a peer that kept what was copied."""
     is_reading: bool = False
     is_read_to_end: bool = False
     is_end_sent: bool = False
     next_sequence: int = 0
     progress_ns: int = 0
+    _durable: int = 0
     _frames: dict[int, bytes] = field(default_factory=dict)
     _to_send: deque[int] = field(default_factory=deque)
     _chunks: deque[tuple[int, list[tuple[int, int, int]]]] = field(default_factory=deque)
-    _cursor: tuple[int, int] = (0, 0)
-    _reading: list[Run] = field(default_factory=list)
-    _reading_end: int = 0
+
+    def __post_init__(self) -> None:
+        self._sizes = {each.index: each.size_bytes for each in self.volumes}
+        has_digests = self.sender.gives_digests
+        self.plan = ResyncPlan(
+            self.bitmap, self._sizes, self.limits, has_digests=has_digests, key=self.key
+        )
 
     def begin(self) -> Decision:
         """The message that opens the resync."""
@@ -75,93 +95,124 @@ class ResyncSender:
             self.total_bytes,
             self.number,
             self.volumes,
+            self.key if self.plan.has_digests else 0,
         )
         return SendMessage(self.sender.name, self.sender.session, message)
 
-    def next_read(self) -> ResyncReadJob | None:
+    # Comparing and reading.
+
+    def next_asks(self) -> list[Decision]:
+        """Messages that ask for digests, as far as there is room for what comes of them."""
+        name, session = self.sender.name, self.sender.session
+        if not self.sender.is_open or self.sender.is_paused or self.is_read_to_end:
+            return []
+        return [
+            SendMessage(name, session, ResyncAsk(session, self.number, request, units, runs))
+            for request, units, runs in self.plan.next_asks()
+        ]
+
+    def answer(self, message: ResyncDigests) -> None:
+        """Digests that were asked for. :raises RemoteProtocolError: they were not."""
+        assert message.number == self.number
+        self.plan.answer(message)
+        self._take_equal()
+
+    def next_read(self) -> ResyncReadJob | CompareJob | None:
         """The next step of reading, when frames held leave room for it."""
-        held = sum(map(len, self._frames.values()))
         if self.is_reading or self.is_read_to_end or not self.sender.is_open:
             return None
-        if self.sender.is_paused or held > self.limits.window_bytes_min // 2:
+        if self.sender.is_paused:
             return None
-        runs = self._next_runs()
-        if not runs:
-            self.is_read_to_end = True
-            return None
-        self.is_reading = True
-        self._reading = runs
-        return ResyncReadJob(self.engine, runs, self.limits.resync_read_bytes_max, 1)
-
-    def _next_runs(self) -> list[Run]:
-        """Dirty regions from the cursor on, as sealed pieces; at most one run of regions."""
-        volumes = self.bitmap.volumes
-        for volume in volumes[self._cursor[0] :]:
-            position = volumes.index(volume)
-            first = self._cursor[1] if position == self._cursor[0] else 0
-            for start, count in self.bitmap.runs(volume, first):
-                self._cursor = (position, start)
-                return self._runs_of(volume, start, count)
-        return []
-
-    def _size_of(self, volume: int) -> int:
-        return next(each.size_bytes for each in self.volumes if each.index == volume)
-
-    def _runs_of(self, volume: int, start: int, count: int) -> list[Run]:
-        size = self._size_of(volume)
-        sparse = self.engine.indexes[volume].entry_count < SPARSE_INDEX_ENTRIES
-        bound = self.limits.resync_run_bytes_max if sparse else DENSE_RUN_BYTES
-        bound = max(min(bound, self.limits.resync_run_bytes_max), REGION_BYTES)
-        offset = start * REGION_BYTES
-        length = min(count * REGION_BYTES, bound, size - offset)
-        pieces = self.engine.read_pieces(volume, offset, length)
-        blocks = -(-length // BLOCK_BYTES)
-        skipped = self.engine.unsealed_blocks(volume, offset // BLOCK_BYTES, blocks)
-        self._reading_end = offset + length
-        if skipped:
-            # They travel with their epoch, so the peer is not consistent before it has that one.
-            self.end_epoch = max(self.end_epoch, self.engine.last_changed_epoch)
-        if not skipped:
-            return [Run(volume, offset, length, pieces)]
-        runs: list[Run] = []
-        position, end = offset, offset + length
-        for block in [*sorted(skipped), -1]:
-            stop = end if block < 0 else block * BLOCK_BYTES
-            if stop > position:
-                inside = [p for p in pieces if p.offset < stop and p.offset + p.length > position]
-                runs.append(Run(volume, position, stop - position, inside))
-            position = min(end, (block + 1) * BLOCK_BYTES) if block >= 0 else end
-        # All of it unsealed: nothing to read, but the cursor still has to move past it.
-        return runs or [Run(volume, offset, 0, [])]
-
-    def read_done(self, job: ResyncReadJob) -> None:
-        """Queue the frames of a finished step and move the cursor."""
-        self.is_reading = False
-        left = job.consumed
-        reached = self._reading[0].offset
-        for item in self._reading:
-            taken = min(left, item.length)
-            left -= taken
-            reached = item.offset + taken
-            if taken < item.length:
-                break
+        job = self._next_job()
+        if job is not None:
+            self.is_reading = True
         else:
-            reached = self._reading_end
-        volume = self._reading[0].volume
-        first = self._cursor[1]
-        is_at_end = reached >= self._size_of(volume)
-        stop = -(-reached // REGION_BYTES) if is_at_end else reached // REGION_BYTES
-        stop = max(stop, first)
+            self.is_read_to_end = self.plan.is_done
+        return job
+
+    def _next_job(self) -> ResyncReadJob | CompareJob | None:
+        read_bytes = self.limits.resync_read_bytes_max
+        held = sum(map(len, self._frames.values()))
+        if held <= self.limits.window_bytes_min // 2:
+            parts = self.plan.next_copies(4 * read_bytes // BLOCK_BYTES)
+            if parts:
+                items = [self._item(part) for part in parts]
+                unsealed = any(item.unsealed for item in items)
+                if unsealed:
+                    # They travel with their epoch, so the peer is not consistent before it has it.
+                    self.end_epoch = max(self.end_epoch, self.engine.last_changed_epoch)
+                return ResyncReadJob(items, self.plan.key, read_bytes, 1)
+        nodes = self.plan.next_nodes()
+        if nodes is None:
+            return None
+        return CompareJob(self._item(nodes), self.plan.key, 4 * read_bytes)
+
+    def _item(self, part: Part) -> Item:
+        """A snapshot of what is sealed of a part, or of as much of it as is looked at at once."""
+        engine, volume = self.engine, part.volume
+        entries, bound = engine.indexes[volume].entry_count, self.limits.resync_run_bytes_max
+        if entries >= SPARSE_INDEX_ENTRIES:
+            bound = min(bound, DENSE_RUN_BYTES)
+        unit = max(part.unit_blocks, REGION_BLOCKS)
+        most = max(bound // BLOCK_BYTES // unit * unit, unit)
+        # Of a volume that is all image, no range is too long to be looked up.
+        blocks = min(part.blocks, most) if entries else part.blocks
+        offset = part.first * BLOCK_BYTES
+        stop = min(offset + blocks * BLOCK_BYTES, self._sizes[volume])
+        pieces = pieces_of(engine.indexes[volume], offset, stop - offset)
+        content = SealedContent(engine.images[volume], engine.journal, pieces)
+        unsealed = frozenset(engine.unsealed_blocks(volume, part.first, blocks))
+        return Item(part, blocks, content, stop, unsealed)
+
+    def read_done(self, job: ResyncReadJob | CompareJob) -> None:
+        """Queue the frames of a finished step, and note which regions are done with."""
+        self.is_reading = False
+        if isinstance(job, CompareJob):
+            part = job.item.part
+            for first, end in job.equal:
+                region = first // REGION_BLOCKS
+                self.plan.equal.append((part.volume, region, -(-end // REGION_BLOCKS)))
+            self.plan.compared(part, job.done, job.zeros, job.differing)
+            self._take_equal()
+            return
         for body in job.frames:
             self._frames[self.next_sequence] = body
             self._to_send.append(self.next_sequence)
             self.next_sequence += 1
-        if stop > first:
-            self._chunks.append((self.next_sequence, [(volume, first, stop)]))
-            self.copied_bytes += (stop - first) * REGION_BYTES
-        self._cursor = (self._cursor[0], stop)
-        self._reading = []
+        regions: list[tuple[int, int, int]] = []
+        for item, done in zip(reversed(job.items), reversed(job.done), strict=True):
+            self.plan.copied(item.part, done)
+            regions += self._whole_regions(item.part, done)
+        self._add_chunk(regions)
+        self.copied_bytes += job.data_bytes
         self.sender.counters.logical_bytes += job.data_bytes
+
+    def _whole_regions(self, part: Part, done: int) -> list[tuple[int, int, int]]:
+        """Regions of which the last block is read now: the others, of this part or of one before
+        it, are read already."""
+        end = part.first + done
+        is_last = end * BLOCK_BYTES >= self._sizes[part.volume]
+        first = part.first // REGION_BLOCKS
+        stop = -(-end // REGION_BLOCKS) if is_last else end // REGION_BLOCKS
+        return [(part.volume, first, stop)] if stop > first else []
+
+    def _take_equal(self) -> None:
+        found, self.plan.equal = self.plan.equal, []
+        self._add_chunk(found)
+
+    def _add_chunk(self, regions: list[tuple[int, int, int]]) -> None:
+        if regions:
+            self.compared_bytes += sum(end - first for _, first, end in regions) * REGION_BYTES
+            self._chunks.append((self.next_sequence, regions))
+            self._clear_durable()
+
+    def _clear_durable(self) -> None:
+        while self._chunks and self._chunks[0][0] <= self._durable:
+            for volume, first, stop in self._chunks.popleft()[1]:
+                self.bitmap.clear_range(volume, first, stop - first)
+                self.has_cleared = True
+
+    # Frames.
 
     def stuck_at(self) -> int | None:
         """When frames on the way count as lost with their connection, None when none are."""
@@ -188,6 +239,7 @@ class ResyncSender:
                 return decisions
             self._to_send.popleft()
             self.sender.count_sent(len(body))
+            self.sent_bytes += len(body)
             decisions.append(SendFrame(name, session, self.number, sequence, body, is_resync=True))
         is_copied = self.is_read_to_end and not self._frames
         if is_copied and not self.is_end_sent and sealed_epoch >= self.end_epoch:
@@ -204,7 +256,6 @@ class ResyncSender:
         for sequence in [s for s in self._frames if s < message.frames]:
             del self._frames[sequence]
             self.progress_ns = now_ns
-        while self._chunks and self._chunks[0][0] <= message.frames:
-            for volume, first, stop in self._chunks.popleft()[1]:
-                self.bitmap.clear_range(volume, first, stop - first)
+        self._durable = max(self._durable, message.frames)
+        self._clear_durable()
         return message.is_finished and self.is_end_sent

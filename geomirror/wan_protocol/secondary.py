@@ -27,6 +27,7 @@ from geomirror.wan_protocol.messages import (
     AnyMessage,
     EpochCommit,
     Marks,
+    ResyncAsk,
     ResyncBegin,
     ResyncEnd,
     SessionOpen,
@@ -96,6 +97,9 @@ class Secondary(SessionIntake):
                 self.take_commit(message)
             case ResyncBegin() if self.is_open:
                 self._resync_began(message)
+            case ResyncAsk() if self.is_open:
+                if self.resync is not None and self.resync.number == message.number:
+                    self.resync.answers.add(message)
             case ResyncEnd() if self.is_open:
                 if self.resync is not None and self.resync.number == message.number:
                     self.resync.end_message = message
@@ -103,7 +107,7 @@ class Secondary(SessionIntake):
                 self.take_standing(message)
             case Marks() if self.is_open:
                 self.take_marks(message)
-            case EpochCommit() | ResyncBegin() | ResyncEnd() | Announce() | Marks():
+            case EpochCommit() | ResyncBegin() | ResyncAsk() | ResyncEnd() | Announce() | Marks():
                 pass  # Of a session that was closed meanwhile.
             case _:
                 name = type(message).__name__

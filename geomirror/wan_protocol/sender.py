@@ -94,6 +94,8 @@ class Sender:
     """Version of the table that the peer was told in this session."""
     knows_growth: bool = False
     """Its version knows volumes that grow; of the last session."""
+    gives_digests: bool = False
+    """In a resync it says what it holds; of this session."""
     refusal: str = ""
     room_bytes: int = 0
     mode_since_ns: int = 0
@@ -152,6 +154,7 @@ class Sender:
         self.data_state = accept.data_state
         self.held_epoch = accept.held_epoch
         self.takes_marks, self.marks_told = accept.takes_marks, -1
+        self.gives_digests = accept.gives_digests
         self._set_durable(accept.durable_epoch, accept.durable_hash)
         self.applied_epoch = accept.applied_epoch
         self.received_epoch = accept.durable_epoch

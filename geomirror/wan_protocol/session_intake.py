@@ -124,6 +124,7 @@ class SessionIntake(ResyncIntake):
                 takes_marks=True,
                 volumes=volumes_at(engine, engine.sealed_epoch),
                 held_epoch=-1 if engine.held is None else engine.held.epoch,
+                gives_digests=True,
             )
         )
         for incoming in self.incoming.values():

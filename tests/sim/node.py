@@ -6,10 +6,13 @@ simulated delays. A life ends with a crash; `life` tells late events of earlier 
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+
+import msgspec
 
 from geomirror.environment import SeededEntropy
 from geomirror.errors import GeomirrorError, RemoteProtocolError
@@ -54,6 +57,8 @@ STALL_CHANCE = 0.02
 """Of a job on a disk that is well."""
 AILING_NS = 30 * SECOND
 """A disk that was slow or full may take so long to catch up."""
+OLDER_CHANCE = 0.15
+"""Of a machine with the previous version."""
 WRITABLE_FRACTION = 2
 """The link asks for more when its queue is half empty, after it was fuller."""
 
@@ -115,6 +120,8 @@ class SimNode:
         self.is_alive = False
         self.is_damaged = False
         self.is_slow = False
+        self.is_older = random.Random(f"{seed}/{name}/version").random() < OLDER_CHANCE
+        """Its version says no digests in a resync."""
         self.ailing_until_ns = 0
         self.wall_shift_ns = 0
         self.life = 0
@@ -375,6 +382,8 @@ class SimNode:
                     setup.on_promise(self)
                 setup.sync.report(self.oracle, self.name, message)
                 setup.verdicts.report(message)
+                if isinstance(message, SessionAccept) and self.is_older:
+                    message = msgspec.structs.replace(message, gives_digests=False)
                 body = encode_message(message)
                 setup.network.send(self.name, peer, body, len(body) + 32, is_frame=False)
             case SendFrame(peer, _, epoch, sequence, body, is_resync):

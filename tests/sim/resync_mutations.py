@@ -6,7 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from geomirror.volume.engine import Engine
+from geomirror.volume.image import Image
+from geomirror.volume.tree_digest import TreeDigest
 from geomirror.volume.undo_open import OpenPass
+from geomirror.wan_protocol.resync_job import CompareJob
 from geomirror.wan_protocol.resync_receiver import ResyncReceiver
 from geomirror.wan_protocol.resync_write import ResyncWriteJob
 from tests.sim.sync_mutations import Patch
@@ -72,9 +75,48 @@ def late_copy_wins() -> list[Patch]:
     return [(ResyncReceiver, "written", written), (Engine, "complete_apply", complete_apply)]
 
 
+def answered_from_memory() -> list[Patch]:
+    """A copy says what it held when it was asked first; a newer block counts as equal to that."""
+    real = TreeDigest.leaves
+    remembered: dict[tuple[int, ...], Any] = {}
+
+    class Remembered:
+        def __init__(self, image: Image, offset: int, stop: int) -> None:
+            self._offset = offset
+            self._data = bytes(image.read(offset, stop - offset))
+
+        def data_ranges(self, offset: int, length: int, *_: Any) -> list[tuple[int, int]]:
+            return [(offset, length)]
+
+        def read(self, offset: int, length: int) -> bytes:
+            return self._data[offset - self._offset : offset - self._offset + length]
+
+    def leaves(self: TreeDigest, content: Any, offset: int, stop: int, unit: int) -> list[bytes]:
+        if isinstance(content, Image):
+            where = (id(content.file._store), content.index, offset, stop, unit)  # type: ignore[attr-defined]
+            content = remembered.setdefault(where, Remembered(content, offset, stop))
+        return real(self, content, offset, stop, unit)
+
+    return [(TreeDigest, "leaves", leaves)]
+
+
+def zeros_there_are_equal() -> list[Patch]:
+    """A node that is zeros at the peer counts as equal."""
+    real = CompareJob.run
+
+    def run(self: CompareJob) -> None:
+        real(self)
+        self.equal += [(part.first, part.first + part.blocks) for part in self.zeros]
+        self.zeros = []
+
+    return [(CompareJob, "run", run)]
+
+
 RESYNC_MUTATIONS: tuple[Callable[[], list[Patch]], ...] = (
     saved_after_the_overwrite,
     before_images_not_synced,
     unsealed_copied,
     late_copy_wins,
+    answered_from_memory,
+    zeros_there_are_equal,
 )

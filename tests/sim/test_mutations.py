@@ -46,6 +46,8 @@ FOCUS: dict[str, dict[str, Any]] = {
     "bits_cleared_early": OVERFLOWS,
     "saved_after_the_overwrite": OVERFLOWS,
     "before_images_not_synced": OVERFLOWS,
+    "answered_from_memory": OVERFLOWS,
+    "zeros_there_are_equal": OVERFLOWS,
     "frames_not_asked_for": {
         "break_mean_ns": SECOND,
         "crash_mean_ns": NEVER,

@@ -30,7 +30,9 @@ from geomirror.wan_protocol.messages import (
     Pong,
     Reply,
     ResyncAcknowledge,
+    ResyncAsk,
     ResyncBegin,
+    ResyncDigests,
     ResyncEnd,
     SessionAccept,
     SessionOpen,
@@ -41,6 +43,7 @@ from geomirror.wan_protocol.messages import (
     encode_message,
 )
 from geomirror.wan_protocol.negotiation import make_hello, read_hello
+from tests.volume.hexdump import VECTORS, load
 
 ENTRY = GenerationEntry(b"i" * 16, 3, b"p" * 16, 9, b"h" * 32, "created", "east-1", 12)
 STANDING = Standing(
@@ -62,7 +65,9 @@ EXAMPLES: list[Message] = [
     EpochCommit(7, 5, 5, b"g" * 16, 100, 200, 9, 3, 40, 163_840, b"h" * 32, b"", True),
     Marks(7, [MarkEntry("before-upgrade", b"g" * 16, 5, 2**60, True)]),
     Acknowledge(7, 5, 4, b"h" * 32, 3, 5, b"\x02", 2**33, 2**26),
-    ResyncBegin(7, b"g" * 16, 9, b"h" * 32, 2**30, 1),
+    ResyncBegin(7, b"g" * 16, 9, b"h" * 32, 2**30, 1, [], 2**64 - 1),
+    ResyncAsk(7, 1, 3, 16, [(0, 4096, 256), (1, 0, 2)]),
+    ResyncDigests(7, 1, 3, 256, b"d" * 32),
     ResyncEnd(7, 1, 12, 40),
     ResyncAcknowledge(7, 1, 30, 2**21, 2**26, True),
     Announce(7, STANDING),
@@ -76,6 +81,16 @@ def test_a_message_comes_out_as_it_went_in(message: Message) -> None:
     assert decode_message(body) == message
     assert decode_message(memoryview(body)) == message
     assert len(body) <= PRODUCTION.message_bytes_max
+
+
+@pytest.mark.parametrize(
+    ("kind", "vector"), [(ResyncAsk, "resync_ask_v1"), (ResyncDigests, "resync_digests_v1")]
+)
+def test_golden_vectors_are_read_for_ever(kind: type[Message], vector: str) -> None:
+    body = load((VECTORS / f"{vector}.hex").read_text())
+    (example,) = [each for each in EXAMPLES if type(each) is kind]
+    assert decode_message(body) == example
+    assert encode_message(example) == body
 
 
 def test_every_message_has_an_example() -> None:

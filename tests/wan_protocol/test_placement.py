@@ -212,3 +212,78 @@ def test_a_blank_disk_in_the_middle_of_the_first_sync_is_copied_from_the_start()
     stage.pass_time(5000)
     stage.check_in_sync()
     assert stage.sender().counters.resyncs == 0
+
+
+def bitmap_stage() -> Stage:
+    """A copy at epoch 2 that is away, behind a bitmap that begins there."""
+    stage = Stage(journal_bytes=1024 * KIB)
+    stage.write_epochs(2)
+    stage.overflow()
+    assert stage.primary.bitmaps[PEER].base_epoch == 2
+    return stage
+
+
+def served(stage: Stage, epoch: int, chain_hash: bytes) -> bool:
+    """Whether the bitmap is used for a copy that says that it is there."""
+    stage.primary.link_up(PEER, stage.now_ns)
+    accept = msgspec.structs.replace(
+        last_accept(stage), durable_epoch=epoch, durable_hash=chain_hash, applied_epoch=epoch
+    )
+    stage.primary.receive(PEER, accept, stage.now_ns)
+    assert stage.sender().is_open
+    return not stage.primary.bitmaps[PEER].bitmap.is_full
+
+
+def test_a_bitmap_serves_a_copy_at_its_base() -> None:
+    stage = bitmap_stage()
+    assert served(stage, 2, stage.primary.bitmaps[PEER].base_hash)
+
+
+def test_a_bitmap_serves_a_copy_past_its_base_whose_hash_is_remembered() -> None:
+    stage = Stage(journal_bytes=1024 * KIB)
+    stage.write_epochs(2)
+    # The third is on its way, and perhaps there, when the link is lost.
+    stage.park_all()
+    stage.write_blocks(300, 4, seed=3)
+    stage.seal()
+    third = stage.primary.engine.sealed_hash
+    stage.overflow()
+    stage.is_parked = lambda source, target, what: False
+    assert 3 not in stage.primary.engine.epoch_numbers()
+    stage.crash(PRIMARY, is_kill=True)
+    stage.start(PRIMARY, is_connected=False)
+    assert served(stage, 3, third)
+
+
+@pytest.mark.parametrize("epoch", [1, 4])
+def test_a_copy_whose_history_is_not_known_any_more_is_compared_as_a_whole(epoch: int) -> None:
+    """As when the primary itself went back to an older disk, and gave the same numbers again."""
+    stage = bitmap_stage()
+    assert epoch not in stage.primary.engine.epoch_numbers()
+    assert not served(stage, epoch, noise(epoch, 32))
+    assert stage.sender().mode in ("Bitmap", "Resync")
+
+
+def test_the_base_of_a_bitmap_survives_a_restart() -> None:
+    stage = bitmap_stage()
+    before = stage.primary.bitmaps[PEER]
+    stage.crash(PRIMARY, is_kill=True)
+    stage.start(PRIMARY, is_connected=False)
+    after = stage.primary.bitmaps[PEER]
+    assert (after.base_epoch, after.base_hash) == (before.base_epoch, before.base_hash)
+
+
+def test_a_half_copied_copy_is_served_by_what_is_left_after_a_restart() -> None:
+    stage = bitmap_stage()
+    stage.park_frames()
+    stage.link_up()
+    stage.pass_time(2500)
+    stage.unpark(2)
+    left = stage.primary.bitmaps[PEER].bitmap.count()
+    stage.pass_time(1500)
+    stage.restart(PRIMARY, is_kill=True)
+    assert stage.primary.bitmaps[PEER].bitmap.count() == left
+    assert stage.sender().counters.resyncs == 1
+    stage.unpark()
+    stage.pass_time(8000)
+    stage.check_in_sync()

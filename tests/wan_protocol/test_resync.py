@@ -19,7 +19,7 @@ REGION = REGION_BYTES // BLOCK
 
 def copied_regions(stage: Stage) -> int:
     resync = stage.primary.resyncs.get(PEER)
-    return 0 if resync is None else resync.copied_bytes // REGION_BYTES
+    return 0 if resync is None else resync.compared_bytes // REGION_BYTES
 
 
 def test_a_first_sync_copies_everything_and_is_no_resync() -> None:
@@ -70,6 +70,7 @@ def test_data_state_is_inconsistent_from_the_first_copied_block_to_the_end() -> 
     assert stage.image() == before, "nothing is written before Inconsistent is durable"
     assert "resync" not in stage.west.jobs
     stage.release(PEER)
+    stage.unpark(2)
     assert "resync" in stage.west.jobs
     assert stage.image() != before
     assert stage.secondary.data_state == "inconsistent"
@@ -105,7 +106,7 @@ def test_a_block_with_an_unsealed_write_is_waited_for() -> None:
     stage.write_blocks(3, 2, seed=99)
     stage.link_up()
     stage.pass_time(5000)
-    assert stage.primary.resyncs[PEER].copied_bytes >= stage.sizes[0]
+    assert stage.primary.resyncs[PEER].compared_bytes >= stage.sizes[0]
     assert not stage.east.sent(ResyncEnd)
     assert stage.secondary.data_state == "inconsistent"
     stage.release(PRIMARY)

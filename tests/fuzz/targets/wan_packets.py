@@ -44,6 +44,8 @@ def sample_messages() -> list[messages.Message]:
         m.EpochCommit(1, 8, 7, id16, 1, 2, 3, 4, 5, 6, hash32, hash32, True),
         m.Acknowledge(1, 8, 7, hash32, 6, 9, b"\5", 100, 200),
         m.ResyncBegin(1, id16, 7, hash32, 100, 1),
+        m.ResyncAsk(1, 1, 1, 16, [(0, 0, 4)]),
+        m.ResyncDigests(1, 1, 1, 0, id16 * 2),
         m.ResyncEnd(1, 1, 7, 5),
         m.ResyncAcknowledge(1, 1, 5, 6, 7, True),
         m.Announce(1, standing),

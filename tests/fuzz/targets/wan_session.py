@@ -39,6 +39,8 @@ _KINDS: list[type[Message]] = [
     messages.Ping,
     messages.Announce,
     messages.AnnounceAcknowledge,
+    messages.ResyncAsk,
+    messages.ResyncDigests,
 ]
 _SAMPLES = [
     msgspec.structs.replace(each, generation=GENERATION)
