@@ -26,7 +26,7 @@ def advise(resource: dict[str, Any], node: str) -> list[Advice]:
         meaning = "A disk is full: writers wait, or get an error; nothing is lost."
         return [Advice("storage_full", meaning, "Free space below the data directory.")]
     if resource.get("superseded"):
-        return [_superseded(resource["superseded"])]
+        return [_outranked(resource)]
     if resource["state"] == "opening":
         return [Advice("opening", "The journal is being recovered.", "Wait a moment.")]
     found = [finding for peer in resource["peers"] for finding in _about_peer(resource, peer, node)]
@@ -44,17 +44,30 @@ def advise(resource: dict[str, Any], node: str) -> list[Advice]:
     return [Advice("healthy", meaning, "Nothing to do.")]
 
 
-def _superseded(tail: dict[str, Any]) -> Advice:
+def _outranked(resource: dict[str, Any]) -> Advice:
+    tail = resource["superseded"]
     own, other, first = tail["own"], tail["other"], tail["branch_epoch"]
     point = "an unknown point" if first is None else f"epoch {first}"
     more = " and writes that no epoch holds" if own["has_unsealed"] else ""
     meaning = (
         f"{other['node']} was promoted (token {other['token']}, {own['token']} here). Both "
-        f"histories part at {point}; here is a tail up to epoch {own['epoch']}{more}. Nothing is "
-        "served here, nothing was dropped."
+        f"histories part at {point}; here is a tail up to epoch {own['epoch']}{more}. "
     )
-    action = f"To keep the tail as a branch and follow {other['node']}: {tail['next']}"
-    return Advice("superseded", meaning, action)
+    if resource["role"] == "secondary":
+        meaning += "This copy stays at its epoch; nothing was dropped."
+    else:
+        meaning += "Nothing is served here, nothing was dropped."
+    if tail["is_automatic"] and not tail["refusal"]:
+        action = f"Nothing: the tail becomes a branch, then {other['node']} is followed."
+        return Advice(resource["state"], meaning, action)
+    if tail["refusal"]:
+        meaning += f" It did not come back by itself: {tail['refusal']}."
+    keep = f"geomirror resolve {resource['name']} --keep {own['node']}"
+    action = (
+        f"To keep the tail as a branch and follow {other['node']}: {tail['next']}. To let this "
+        f"history go on instead: {keep}"
+    )
+    return Advice(resource["state"], meaning, action)
 
 
 def _not_served(resource: dict[str, Any]) -> Advice:

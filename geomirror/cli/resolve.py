@@ -18,11 +18,13 @@ from geomirror.errors import RefusedError
 @json_option
 @pass_app
 def resolve(app: App, name: str, keep: str, yes: bool, dry_run: bool) -> int:
-    """End a split brain: superseded primaries go back to the branch point and follow NODE.
+    """Of two histories keep that of NODE: the others go back to where they part, and follow it.
 
-    What they have beyond it is saved first, as the branch orphan-GENERATION (geomirror branch
-    list), and nothing of it is lost; their cost is that of the divergence, not of the volume. NODE
-    must be the primary with the highest token. Exits 5 when no tail could be given up.
+    What they have beyond that is saved first, as the branch orphan-GENERATION (geomirror branch
+    list), and nothing of it is lost; their cost is that of the divergence, not of the volume. If
+    NODE is not the primary with the highest token, but was outranked by it (superseded or diverged
+    in status), it becomes the primary with a token above all: whoever was one stops. Exits 5 when
+    there is nothing to resolve, or a tail cannot be given up.
     """
     parameters = {"name": name, "keep": keep}
     found = app.call("promotion.resolve", {**parameters, "is_dry_run": True})
@@ -39,7 +41,18 @@ def resolve(app: App, name: str, keep: str, yes: bool, dry_run: bool) -> int:
 def _text(found: dict[str, Any]) -> str:
     rows = [_row(member) for member in found["members"]]
     members = table(["MEMBER", "BRANCH POINT", "OWN TAIL", "BRANCH"], rows)
-    return f"{found['name']}: the history of {found['keep']} is kept\n{members}"
+    text = f"{found['name']}: the history of {found['keep']} is kept"
+    if found["insists"]:
+        token = "a token above all" if found["token"] is None else f"token {found['token']}"
+        text += f", and goes on there with {token}"
+    writers = [
+        m["node"]
+        for m in found["members"]
+        if (m.get("tail") or {}).get("own", {}).get("is_primary")
+    ]
+    if writers and found["is_dry_run"]:
+        text += f"\n{', '.join(writers)} serves writers now; they will get errors"
+    return f"{text}\n{members}"
 
 
 def _row(member: dict[str, Any]) -> list[str]:

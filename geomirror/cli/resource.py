@@ -69,6 +69,12 @@ def resource() -> None:
     help="A secondary that keeps a flush waiting for so long is waited for no more, until it has "
     "caught up; block: for ever. Default: 5s.",
 )
+@click.option(
+    "--auto-rejoin",
+    type=click.Choice(["on", "off"]),
+    help="Whether a member that comes back with epochs that the promoted copy lacks saves them as "
+    "a branch and follows by itself. Default: off, it waits for geomirror resolve.",
+)
 @click.option("--force", is_flag=True, help="Overwrite a backing device that holds data.")
 @json_option
 @pass_app
@@ -84,6 +90,7 @@ def create(
     acks: tuple[str, ...],
     copies: str | None,
     degrade_after: str | None,
+    auto_rejoin: str | None,
     force: bool,
 ) -> None:
     """Create a resource; returns when the primary serves it.
@@ -95,6 +102,9 @@ def create(
           --backing east-1=/dev/vg0/pg --backing west-1=/dev/vg0/pg --adopt east-1
       geomirror resource create pg --size 10G --primary east-1 --secondary west-1 --ack durable
     """
+    settings = sync_settings(acks, copies, degrade_after)
+    if auto_rejoin is not None:
+        settings["auto_rejoin"] = auto_rejoin
     parameters = {
         "name": name,
         "sizes": list(sizes),
@@ -104,7 +114,7 @@ def create(
         "adopt": adopt,
         "journal_bytes": journal_bytes,
         "is_forced": force,
-        "settings": sync_settings(acks, copies, degrade_after),
+        "settings": settings,
     }
     result = app.call("resource.create", parameters, timeout_s=90)
     app.show(result, lambda: _created(result))

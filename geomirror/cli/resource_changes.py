@@ -26,7 +26,8 @@ def set_settings(app: App, name: str, pairs: tuple[str, ...], force: bool) -> No
     """Change settings of a resource while it is in use.
 
     `ack`, `ack.NODE` (completed, received, durable, applied), `copies` (a number or all),
-    `degrade_after` (seconds or block). An empty value takes a setting back to its default.
+    `degrade_after` (seconds or block), `auto_rejoin` (on or off: whether a member with a tail comes
+    back by itself). An empty value takes a setting back to its default.
 
     \b
     [bold]Examples:[/bold]

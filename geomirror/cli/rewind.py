@@ -30,6 +30,7 @@ def rewind(app: App, words: tuple[str, ...], when: str | None, dry_run: bool, ye
 
     What came later stays as a branch. `rewind rollback` brings it back (and makes a branch of what
     was written since); `rewind commit` drops it for good. No client may be connected meanwhile.
+    Copies on other nodes go back, too, and keep the same branch: all of them have to be there.
 
     \b
     [bold]Examples:[/bold]
@@ -69,13 +70,24 @@ def _end(app: App, end: str, name: str, *, is_confirmed: bool) -> int:
         question = f'drop what the rewind of "{name}" cut off, for good'
         app.confirm(question, is_confirmed=is_confirmed)
         result = app.call("rewind.commit", {"name": name})
-        app.show(result, f'"{name}" stays as it is; branch "{result["branch"]}" is dropped')
+        text = f'"{name}" stays as it is; branch "{result["branch"]}" is dropped'
+        app.show(result, text + _kept_at(result, result["branch"]))
         return 0
     result = app.call("rewind.rollback", {"name": name}, timeout_s=_TIMEOUT_S)
     since = result["branch"]
     kept = f'; what was written since is branch "{since}"' if since else ""
-    app.show(result, f'"{name}" is what it was before the rewind{kept}')
+    text = f'"{name}" is what it was before the rewind{kept}'
+    app.show(result, text + _kept_at(result, result["returned"]))
     return 0
+
+
+def _kept_at(result: dict[str, Any], branch: str) -> str:
+    """Copies that were not there, or have not followed yet."""
+    nodes = result["kept_at"]
+    if not nodes:
+        return ""
+    drop = f"geomirror branch drop {result['resource']} {branch} --node NODE"
+    return f"\n  {', '.join(nodes)} keep their branch of it: {drop}"
 
 
 def _plan(plan: dict[str, Any]) -> str:
@@ -101,6 +113,8 @@ def _done(result: dict[str, Any]) -> str:
     name, branch = result["resource"], result["branch"]
     time = f", {local(result['time'])}" if result["time"] else ""
     text = f'"{name}" is at epoch {result["epoch"]}{time}'
+    if result["behind"]:
+        text += f"; {', '.join(result['behind'])} still has to follow"
     if branch is None:
         return text
     return (

@@ -2,12 +2,17 @@
 
 ```
  Secondary ──promote──▶ Promoting ──committed──▶ Primary ──drain──▶ Draining ──demoted──▶ Secondary
-     ▲                     └─failed─▶ Secondary     │  ◀──cancelled──┘
-     │                                              │ higher_token
-     └──── rejoined ◀── Rejoining ◀──rejoin── Superseded
+   │  ▲                    └─failed─▶ Secondary     │  ◀──cancelled──┘
+   │  │                                             │ higher_token
+   │  ├── rejoined ◀── Rejoining ◀──rejoin─── Superseded ──promote─▶ Insisting ──▶ Primary
+   │  └── rejoined ◀── Retreating ◀─rejoin─── Diverged ────promote─▶ Promoting ──▶ Primary
+   └─ higher_token, and a tail ─────────────────▶┘ └─ follow ─▶ Secondary
 ```
-Invariants: writes are accepted as Primary alone (while Draining they wait); Superseded accepts
-nothing for ever: only giving up its own tail, kept as a branch, leads out of it; what is written
+Who hears of a higher token and has what that history has not is *Superseded* as a primary, and
+*Diverged* as a secondary.
+Invariants: writes are accepted as Primary alone (while Draining they wait); Superseded and Diverged
+accept nothing from anybody: giving up the own tail, kept as a branch, leads out of them, or an
+operator who wants the own history to go on, with a token above all (`promote`); what is written
 to the superblock before each state is entered is in `DURABLE_ROLE`, so a crash in between ends in
 one of its neighbours. Deliberately not here: how each step is done (the node).
 """
@@ -22,11 +27,17 @@ PRIMARY: Final = "Primary"
 DRAINING: Final = "Draining"
 SUPERSEDED: Final = "Superseded"
 REJOINING: Final = "Rejoining"
-STATES = (SECONDARY, PROMOTING, PRIMARY, DRAINING, SUPERSEDED, REJOINING)
+INSISTING: Final = "Insisting"
+DIVERGED: Final = "Diverged"
+RETREATING: Final = "Retreating"
+STATES = (
+    *(SECONDARY, PROMOTING, PRIMARY, DRAINING, SUPERSEDED, REJOINING),
+    *(INSISTING, DIVERGED, RETREATING),
+)
 
 TABLE: Final[dict[tuple[str, str], str]] = {
     (SECONDARY, "promote"): PROMOTING,
-    (SECONDARY, "rejoin"): REJOINING,
+    (SECONDARY, "higher_token"): DIVERGED,
     (PROMOTING, "committed"): PRIMARY,
     (PROMOTING, "failed"): SECONDARY,
     (PRIMARY, "drain"): DRAINING,
@@ -35,9 +46,18 @@ TABLE: Final[dict[tuple[str, str], str]] = {
     (DRAINING, "demoted"): SECONDARY,
     (DRAINING, "higher_token"): SUPERSEDED,
     (SUPERSEDED, "rejoin"): REJOINING,
+    (SUPERSEDED, "promote"): INSISTING,
     (SUPERSEDED, "higher_token"): SUPERSEDED,
     (REJOINING, "rejoined"): SECONDARY,
     (REJOINING, "failed"): SUPERSEDED,
+    (INSISTING, "committed"): PRIMARY,
+    (INSISTING, "failed"): SUPERSEDED,
+    (DIVERGED, "promote"): PROMOTING,
+    (DIVERGED, "rejoin"): RETREATING,
+    (DIVERGED, "follow"): SECONDARY,
+    (DIVERGED, "higher_token"): DIVERGED,
+    (RETREATING, "rejoined"): SECONDARY,
+    (RETREATING, "failed"): DIVERGED,
 }
 """(state, event) → state; what is not here must not happen."""
 
@@ -48,8 +68,12 @@ DURABLE_ROLE: Final[dict[str, tuple[str, bool]]] = {
     DRAINING: ("primary", False),
     SUPERSEDED: ("primary", True),
     REJOINING: ("primary", True),
+    INSISTING: ("primary", True),
+    DIVERGED: ("secondary", True),
+    RETREATING: ("secondary", True),
 }
-"""State → role in the superblock, and whether it says that a higher token was seen."""
+"""State → role in the superblock, and whether it says that a higher token was seen. Of Promoting
+that was Diverged it still says so, and a promotion that fails ends there."""
 
 
 def next_state(state: str, event: str) -> str:
@@ -68,9 +92,17 @@ def accepts_writes(state: str) -> bool:
     return state == PRIMARY
 
 
+def state_of(role: str, *, is_outranked: bool) -> str:
+    """What a member is at a start, by its superblock alone.
+
+    :param is_outranked: it says that a higher token was seen.
+    """
+    if role == "secondary":
+        return DIVERGED if is_outranked else SECONDARY
+    return SUPERSEDED if is_outranked else PRIMARY
+
+
 def after_crash(state: str) -> str:
-    """What a member is after a crash in this state: its superblock alone decides."""
-    durable = DURABLE_ROLE[state]
-    if durable == ("secondary", False):
-        return SECONDARY
-    return SUPERSEDED if durable[1] else PRIMARY
+    """What a member is after a crash in this state."""
+    role, is_outranked = DURABLE_ROLE[state]
+    return state_of(role, is_outranked=is_outranked)

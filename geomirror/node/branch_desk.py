@@ -17,13 +17,14 @@ from geomirror.volume.points import At, Point, find_point
 
 REWOUND = "rewound"
 """Reason of a generation that began in the past; its tail is still a branch until `commit`."""
+REWIND_PREFIX = "rewind-"
 ALMOST_FULL = 0.8
 """Part of the budget at which the operator is told."""
 
 
 def rewind_branch(generation: str) -> str:
     """Name of the branch that a rewind leaves, from the generation that it began."""
-    return f"rewind-{generation[:8]}"
+    return f"{REWIND_PREFIX}{generation[:8]}"
 
 
 class BranchDesk:
@@ -68,6 +69,17 @@ class BranchDesk:
             )
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._node.executor, self._engine.drop_branch, name)
+
+    def check_retreat(self, epoch: int, chain_hash: bytes) -> None:
+        """Refuse what this copy cannot go back to (or before, to be sent the rest), or leave a
+        branch of.
+
+        :raises RefusedError: no such state is kept, or branches leave no room.
+        """
+        engine = self._engine
+        if engine.committed_epoch > epoch:
+            engine.retreat_point(epoch, chain_hash)
+            engine.branches.room_bytes()
 
     # Rewinding: what there is to know while the resource runs.
 
@@ -131,6 +143,7 @@ class BranchDesk:
             "raw_bytes": record.raw_bytes,
             "stored_bytes": record.stored_bytes,
             "marks": [name for name, _ in record.marks],
+            "volumes": [{"name": v.name, "size_bytes": v.size_bytes} for v in record.volumes],
             "is_viewable": self._is_viewable(record),
         }
 

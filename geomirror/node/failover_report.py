@@ -108,6 +108,8 @@ def _refusal(
     hint = "no other copy that answers can be promoted"
     if verdict.refusal == "is_primary":
         hint = "nothing has to be promoted"
+    elif verdict.refusal == "other_history":
+        hint = f"to let its history go on instead: geomirror resolve {name} --keep {node}"
     elif verdict.best is not None:
         hint = f"geomirror failover {name} --to {verdict.best} --dry-run"
     return {"reason": verdict.refusal, "message": texts[verdict.refusal], "hint": hint}

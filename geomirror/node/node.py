@@ -38,6 +38,8 @@ from geomirror.node.notify_io import Notifier
 from geomirror.node.paths import DataDir
 from geomirror.node.promotion_calls import PromotionCalls
 from geomirror.node.refusals import RefusalAllowance
+from geomirror.node.rejoiner import Rejoiner
+from geomirror.node.resolve_calls import ResolveCalls
 from geomirror.node.resource_calls import ResourceCalls
 from geomirror.node.resource_changes import ResourceChanges
 from geomirror.node.resource_definition import ResourceDefinition
@@ -212,11 +214,14 @@ class Node:
         self._volumes.register(self._methods)
         self._promotion = PromotionCalls(calls, failover)
         self._promotion.register(self._methods)
+        self._rejoiner = Rejoiner(calls)
+        ResolveCalls(calls, self._promotion, self._rejoiner).register(self._methods)
         self._network.register(self._methods)
         self._calls = calls
         self._methods.add("status", StatusRequest, self._show_status)
 
     def _service_started(self, service: Service) -> None:
+        self._rejoiner.watch(service)
         self._promotion.started(service)
         self._volumes.reconcile(service)
         self._router.service_started(service)
@@ -245,6 +250,7 @@ class Node:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._nbd.stop()
+        self._rejoiner.stop()
         await self._push.stop()
         await self._network.stop()
         await self._host.close_all()

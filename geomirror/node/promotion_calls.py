@@ -31,6 +31,7 @@ from geomirror.node.failover_calls import Assess, FailoverCalls
 from geomirror.node.resource_calls import ResourceCalls
 from geomirror.node.resource_definition import ResourceDefinition
 from geomirror.node.service import Service
+from geomirror.node.volume_changes import with_volumes
 from geomirror.volume.superblock import GenerationRecord
 
 DRAIN_TIMEOUT_S = 60.0
@@ -56,14 +57,6 @@ class Demote(Parameters, frozen=True):
     is_dry_run: bool = False
 
 
-class Resolve(Parameters, frozen=True):
-    """`resolve`; also from a member to the others, as `promotion.give_up`."""
-
-    name: str
-    keep: str
-    is_dry_run: bool = False
-
-
 class Take(Parameters, frozen=True):
     """From a member to the heir."""
 
@@ -86,8 +79,6 @@ class PromotionCalls:
         methods.add("promotion.failover", Assess, self.fail_over)
         methods.add("promotion.switchover", Switchover, self.switch_over, from_peers=True)
         methods.add("promotion.demote", Demote, self.demote, from_peers=True)
-        methods.add("promotion.resolve", Resolve, self.resolve)
-        methods.add("promotion.give_up", Resolve, self.give_up, from_peers=True)
         methods.add("promotion.take", Take, self.take, from_peers=True)
 
     @property
@@ -138,7 +129,7 @@ class PromotionCalls:
             taken = await self._take_at(request.to, wanted)
         except (RefusedError, StorageError) as error:
             # It said no, so nobody is the primary: go on here, by a generation of its own.
-            await self._take_here(definition, "promoted")
+            await self.take_here(definition, "promoted")
             raise RefusedError(
                 f'"{request.name}" stays at {self._self}: {error.message}', hint=error.hint
             ) from None
@@ -190,59 +181,6 @@ class PromotionCalls:
         self._disconnect(definition)
         return {**found, "is_dry_run": False, "epoch": position["epoch"]}
 
-    async def resolve(self, caller: Caller, request: Resolve) -> Result:
-        """Of two histories keep that of one node: the others give up their tails, as branches."""
-        definition = self._definition(request.name, request.keep)
-        found: list[dict[str, Any]] = []
-        for node in definition.members:
-            if node == request.keep:
-                continue
-            try:
-                if node == self._self:
-                    found.append(await self.give_up(Caller(), request))
-                elif self.calls.is_connected(node):
-                    raw = msgspec.to_builtins(request)
-                    call = self.calls.links.call(node, "promotion.give_up", raw, TAKE_TIMEOUT_S)
-                    found.append(await call)
-                else:
-                    found.append({"node": node, "error": "no link"})
-            except GeomirrorError as error:
-                found.append({"node": node, "error": str(error)})
-        given_up = [each for each in found if each.get("tail")]
-        return {
-            "name": request.name,
-            "keep": request.keep,
-            "is_dry_run": request.is_dry_run,
-            "is_resolved": bool(given_up) and not any(each.get("error") for each in given_up),
-            "members": found,
-        }
-
-    async def give_up(self, caller: Caller, request: Resolve) -> Result:
-        """This member's part: follow `keep`, whose history has the higher token."""
-        definition = self.calls.store.get(request.name).definition
-        if caller.peer is not None and caller.peer not in definition.members:
-            raise RefusedError(f'node "{caller.peer}" is no member of "{request.name}"')
-        service = self.calls.host.get(request.name)
-        if not service.is_superseded:
-            return {"node": self._self, "tail": None, "branch": ""}
-        tail = service.tail()
-        if tail["other"]["node"] != request.keep:
-            raise RefusedError(
-                f'"{request.name}" at {self._self} was superseded by {tail["other"]["node"]}, '
-                f"not by {request.keep}",
-                hint=tail["next"],
-            )
-        branch = ""
-        if not request.is_dry_run:
-            try:
-                branch = await service.follow(gives_up_tail=True)
-            except GeomirrorError:
-                # Whatever was begun is ended by opening it again, or nothing was.
-                await self.calls.host.close(request.name)
-                await self.calls.host.open(definition)
-                raise
-        return {"node": self._self, "tail": tail, "branch": branch}
-
     # What the heir does.
 
     async def take(self, caller: Caller, request: Take) -> Result:
@@ -262,9 +200,13 @@ class PromotionCalls:
                     f'"{definition.name}" is at epoch {have[1]} of {have[0][:8]} at {self._self}, '
                     f"epoch {wanted[1]} of {wanted[0][:8]} was handed over"
                 )
-        return await self._take_here(definition, request.reason)
+        return await self.take_here(definition, request.reason)
 
-    async def _take_here(self, definition: ResourceDefinition, reason: str) -> Result:
+    async def take_here(self, definition: ResourceDefinition, reason: str) -> Result:
+        """Become the primary of a new generation, by whatever role this member has.
+
+        :raises GeomirrorError: it is what it was.
+        """
         service, name = self.calls.host.get(definition.name), definition.name
         try:
             generation = await service.promote(reason, partial(self._install, name))
@@ -287,6 +229,8 @@ class PromotionCalls:
     def _install(self, name: str, generation: GenerationRecord) -> ResourceDefinition:
         entry = self.calls.store.get(name)
         definition = entry.definition.with_primary(self._self, generation.token)
+        # What it never had of volumes that grew, or were added, is not there any more.
+        definition = with_volumes(definition, self.calls.host.get(name).volumes()) or definition
         self.calls.store.put(ResourceEntry(definition, "active"))
         return definition
 

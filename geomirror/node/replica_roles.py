@@ -3,11 +3,11 @@
 ```
  promote   freeze ─▶ apply what is durable ─▶ superblock: primary, new generation ─▶ serve writers
  hand over drain ─▶ all of it durable at the heir ─▶ freeze ─▶ superblock: secondary ─▶ follow
- superseded (a higher token was heard) ─▶ superblock says so ─▶ no tail: follow; a tail: wait
 ```
 The table of what follows what is `cluster.promotion`. Exports of the old role answer with errors
 from the moment of the freeze, so nobody reads an image or writes to a journal that is not theirs.
-Deliberately not here: whom to promote, and telling the others (`promotion_calls`).
+Deliberately not here: whom to promote, and telling the others (`promotion_calls`); what a member
+does that hears of a higher token (`replica_return`).
 """
 
 from __future__ import annotations
@@ -15,10 +15,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
-from geomirror.cluster.history import ANCESTOR, DIVERGED, Comparison, compare, history
-from geomirror.cluster.promotion import DRAINING, PRIMARY, SECONDARY, SUPERSEDED, next_state
+from geomirror.cluster.promotion import (
+    DIVERGED,
+    DRAINING,
+    PRIMARY,
+    SECONDARY,
+    SUPERSEDED,
+    next_state,
+)
 from geomirror.errors import (
     GeomirrorError,
     NotPrimaryError,
@@ -32,13 +38,12 @@ from geomirror.node.resource_definition import ResourceDefinition
 from geomirror.node.secondary_export import ReaderPins
 from geomirror.volume.engine import Engine
 from geomirror.volume.superblock import GenerationRecord
-from geomirror.wan_protocol.messages import GenerationEntry
 from geomirror.wan_protocol.primary import Primary
 from geomirror.wan_protocol.secondary import CONSISTENT, Secondary
 from geomirror.wan_protocol.sender import FOLD, STREAM
-from geomirror.wan_protocol.session import chain_entries, my_history
 from geomirror.wan_protocol.sync_policy import parse_policy
 
+_Result = TypeVar("_Result")
 POLL_S = 0.02
 """How often a change of role looks at positions that no event announces."""
 DRAIN_S_MAX = 10.0
@@ -60,6 +65,8 @@ class ReplicaRoles:
     """Nothing is exported: a role ends."""
     _links_up: set[str]
     _remembering: asyncio.Task[None] | None = None
+    on_outranked: Callable[[], None]
+    """Called when there is a tail and a higher token; the node may let it come back."""
 
     def _begin(self) -> None:
         """Serve in the role that the superblock has."""
@@ -85,6 +92,8 @@ class ReplicaRoles:
         """
         core, now_ns = self._core, self._runner.now_ns()
         self.definition = definition
+        if self.stage in (DIVERGED, SUPERSEDED):
+            self.on_outranked()  # The settings may let it come back by itself now.
         if isinstance(core, Secondary):
             core.members = self._others()
         elif definition.primary == self._node.name:
@@ -106,19 +115,22 @@ class ReplicaRoles:
     ) -> GenerationRecord:
         """Become the primary at the durable epoch; writers are served when this returns.
 
+        Also of a member that was outranked: its history goes on with a token above the other one.
+
         :param reason: `promoted` after a hand over, `forced` otherwise.
         :param install: makes the definition of the new generation durable and returns it.
         :raises RefusedError: this copy cannot be promoted; nothing changed.
         :raises StorageError: the superblock has the role that counts; open the resource again.
         """
         core, engine, name = self._core, self._engine, self.definition.name
-        if not isinstance(core, Secondary) or self.stage != SECONDARY:
+        if self.stage not in (SECONDARY, DIVERGED, SUPERSEDED) or self._remembering is not None:
             raise RefusedError(f'"{name}" is {self.stage} at {self._node.name}, not Secondary')
-        if core.fenced is not None:
+        if core.fenced is not None and self.stage != SUPERSEDED:
             raise core.fenced
-        if core.data_state != CONSISTENT and not engine.can_return:
+        data_state = engine.superblock.data_state
+        if data_state != CONSISTENT and not engine.can_return:
             raise RefusedError(
-                f'the copy of "{name}" at {self._node.name} is {core.data_state}: no image of any '
+                f'the copy of "{name}" at {self._node.name} is {data_state}: no image of any '
                 "moment",
                 hint=f"geomirror status {name}",
             )
@@ -136,6 +148,8 @@ class ReplicaRoles:
             self.definition = install(generation)
         except GeomirrorError:
             self._enter("failed")
+            if self.stage == SECONDARY and engine.superblock.superseded_by:
+                self._enter("higher_token")
             raise
         self._enter("committed")
         self._begin()
@@ -244,115 +258,6 @@ class ReplicaRoles:
         self._begin()
         self._runner.tell("demoted", {"epoch": self._engine.sealed_epoch})
 
-    # A higher token was heard.
-
-    def hear_token(self, peer: str, chain: list[GenerationEntry]) -> None:
-        """A member says that it follows, or is, a primary with this chain."""
-        if isinstance(self._core, Primary):
-            self._core.supersede(peer, chain)
-            self._runner.drive()
-
-    def _look_at_claims(self) -> None:
-        """Remember a higher token durably, once."""
-        core = self._core
-        if not isinstance(core, Primary) or not core.superseded_by or self._remembering is not None:
-            return
-        known = chain_entries(self._engine.superblock, self._engine.superblock.superseded_by)
-        if known != core.superseded_by or self.stage == PRIMARY:
-            self._remembering = asyncio.ensure_future(self._remember(core))
-
-    async def _remember(self, core: Primary) -> None:
-        try:
-            self._enter("higher_token")
-            assert core.fenced is not None
-            self._held.fail(core.fenced)
-            await self._runner.idle()
-            job = self._engine.supersede(core.superseded_by)
-            if job is not None:
-                await self._execute(job)
-                self._engine.complete_checkpoint(job)
-            if self.comparison().relation == ANCESTOR:
-                await self.follow()
-        except GeomirrorError as error:
-            self._runner.tell("rejoin_failed", {"error": str(error)})
-        finally:
-            self._remembering = None
-
-    def comparison(self) -> Comparison:
-        """How what this superseded primary has relates to the chain that superseded it."""
-        superblock = self._engine.superblock
-        chain = chain_entries(superblock, superblock.superseded_by)
-        last = chain[-1]
-        theirs = history(chain, last.parent_epoch, last.parent_hash)
-        return compare(my_history(self._engine), theirs)
-
-    @property
-    def is_superseded(self) -> bool:
-        """A primary that serves nothing, because a higher token exists."""
-        return self.stage == SUPERSEDED
-
-    def tail(self) -> dict[str, Any]:
-        """What a superseded primary has that the other history has not."""
-        superblock, found = self._engine.superblock, self.comparison()
-        last = superblock.superseded_by[-1]
-        return {
-            "relation": found.relation,
-            "branch_epoch": None if found.branch is None else found.branch.epoch,
-            "own": {
-                "node": self._node.name,
-                "generation": self._engine.generation.hex(),
-                "token": superblock.chain[-1].token,
-                "epoch": self._engine.sealed_epoch,
-                "has_unsealed": my_history(self._engine).has_unsealed,
-            },
-            "other": {"node": last.by, "generation": last.identity, "token": last.token},
-            "next": f"geomirror resolve {self.definition.name} --keep {last.by}",
-        }
-
-    async def follow(self, *, gives_up_tail: bool = False) -> str:
-        """Become a secondary of the chain that superseded this primary; its tail becomes a branch.
-
-        :returns: the name of the branch, "" when there was no tail.
-        :raises RefusedError: it has a tail and may not give it up, or no common point is known.
-        :raises StorageError: open the resource again; that ends what was begun.
-        """
-        engine, name = self._engine, self.definition.name
-        found, branch = self.comparison(), ""
-        has_tail = found.relation == DIVERGED and found.branch is not None
-        if found.relation != ANCESTOR and not (has_tail and gives_up_tail):
-            raise RefusedError(
-                f'"{name}" has a tail of its own here ({found.relation})',
-                hint=f"geomirror status {name} shows it",
-            )
-        chain = chain_entries(engine.superblock, engine.superblock.superseded_by)
-        self._enter("rejoin")
-        try:
-            await self._freeze(is_tail_kept=not has_tail)
-            if has_tail:
-                assert found.branch is not None
-                roll_back = partial(
-                    engine.roll_back,
-                    found.branch.epoch,
-                    f"orphan-{engine.generation.hex()[:8]}",
-                    wall_ns=self._node.clock.wall_ns(),
-                    chain_hash=found.branch.chain_hash,
-                )
-                loop = asyncio.get_running_loop()
-                gone = await loop.run_in_executor(self._node.executor, roll_back)
-                branch = gone.branch.name if gone.branch is not None else ""
-        except GeomirrorError:
-            self._enter("failed")
-            raise
-        engine.adopt_chain(chain)
-        job = engine.demote(self._others())
-        await self._execute(job)
-        engine.complete_checkpoint(job)
-        self._enter("rejoined")
-        self._begin()
-        fields = {"epoch": engine.sealed_epoch, "by": chain[-1].by, "branch": branch}
-        self._runner.tell("rejoined", fields)
-        return branch
-
     # How a role ends.
 
     async def _freeze(self, *, is_tail_kept: bool = True) -> None:
@@ -367,6 +272,9 @@ class ReplicaRoles:
             core.close_session()
         await self._runner.idle()
         await self._runner.stop()
+        if is_tail_kept and isinstance(core, Primary):
+            # One that was outranked may have writes that no epoch holds.
+            await self._call(partial(engine.seal_all, self._node.clock.wall_ns()))
         while is_tail_kept:
             if engine.committed_epoch > engine.sealed_epoch:
                 sync = engine.sync_job()
@@ -379,10 +287,18 @@ class ReplicaRoles:
             target = engine.half_applied_through or engine.pass_end(engine.sealed_epoch)
             if target <= engine.applied_epoch:
                 return
+            grow = engine.grow_job(target)
+            if grow is not None:
+                await self._execute(grow)
+                engine.complete_grow(grow)
+                continue
             apply = engine.apply_job(target)
             await self._execute(apply)
             engine.complete_apply(apply)
 
     async def _execute(self, job: Any) -> None:
+        await self._call(job.run)
+
+    async def _call(self, function: Callable[[], _Result]) -> _Result:
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._node.executor, job.run)
+        return await loop.run_in_executor(self._node.executor, function)

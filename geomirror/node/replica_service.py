@@ -16,7 +16,8 @@ from geomirror.node.grower import Grower
 from geomirror.node.mark_desk import MarkDesk
 from geomirror.node.primary_export import FlushToken, HeldWriters
 from geomirror.node.replica_exports import ReplicaExports
-from geomirror.node.replica_roles import POLL_S, ReplicaRoles
+from geomirror.node.replica_return import ReplicaReturn
+from geomirror.node.replica_roles import POLL_S
 from geomirror.node.replica_runner import ReplicaRunner
 from geomirror.node.replica_status import PrimaryStatus, SecondaryStatus
 from geomirror.node.replica_storage import create_engine, open_engine
@@ -43,7 +44,7 @@ SETTLE_S_MAX = 1.0
 """How long an answer about this copy waits for a sync that is under way."""
 
 
-class ReplicaService(ReplicaRoles):
+class ReplicaService(ReplicaReturn):
     """Implements `node.service.Service` over a `Primary` or a `Secondary`."""
 
     def __init__(
@@ -70,6 +71,8 @@ class ReplicaService(ReplicaRoles):
         self._grower: Grower | None = None
         self._ticker: asyncio.Task[None] | None = None
         self._links_up: set[str] = set()
+        self.on_outranked = lambda: None
+        self.on_rejoined = lambda by: None
 
     @classmethod
     def create(cls, definition: ResourceDefinition, node: NodeContext) -> ReplicaService:
@@ -98,11 +101,8 @@ class ReplicaService(ReplicaRoles):
 
     async def start(self) -> None:
         """Begin to serve: core, timer, exports."""
-        superseded = bool(self._engine.superblock.superseded_by)
         self.stage = SECONDARY if self.role == "secondary" else PRIMARY
-        self._begin()
-        if superseded:
-            self._look_at_claims()
+        self._begin()  # Which looks at higher tokens that were heard of before, too.
         self._ticker = asyncio.get_running_loop().create_task(self._tick())
 
     def _begin(self) -> None:
@@ -218,12 +218,12 @@ class ReplicaService(ReplicaRoles):
             peers, disk_state = status.peers(now_ns), "UpToDate"
         else:
             peers, disk_state = status.peers(), status.disk_state()
-        core = self._core
+        core, no_space = self._core, self._held.no_space
         return {
             "name": self.definition.name,
             "generation": engine.generation.hex(),
             "role": self.role,
-            "state": "storage_full" if self._held.no_space else status.state(),
+            "state": "storage_full" if no_space else status.state(),
             "disk_state": disk_state,
             "journal": journal,
             "volumes": [
@@ -233,7 +233,7 @@ class ReplicaService(ReplicaRoles):
             "peers": peers,
             "sync": sync_object(core),
             "superseded": self.tail() if engine.superblock.superseded_by else None,
-            "reason": str(core.fenced or core.stalled or self._held.no_space or ""),
+            "reason": self.outranked_reason() or str(core.fenced or core.stalled or no_space or ""),
         }
 
     async def answer(self) -> MemberAnswer:

@@ -1,8 +1,9 @@
 """What a resource says of itself: the resource object of `status --json`.
 
 Enumerations (documented in `docs/cli.md`): `role` primary, secondary · `state` ok, degraded,
-inconsistent, storage_full, fenced · a peer's `state` Disconnected, Refused, Paused, Stream, Fold,
-Bitmap, Resync, InitialSync · `disk_state` UpToDate, Consistent, Inconsistent, Unknown.
+inconsistent, storage_full, fenced, superseded, diverged · a peer's `state` Disconnected, Refused,
+Paused, Stream, Fold, Bitmap, Resync, InitialSync · `disk_state` UpToDate, Consistent, Inconsistent,
+Unknown.
 """
 
 from __future__ import annotations
@@ -202,6 +203,8 @@ class SecondaryStatus:
         core = self._core
         if core.fenced is not None:
             return "fenced"
+        if core.is_outranked:
+            return "diverged"
         if isinstance(core.stalled, NoSpaceError):
             return "storage_full"
         if core.stalled is not None:

@@ -1,13 +1,24 @@
-"""Methods that rewind a resource: they run on its primary, while nobody is connected to it."""
+"""Methods that rewind a resource: they run on its primary, while nobody is connected to it.
+
+```
+ primary      every copy streams and can go back? ─▶ rewind ─▶ generation "rewound", offered to all
+ secondaries  outranked by a rewind ─▶ the same tail as the same branch ─▶ follow (`rejoiner`)
+```
+`commit` and `rollback` let the copies forget that branch, too; where one cannot be told it stays.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from geomirror.errors import GeomirrorError, InUseError, RefusedError
+import msgspec
+
+from geomirror.errors import GeomirrorError, InUseError, NotFoundError, RefusedError
+from geomirror.node.branch_desk import REWIND_PREFIX
 from geomirror.node.calls import Caller, MethodRegistry, Parameters, Result
 from geomirror.node.error_json import error_object
 from geomirror.node.replica_storage import open_engine
@@ -20,6 +31,10 @@ from geomirror.volume.engine import Engine
 from geomirror.volume.points import At
 
 REWIND_TIMEOUT_S = 600.0
+CALL_TIMEOUT_S = 30.0
+FOLLOW_S_MAX = 30.0
+"""The command waits so long for the copies; they go on by themselves afterwards."""
+POLL_S = 0.1
 
 
 class Rewind(Parameters, frozen=True):
@@ -38,6 +53,21 @@ class EndRewind(Parameters, frozen=True):
     name: str
 
 
+class CheckRewind(Parameters, frozen=True):
+    """From the primary to a copy: could it go back to this epoch?"""
+
+    resource_id: str
+    epoch: int
+    chain_hash: str
+
+
+class ForgetRewound(Parameters, frozen=True):
+    """From the primary to a copy: the operator ended the rewind that left this branch."""
+
+    resource_id: str
+    branch: str
+
+
 @dataclass
 class RewindCalls:
     """Handlers beside those of `ResourceCalls`."""
@@ -51,6 +81,8 @@ class RewindCalls:
         methods.add("rewind.begin", Rewind, self.begin, from_peers=True)
         methods.add("rewind.commit", EndRewind, self.commit, from_peers=True)
         methods.add("rewind.rollback", EndRewind, self.roll_back, from_peers=True)
+        methods.add("rewind.check", CheckRewind, self.check, from_peers=True)
+        methods.add("rewind.forget", ForgetRewound, self.forget, from_peers=True)
 
     async def begin(self, caller: Caller, request: Rewind) -> Result:
         """Go back, or say whether that is possible and what it takes out."""
@@ -64,6 +96,7 @@ class RewindCalls:
         try:
             self._require_quiet(definition)
             target = desk.target(at)
+            await self._require_copies(definition, target.number, target.chain_hash)
         except GeomirrorError as error:
             if not request.is_dry_run:
                 raise
@@ -79,7 +112,8 @@ class RewindCalls:
         )
         fields = {"resource": request.name, "epoch": target.number, "by": caller.name}
         context.emit("rewound", {**fields, "branch": branch.name if branch else ""})
-        return {**found, "branch": branch.name if branch else None}
+        behind = await self._followed(definition)
+        return {**found, "branch": branch.name if branch else None, "behind": behind}
 
     async def commit(self, caller: Caller, request: EndRewind) -> Result:
         """Keep what the resource is now: the branch of its last rewind is dropped."""
@@ -91,7 +125,8 @@ class RewindCalls:
         await desk.drop(name)
         fields = {"resource": request.name, "branch": name, "by": caller.name}
         self.calls.host.context.emit("rewind_committed", fields)
-        return {"resource": request.name, "node": self._self, "branch": name}
+        kept_at = await self._forget_at(definition, definition.secondaries, name)
+        return {"resource": request.name, "node": self._self, "branch": name, "kept_at": kept_at}
 
     async def roll_back(self, caller: Caller, request: EndRewind) -> Result:
         """Go back to what the last rewind cut off; what was written since becomes a branch."""
@@ -100,18 +135,108 @@ class RewindCalls:
             return await self._forward(caller, definition, "rewind.rollback", request)
         self._require_quiet(definition)
         record = self.calls.host.get(request.name).branches.rewound()
+        base_hash = bytes.fromhex(record.base_hash)
+        await self._require_copies(definition, record.base_epoch, base_hash)
         context = self.calls.host.context
         branch = await self._while_closed(
             definition, lambda engine: begin_return(engine, context, record)
         )
         fields = {"resource": request.name, "branch": record.name, "by": caller.name}
         context.emit("rewind_rolled_back", fields)
+        behind = await self._followed(definition)
+        # Who has followed has what was in the branch.
+        there = [node for node in definition.secondaries if node not in behind]
+        kept_at = await self._forget_at(definition, there, record.name)
         return {
             "resource": request.name,
             "node": self._self,
             "returned": record.name,
             "branch": branch.name if branch else None,
+            "behind": behind,
+            "kept_at": sorted([*behind, *kept_at]),
         }
+
+    # Copies.
+
+    async def _require_copies(
+        self, definition: ResourceDefinition, epoch: int, chain_hash: bytes
+    ) -> None:
+        """Refuse unless every copy is there and can go back, too.
+
+        :raises RefusedError: one is away, is being made, or does not keep that state.
+        """
+        name = definition.name
+        peers = {p["node"]: p for p in self.calls.host.get(name).status()["peers"]}
+        view = f"geomirror view create {name} --at T --writable gives that state beside it"
+        for node in definition.secondaries:
+            peer = peers.get(node)
+            state = peer["state"] if peer is not None else "unknown"
+            if peer is None or state not in ("Stream", "Fold"):
+                raise RefusedError(f'the copy of "{name}" at {node} is {state}', hint=view)
+            if peer["disk_state"] not in ("UpToDate", "Consistent"):
+                raise RefusedError(
+                    f'the copy of "{name}" at {node} is {peer["disk_state"]}', hint=view
+                )
+            wanted = CheckRewind(definition.resource_id, epoch, chain_hash.hex())
+            try:
+                await self._call(node, "rewind.check", wanted)
+            except GeomirrorError as error:
+                text = f"{node} cannot go back to epoch {epoch}: {error.message}"
+                raise RefusedError(text, hint=error.hint or view) from None
+
+    async def check(self, caller: Caller, request: CheckRewind) -> Result:
+        """Whether this copy could go back. :raises RefusedError: it could not."""
+        definition = self._member(caller, request.resource_id)
+        desk = self.calls.host.get(definition.name).branches
+        desk.check_retreat(request.epoch, bytes.fromhex(request.chain_hash))
+        return {"node": self._self}
+
+    async def _followed(self, definition: ResourceDefinition) -> list[str]:
+        """Wait for the copies; those that have not followed in time."""
+        loop = asyncio.get_running_loop()
+        give_up = loop.time() + FOLLOW_S_MAX
+        while True:
+            peers = self.calls.host.get(definition.name).status()["peers"]
+            there = {p["node"] for p in peers if p["state"] in ("Stream", "Fold")}
+            there &= {p["node"] for p in peers if p["lag"]["epochs"] == 0}
+            behind = [node for node in definition.secondaries if node not in there]
+            if not behind or loop.time() > give_up:
+                return behind
+            await asyncio.sleep(POLL_S)
+
+    async def _forget_at(
+        self, definition: ResourceDefinition, nodes: Sequence[str], branch: str
+    ) -> list[str]:
+        """Let copies drop the branch of a rewind; those where it stays."""
+        kept: list[str] = []
+        for node in nodes:
+            try:
+                wanted = ForgetRewound(definition.resource_id, branch)
+                await self._call(node, "rewind.forget", wanted)
+            except GeomirrorError:
+                kept.append(node)
+        return kept
+
+    async def forget(self, caller: Caller, request: ForgetRewound) -> Result:
+        """Drop what this copy has of a rewind that the operator ended."""
+        definition = self._member(caller, request.resource_id)
+        if not request.branch.startswith(REWIND_PREFIX):
+            raise RefusedError(f'"{request.branch}" is no branch of a rewind')
+        with contextlib.suppress(NotFoundError):
+            await self.calls.host.get(definition.name).branches.drop(request.branch)
+        return {"node": self._self}
+
+    async def _call(self, node: str, method: str, request: Parameters) -> Result:
+        raw = msgspec.to_builtins(request)
+        return await self.calls.links.call(node, method, raw, CALL_TIMEOUT_S)
+
+    def _member(self, caller: Caller, resource_id: str) -> ResourceDefinition:
+        entry = self.calls.store.by_id(resource_id)
+        if entry is None or entry.state == "deleting":
+            raise NotFoundError("no such resource on this node")
+        if caller.peer is not None and caller.peer not in entry.definition.members:
+            raise RefusedError(f'node "{caller.peer}" is no member of "{entry.definition.name}"')
+        return entry.definition
 
     @property
     def _self(self) -> str:
@@ -127,14 +252,9 @@ class RewindCalls:
     def _require_quiet(self, definition: ResourceDefinition) -> None:
         """Refuse while somebody would see volumes change under a file system.
 
-        :raises InUseError: a client is connected. :raises RefusedError: a copy cannot follow.
+        :raises InUseError: a client is connected.
         """
         name = definition.name
-        if definition.secondaries:
-            raise RefusedError(
-                f'"{name}" has copies on other nodes, which cannot follow a rewind yet',
-                hint=f"geomirror view create {name} --at T --writable gives that state beside it",
-            )
         exports = [export for export in self.calls.host.exports() if "@" not in export]
         for export in exports:
             if export.partition("/")[0] == name and self.connection_count(export):

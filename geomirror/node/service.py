@@ -4,13 +4,14 @@ one of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from geomirror.node.context import NodeContext
 from geomirror.node.resource_definition import ResourceDefinition
 
 if TYPE_CHECKING:
+    from geomirror.cluster.history import History
     from geomirror.cluster.verdict import MemberAnswer
     from geomirror.nbd.protocol import Export
     from geomirror.node.branch_desk import BranchDesk
@@ -18,13 +19,19 @@ if TYPE_CHECKING:
     from geomirror.node.view_host import ViewHost
     from geomirror.volume.superblock import GenerationRecord, VolumeRecord
     from geomirror.volume.volume_change import VolumeChange
-    from geomirror.wan_protocol.messages import AnyMessage
+    from geomirror.wan_protocol.messages import AnyMessage, GenerationEntry
 
 
 class Service(Protocol):
     """One resource on this node."""
 
     definition: ResourceDefinition
+    rejoin_refusal: str
+    """Why it does not come back by itself."""
+    on_outranked: Callable[[], None]
+    """Called when it is outranked, or what decides about its return has changed."""
+    on_rejoined: Callable[[str], None]
+    """Called when it follows again, with the name of its primary."""
 
     @property
     def marks(self) -> MarkDesk:
@@ -51,15 +58,35 @@ class Service(Protocol):
     ) -> GenerationRecord:
         """Become the primary."""
 
+    async def hear(self, peer: str, chain: Sequence[GenerationEntry]) -> bool:
+        """A member knows of this chain; whether this one is outranked now and has a tail."""
+
     @property
-    def is_superseded(self) -> bool:
-        """A primary that serves nothing, because a higher token exists."""
+    def is_outranked(self) -> bool:
+        """It has a tail that a history with a higher token lacks, and accepts nothing."""
+
+    @property
+    def rejoins_by_itself(self) -> bool:
+        """It gives its tail up as a branch without being asked."""
 
     def tail(self) -> dict[str, Any]:
-        """What a superseded primary has that the other history has not."""
+        """What an outranked member has that the other history has not."""
+
+    def tail_beyond(self, other: History) -> dict[str, Any]:
+        """What this member has that another history has not."""
+
+    def history(self) -> dict[str, Any]:
+        """What this member has, and of whom it has heard."""
 
     async def follow(self, *, gives_up_tail: bool = False) -> str:
-        """Become a secondary of what superseded this primary."""
+        """Become a secondary of what outranks this member."""
+
+    @property
+    def must_reopen(self) -> bool:
+        """Something was begun that only opening the resource again ends."""
+
+    def offer(self, peer: str) -> None:
+        """Offer a member a session now."""
 
     async def hand_over(self, heirs: list[str], timeout_s: float) -> dict[str, Any]:
         """Become a secondary once every heir has everything."""

@@ -261,7 +261,12 @@ class ViewHost:
         return f"v{number}"
 
     def _volumes(self, record: ViewRecord) -> list[VolumeRecord]:
-        return [v for v in self._engine.superblock.volumes if v.index in record.sizes]
+        volumes = {each.index: each for each in self._engine.superblock.volumes}
+        if record.branch:
+            # Some may have been added in the tail: then they are only there.
+            for each in self._engine.branches.get(record.branch).volumes:
+                volumes[each.index] = VolumeRecord(each.index, each.name, each.size_bytes)
+        return [volumes[index] for index in sorted(volumes) if index in record.sizes]
 
     def _make(self, view: OpenView) -> None:
         """Blocking."""
@@ -285,7 +290,7 @@ class ViewHost:
         newest = engine.state_epoch
         if newest is None or record.epoch > newest:
             raise NotFoundError("this copy was made anew since")
-        images = dict(engine.images) if is_new else {i: engine.images[i] for i in record.sizes}
+        images = {i: e for i, e in engine.images.items() if is_new or i in record.sizes}
         undo, entries_max = engine.undo, self._node.limits.view_entries_max
         seen: View | BranchView
         if record.branch:
@@ -295,7 +300,9 @@ class ViewHost:
         undo.pin(_owner(record.name), record.epoch)
         seen.prepare()
         if is_new:
-            sizes = {index: seen.size_of(index) for index in sorted(images)}
+            added = seen.record.volumes if isinstance(seen, BranchView) else []
+            numbers = {*images, *(each.index for each in added)}
+            sizes = {index: seen.size_of(index) for index in sorted(numbers)}
             record.sizes = {index: size for index, size in sizes.items() if size}
         scratch = None
         if record.is_writable and is_new:

@@ -9,6 +9,7 @@ Deliberately not here: who may look at it, and for how long (the node).
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Protocol
 
 import numpy as np
@@ -36,12 +37,17 @@ class BranchOwner(Protocol):
 class BranchView:
     """All volumes at the end of a branch. Reads block and may run on several threads at once."""
 
-    def __init__(self, record: BranchRecord, base: View, reader: UndoReader) -> None:
+    def __init__(
+        self, record: BranchRecord, base: View, volumes: Collection[int], reader: UndoReader
+    ) -> None:
         self.record = record
         self._base = base
+        self._volumes = volumes
+        """Those that are there now."""
         self._reader = reader
         self._table: Table = reader.located(0)
         self._keys = keys_of(self._table)
+        self._sizes = {each.index: each.size_bytes for each in record.volumes}
 
     @classmethod
     def open(cls, owner: BranchOwner, name: str, entries_max: int) -> BranchView:
@@ -55,15 +61,20 @@ class BranchView:
         base = View(
             record.base_epoch, owner.images, lambda: undo.history, owner.store.open, entries_max
         )
-        return cls(record, base, owner.branches.reader(name))
+        return cls(record, base, owner.images, owner.branches.reader(name))
 
     def prepare(self) -> None:
         """Index what was changed since the base, which the first read would do otherwise."""
         self._base.prepare()
 
     def size_of(self, volume: int) -> int:
-        """Bytes of a volume then, 0 if it was not there: none can grow within a branch."""
-        return self._base.size_of(volume)
+        """Bytes of a volume then, 0 if it was not there."""
+        found = self._sizes.get(volume)
+        return self._base_size_of(volume) if found is None else found
+
+    def _base_size_of(self, volume: int) -> int:
+        """Bytes at the base; 0 of a volume that the tail added, which is nowhere else now."""
+        return self._base.size_of(volume) if volume in self._volumes else 0
 
     def read(self, volume: int, offset: int, length: int) -> bytes:
         """The bytes of a range, at most some MiB. As `View.read`."""
@@ -76,7 +87,10 @@ class BranchView:
         if len(held) == count:
             content = bytearray(count * BLOCK_BYTES)
         else:
-            content = bytearray(start) + self._base.read(volume, offset, length)
+            content = bytearray(start)
+            inside = min(length, self._base_size_of(volume) - offset)
+            if inside > 0:
+                content += self._base.read(volume, offset, inside)
             content += bytes(count * BLOCK_BYTES - len(content))
         for block in held:
             data = self._reader.read_block(volume, block)

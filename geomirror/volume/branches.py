@@ -27,6 +27,14 @@ NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 _DATA, _PENDING, _RECORD = ".und", ".new", ".branch"
 
 
+class BranchVolume(msgspec.Struct, frozen=True):
+    """A volume that grew or was added in a tail, as it was at the end of it."""
+
+    index: int
+    name: str
+    size_bytes: int
+
+
 class BranchRecord(msgspec.Struct, frozen=True):
     """`NAME.branch`: what a tail is. Identities and hashes in hex, times Unix ns."""
 
@@ -47,6 +55,8 @@ class BranchRecord(msgspec.Struct, frozen=True):
     stored_bytes: int = 0
     marks: list[tuple[str, int]] = msgspec.field(default_factory=list)
     """Names and epochs of the marks in the tail."""
+    volumes: list[BranchVolume] = msgspec.field(default_factory=list)
+    """Those that have another size than at the base."""
 
 
 class BranchStore:

@@ -17,7 +17,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
 from geomirror.environment import Entropy
-from geomirror.errors import GeomirrorError
+from geomirror.errors import GeomirrorError, StorageError
 from geomirror.limits import BLOCK_BYTES, Limits
 from geomirror.volume.block_runs import BlockRuns
 from geomirror.volume.engine_base import MakeBacking
@@ -273,10 +273,7 @@ class Engine(RollbackPath, RoleChanges):
             if grow is not None:
                 grow.run()
                 self.complete_grow(grow)
-            checkpoint = self.checkpoint_job()
-            if checkpoint is not None:
-                checkpoint.run()
-                self.complete_checkpoint(checkpoint)
+            self._checkpoint_now()
             job = self.apply_job(self.pass_end(epoch))
             job.run()
             self.complete_apply(job)
@@ -289,25 +286,43 @@ class Engine(RollbackPath, RoleChanges):
         wall_ns: int,
         chain_hash: bytes | None = None,
         chain: Sequence[GenerationRecord] | None = None,
+        may_shrink: bool = False,
     ) -> RollbackJob:
         """Everything that `rollback_job` wants and does, at once. Blocking.
 
-        :raises GeomirrorError: as there. When `is_begun` of the job is true, or in any doubt, close
-            the engine and open it again, which ends what was begun.
+        :raises GeomirrorError: as there. With `must_reopen`, or a StorageError: close the engine
+            and open it again, which ends what was begun. Else nothing has changed.
         """
         self.seal_all(wall_ns)
-        self.rollback_target(to_epoch, chain_hash)
+        self.rollback_target(to_epoch, chain_hash, may_shrink=may_shrink)
+        if self.half_applied_through is not None:
+            self._checkpoint_now()
+            self._redo()
         self.apply_through(to_epoch)
+        self._checkpoint_now()
+        job = self.rollback_job(
+            to_epoch,
+            branch_name,
+            wall_ns=wall_ns,
+            chain_hash=chain_hash,
+            chain=chain,
+            may_shrink=may_shrink,
+        )
+        try:
+            job.run()
+        except GeomirrorError as error:
+            self.must_reopen = job.is_begun or isinstance(error, StorageError)
+            if job.is_synced and not job.is_begun and job.sync is not None:
+                self.journal.complete_sync(job.sync)
+            raise
+        self.complete_rollback(job)
+        return job
+
+    def _checkpoint_now(self) -> None:
         checkpoint = self.checkpoint_job()
         if checkpoint is not None:
             checkpoint.run()
             self.complete_checkpoint(checkpoint)
-        job = self.rollback_job(
-            to_epoch, branch_name, wall_ns=wall_ns, chain_hash=chain_hash, chain=chain
-        )
-        job.run()
-        self.complete_rollback(job)
-        return job
 
     # What changed since when, for block status.
 

@@ -185,6 +185,22 @@ class VolumeGrowth(WritePath):
         volumes = self.superblock.volumes
         self.superblock.volumes = [each for each in volumes if each.index != index]
 
+    def _shrink_images(self) -> None:
+        """Let images have the sizes that the superblock says, after a rollback. Blocking."""
+        records = {each.index: each for each in self.superblock.volumes}
+        for index, image in list(self.images.items()):
+            record = records.get(index)
+            if record is None:
+                with contextlib.suppress(GeomirrorError):
+                    image.file.close()
+                    self.store.unlink(volume_file_name(index))
+                del self.images[index], self._prepared[index]
+            elif record.size_bytes < image.size_bytes:
+                self.images[index] = image.grown(record.size_bytes)
+                if not record.backing:
+                    image.file.truncate(record.size_bytes)
+                    self._prepared[index] = record.size_bytes
+
     def grow(self, change: VolumeChange, wall_ns: int) -> int:
         """Journal a change that is checked and prepared; returns the epoch that will hold it.
 

@@ -4,6 +4,8 @@
  secondary, applied = sealed = e ──promote──▶ primary: chain + (generation, e, H(e)), epoch e+1 next
  primary, everything sealed      ──demote───▶ secondary: same chain
  primary that heard a higher token ─supersede▶ primary that says so, and serves nothing
+ that, or a secondary that said so ─rejoin───▶ secondary with the chain that it heard of
+                                   ─promote──▶ primary: its own chain, a token above both
 ```
 Invariants: an image holds the last durable epoch when its node becomes a primary, so that reads
 need nothing but the image; no change is in the open epoch when a primary becomes a secondary.
@@ -16,14 +18,14 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
-from geomirror.volume.engine_base import EngineBase
+from geomirror.volume.engine_copy import CopyPosition
 from geomirror.volume.engine_jobs import CheckpointJob
 from geomirror.volume.generations import ChainEntry, chain_records
 from geomirror.volume.open_epoch import OpenEpoch
 from geomirror.volume.superblock import GenerationRecord, PeerRecord, SyncRecord
 
 
-class RoleChanges(EngineBase):
+class RoleChanges(CopyPosition):
     """The part of `Engine` that changes sides."""
 
     @property
@@ -35,12 +37,13 @@ class RoleChanges(EngineBase):
     def next_generation(
         self, identity: bytes, reason: str, by: str, wall_ns: int
     ) -> GenerationRecord:
-        """The generation that a promotion of this copy begins, at its durable epoch."""
-        chain = self.superblock.chain
+        """The generation that a promotion of this copy begins, at its durable epoch; its token is
+        above all that were seen here."""
+        chain, seen = self.superblock.chain, self.superblock.superseded_by
         reached = [g for g in chain if g.parent_epoch <= self.sealed_epoch] or chain
         return GenerationRecord(
             identity.hex(),
-            max((g.token for g in chain), default=0) + 1,
+            max((g.token for g in (*chain, *seen)), default=0) + 1,
             parent=reached[-1].identity if reached else "",
             parent_epoch=self.sealed_epoch,
             parent_hash=self.sealed_hash.hex(),
@@ -50,14 +53,15 @@ class RoleChanges(EngineBase):
         )
 
     def promote(self, generation: GenerationRecord, peers: Iterable[str]) -> CheckpointJob:
-        """Become the primary of a new generation. Uncommitted spooled contents are forgotten.
+        """Become the primary of a new generation. Uncommitted spooled contents are forgotten, and
+        so is any history that outranked this one.
 
         :param generation: from `next_generation`; it begins at the sealed epoch.
         :param peers: the other members; their epochs are kept from where this copy has them.
         :returns: a job; its `run` is the commit point. Complete it with `complete_checkpoint`.
         """
         superblock = self.superblock
-        assert superblock.role == "secondary"
+        assert superblock.role == "secondary" or superblock.superseded_by
         assert superblock.data_state == "consistent"
         assert self.is_still
         assert generation.parent_epoch == self.sealed_epoch
@@ -67,6 +71,7 @@ class RoleChanges(EngineBase):
         chain = [g for g in superblock.chain if g.parent_epoch <= self.sealed_epoch]
         superblock.chain = [*chain, generation]
         superblock.role = "primary"
+        superblock.superseded_by = []
         superblock.consistent_from = -1
         superblock.sync = SyncRecord()
         # LSNs are those of this journal from here on.
@@ -78,10 +83,19 @@ class RoleChanges(EngineBase):
     def demote(self, peers: Iterable[str]) -> CheckpointJob:
         """Become a secondary; see `promote`. The journal keeps what it has for the other members,
         one of which will be the primary."""
-        superblock = self.superblock
-        assert superblock.role == "primary"
+        assert self.superblock.role == "primary"
         assert self.is_still
-        start = self._history_start()
+        return self._follow(peers)
+
+    def rejoin(self, chain: Sequence[ChainEntry], peers: Iterable[str]) -> CheckpointJob:
+        """Follow the history with this chain, which what is here is a part of; see `demote`."""
+        assert self.superblock.superseded_by
+        assert self.is_still
+        self.adopt_chain(chain)
+        return self._follow(peers)
+
+    def _follow(self, peers: Iterable[str]) -> CheckpointJob:
+        superblock, start = self.superblock, self._history_start()
         superblock.role = "secondary"
         superblock.sync = SyncRecord()
         superblock.superseded_by = []

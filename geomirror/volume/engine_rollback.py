@@ -28,13 +28,8 @@ from geomirror.volume.epoch_table import Epoch
 from geomirror.volume.marks_file import SaveMarksJob
 from geomirror.volume.open_epoch import OpenEpoch
 from geomirror.volume.rollback import RollbackJob, RollbackParts, Tail, Versions, grown_since
-from geomirror.volume.superblock import (
-    GenerationRecord,
-    PeerRecord,
-    RollbackRecord,
-    Superblock,
-    copy_of,
-)
+from geomirror.volume.rollback_position import clamped, nearest
+from geomirror.volume.superblock import GenerationRecord, RollbackRecord, Superblock, copy_of
 from geomirror.volume.undo_file import PassInfo
 
 __all__ = ["RollbackJob", "RollbackPath"]
@@ -47,18 +42,25 @@ class RollbackPath(VolumeGrowth):
         super().__init__(parts)
         pending = self.superblock.rollback
         self._pinned: dict[str, int] = {}
+        self.must_reopen = False
+        """A rollback failed half-way: opening the resource again ends it."""
         self.branches = BranchStore(self.store, self.limits, pending.branch if pending else "")
         if pending is None:
             self.undo.drop_joint()
         self._pin_branches()
 
-    def rollback_points(self) -> list[int]:
-        """The epochs that `rollback_job` can go back to now, ascending; of a fold, its end."""
+    def rollback_points(self, *, may_shrink: bool = False) -> list[int]:
+        """The epochs that `rollback_job` can go back to now, ascending; of a fold, its end.
+
+        :param may_shrink: also to before a volume has grown or was added.
+        """
         if self.superblock.data_state != "consistent":
             return []
         boundaries = self._boundaries()
         numbers = self._directory.numbers()
-        low = max(boundaries[0], self.superblock.consistent_from, self.sizes.newest_change)
+        low = max(boundaries[0], self.superblock.consistent_from)
+        if not may_shrink:
+            low = max(low, self.sizes.newest_change)
         labels = self._labels()
         found = {each for each in boundaries if self._info_of(each, labels) is not None}
         if numbers:
@@ -75,7 +77,9 @@ class RollbackPath(VolumeGrowth):
         found = [self._info_of(each, labels) for each in self.rollback_points()]
         return [each for each in found if each is not None]
 
-    def rollback_target(self, epoch: int, chain_hash: bytes | None = None) -> EpochInfo:
+    def rollback_target(
+        self, epoch: int, chain_hash: bytes | None = None, *, may_shrink: bool = False
+    ) -> EpochInfo:
         """What is known of an epoch that `rollback_job` can go back to.
 
         :raises NotFoundError, RefusedError: as there.
@@ -86,16 +90,16 @@ class RollbackPath(VolumeGrowth):
                 f'resource "{superblock.name}" is Inconsistent here: its first sync or a resync is '
                 "not over, so there is nothing to go back from"
             )
-        if epoch < self.sizes.newest_change:
+        if epoch < self.sizes.newest_change and not may_shrink:
             raise grown_since(epoch)
-        points = self.rollback_points()
+        points = self.rollback_points(may_shrink=may_shrink)
         found = self._info_of(epoch, self._labels(), chain_hash)
         # One whose hash only the caller knows is none of the points.
         is_boundary = epoch in self._boundaries() and epoch >= superblock.consistent_from
         if found is None or not (epoch in points or is_boundary):
             raise NotFoundError(
                 f'resource "{self.superblock.name}" cannot go back to epoch {epoch}: '
-                + _nearest(points, epoch),
+                + nearest(points, epoch),
                 hint='"geomirror timeline" shows what is kept',
             )
         if chain_hash is not None and chain_hash != found.chain_hash:
@@ -105,6 +109,28 @@ class RollbackPath(VolumeGrowth):
             )
         return found
 
+    def retreat_point(
+        self, epoch: int, chain_hash: bytes | None = None
+    ) -> tuple[int, bytes | None]:
+        """Where to go back to so that nothing after `epoch` is left: to it, or to the newest state
+        before it that is kept; and the hash that is to be compared there, None for none.
+
+        :raises RefusedError: none is kept; or the epoch has another hash here.
+        """
+        try:
+            self.rollback_target(epoch, chain_hash, may_shrink=True)
+        except NotFoundError:
+            points = [e for e in self.rollback_points(may_shrink=True) if e < epoch]
+            if points:
+                return points[-1], None
+            name = self.superblock.name
+            raise RefusedError(
+                f'resource "{name}": no state at or before epoch {epoch}, where the histories '
+                "part, is kept here any more",
+                hint=f'make this copy anew: "geomirror resource remove-secondary {name}", then add',
+            ) from None
+        return epoch, chain_hash
+
     def rollback_job(
         self,
         to_epoch: int,
@@ -113,6 +139,7 @@ class RollbackPath(VolumeGrowth):
         wall_ns: int,
         chain_hash: bytes | None = None,
         chain: Sequence[GenerationRecord] | None = None,
+        may_shrink: bool = False,
     ) -> RollbackJob:
         """A job that makes `to_epoch` the newest epoch here; what came later becomes a branch.
 
@@ -124,17 +151,18 @@ class RollbackPath(VolumeGrowth):
         :param chain_hash: H(to_epoch) as somebody else has it, to be compared.
         :param chain: the generation chain afterwards; None: what is left of this one.
         :raises NotFoundError: the state is not kept; names the nearest ones that are.
+        :param may_shrink: volumes that have grown since are what they were, added ones are gone.
         :raises RefusedError: H differs, a volume has grown since, this copy is not consistent, or
             branches leave no room.
         """
-        info = self.rollback_target(to_epoch, chain_hash)
+        info = self.rollback_target(to_epoch, chain_hash, may_shrink=may_shrink)
         assert self.half_applied_through is None
         assert self._draft is None, "seal the draft first"
         assert not self._open_entries, "seal the open epoch first"
         assert to_epoch <= self.applied_epoch, "apply up to the target first"
         boundary = max(each for each in self._boundaries() if each <= to_epoch)
         superblock = self.superblock
-        tail = self._tail(info, branch_name, wall_ns)
+        tail = self._tail(info, branch_name, wall_ns, may_shrink)
         record = RollbackRecord(
             to_epoch,
             info.chain_hash.hex(),
@@ -162,8 +190,10 @@ class RollbackPath(VolumeGrowth):
         self._spooled.clear()
         self._unsealed.clear()
         self.marks.reset(self.marks.table_through(epoch))
-        for volume, image in self.images.items():
-            self.indexes[volume] = DirtyIndex(image.size_bytes, self.limits.zero_run_blocks_min)
+        self._shrink_images()
+        self.sizes.cut(epoch, {each.index: each.size_bytes for each in self.superblock.volumes})
+        run_min = self.limits.zero_run_blocks_min
+        self.indexes = {i: DirtyIndex(each.size_bytes, run_min) for i, each in self.images.items()}
         self.sealed_epoch = self.committed_epoch = epoch
         self.sealed_hash = self.committed_hash = bytes.fromhex(done.applied_hash)
         self._open = OpenEpoch(epoch + 1, done.applied_end_lsn or end_lsn, end_lsn)
@@ -250,9 +280,9 @@ class RollbackPath(VolumeGrowth):
         superblock.scan_lsn = superblock.known_durable_lsn = end_lsn
         superblock.chain = list(record.chain)
         for name, peer in superblock.peers.items():
-            superblock.peers[name] = _clamped(peer, record)
+            superblock.peers[name] = clamped(peer, record)
 
-    def _tail(self, info: EpochInfo, name: str, wall_ns: int) -> Tail | None:
+    def _tail(self, info: EpochInfo, name: str, wall_ns: int, may_shrink: bool) -> Tail | None:
         base, end = info.number, self.committed_epoch
         if end == base:
             return None
@@ -283,6 +313,9 @@ class RollbackPath(VolumeGrowth):
             record,
             self._loader(base, self.applied_epoch) if self._has_epochs_after(base) else None,
             self._loader(self.applied_epoch, end),
+            dict(self.sizes.now),
+            dict(self.sizes.names),
+            may_shrink,
         )
 
     def _loader(self, after: int, through: int) -> Callable[[], Sequence[Epoch]]:
@@ -348,24 +381,3 @@ def _info(epoch: int, first: int, chain_hash: bytes, wall_ns: int, end_lsn: int 
 def chain_through(chain: Sequence[GenerationRecord], epoch: int) -> list[GenerationRecord]:
     """The chain of a position at `epoch`: without generations that began there or later."""
     return [entry for entry in chain if not entry.parent or entry.parent_epoch < epoch]
-
-
-def _clamped(peer: PeerRecord, record: RollbackRecord) -> PeerRecord:
-    """What is still true of a peer: beyond the target nothing counts."""
-    epoch = record.to_epoch
-    changes: dict[str, object] = {}
-    if peer.durable_epoch > epoch:
-        changes = {"durable_epoch": epoch, "durable_hash": record.to_hash}
-    for name in ("bitmap_base", "bitmap_through"):
-        if getattr(peer, name) > epoch:
-            changes[name] = epoch
-    if peer.left_epoch > epoch + 1:
-        changes["left_epoch"] = epoch + 1
-    return msgspec.structs.replace(peer, **changes)
-
-
-def _nearest(points: Sequence[int], epoch: int) -> str:
-    earlier = [each for each in points if each < epoch]
-    later = [each for each in points if each > epoch]
-    names = [str(each) for each in (*earlier[-1:], *later[:1])]
-    return f"the nearest states are those at {' and '.join(names)}" if names else "none is kept"

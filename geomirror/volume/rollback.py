@@ -11,7 +11,8 @@ both only repeat what depends on nothing that they change. So what 5 reads (undo
 in (b, p]) is kept until 6.
 Invariants: the tail is durable before anything of it is overwritten (I13); the images are at one
 epoch whenever the superblock names no rollback.
-No volume may have grown in (p, end]: volumes never shrink.
+A volume that has grown in (p, end] is smaller afterwards, one that was added is gone: what it held
+is in the branch. That is for tails that another history replaces (`may_shrink`), never by choice.
 Deliberately not here: where p can be (`engine_rollback`), what a tail is (`rollback_tail`).
 """
 
@@ -20,22 +21,26 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from geomirror.errors import RefusedError
 from geomirror.limits import Limits
 from geomirror.volume.apply import ApplyJob
-from geomirror.volume.branches import BranchRecord, BranchStore
+from geomirror.volume.branches import BranchRecord, BranchStore, BranchVolume
 from geomirror.volume.epoch_table import Epoch
 from geomirror.volume.image import Image
 from geomirror.volume.journal import Journal, SyncJob
 from geomirror.volume.marks_file import SaveMarksJob
 from geomirror.volume.merge import merge_tables
-from geomirror.volume.rollback_tail import fill_branch, fill_joint, tail_table
+from geomirror.volume.rollback_position import shrink
+from geomirror.volume.rollback_tail import fill_branch, fill_joint, grown_table, tail_table
 from geomirror.volume.store import File, Store
 from geomirror.volume.superblock import RollbackRecord, Superblock, SuperblockFile
 from geomirror.volume.undo import UndoStore
-from geomirror.volume.undo_contents import OldPart, old_contents
+from geomirror.volume.undo_contents import OldPart, old_contents, within
 from geomirror.volume.undo_file import PassInfo, PassLabel, UndoReader, UndoWriter
 from geomirror.volume.view_index import ViewIndex
+from geomirror.volume.volume_change import VolumeChange, merge_changes
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,11 @@ class Tail:
     in_image: Callable[[], Sequence[Epoch]] | None
     """The applied epochs of it; None: what undo after `record.base_epoch` names."""
     in_journal: Callable[[], Sequence[Epoch]]
+    sizes: Mapping[int, int]
+    """Bytes of the volumes at its end."""
+    names: Mapping[int, str]
+    may_shrink: bool
+    """Volumes may have grown in it, or been added."""
 
 
 @dataclass(frozen=True)
@@ -97,11 +107,14 @@ class RollbackJob:
         self.is_begun = versions.intent is None
         """Whether the intent may be durable: then the resource has to be opened again if `run`
         raised; before, it is as it was."""
+        self.is_synced = False
+        """Whether `sync` has run."""
         self._parts = parts
         self._applied_epoch = applied_epoch
         self._forward = forward
         self._tail = tail
         self._marks = marks
+        self._sizes_at_boundary = {i: image.size_bytes for i, image in parts.images.items()}
 
     @property
     def to_epoch(self) -> int:
@@ -112,11 +125,13 @@ class RollbackJob:
         """Roll back; durable on return.
 
         :raises RefusedError: the tail is too large for what is left for branches, or a volume has
-            grown in it.
+            grown in it and may not shrink.
         :raises StorageError: see `is_begun`.
         """
         if self.sync is not None:
             self.sync.run()
+            self.is_synced = True
+        self._find_sizes()
         if self.versions.intent is not None:
             self._save_tail()
             self._save_joint()
@@ -130,27 +145,56 @@ class RollbackJob:
 
     # Step by step.
 
+    def _find_sizes(self) -> None:
+        """How large the volumes are at the boundary and at the target; a resumed job knows."""
+        record, versions = self.record, self.versions
+        if record.is_restored or (versions.intent is None and not record.sizes):
+            return
+        found = {index: image.size_bytes for index, image in self._parts.images.items()}
+        if record.boundary_epoch < self._applied_epoch:
+            found.update(self._index(record.boundary_epoch)[0].sizes)
+        self._sizes_at_boundary = found
+        changes = self._changes()
+        record.sizes = {**found, **{each.index: each.size_bytes for each in changes}}
+        if self._tail is not None and not self._tail.may_shrink:
+            before = {index: size for index, size in record.sizes.items() if size}
+            if before != self._tail.sizes:
+                raise grown_since(record.to_epoch)
+        for version in (versions.restored, versions.done):
+            if version is not None:
+                shrink(version, record.sizes)
+        if versions.restored is not None and versions.restored.rollback is not None:
+            versions.restored.rollback.sizes = record.sizes
+
+    def _changes(self) -> tuple[VolumeChange, ...]:
+        """What the volumes went through on the way from the boundary to the target."""
+        if not self._is_within_pass:
+            return ()
+        return merge_changes(each for epoch in self._forward() for each in epoch.changes)
+
     def _save_tail(self) -> None:
         tail, parts = self._tail, self._parts
         if tail is None:
             return
         room = parts.branches.room_bytes()
-        later = list(tail.in_journal())
-        in_journal = merge_tables([epoch.table for epoch in later])
+        in_journal = merge_tables([epoch.table for epoch in tail.in_journal()])
         if tail.in_image is not None:
-            applied = tail.in_image()
-            later += applied
-            in_image = merge_tables([epoch.table for epoch in applied])
-            is_grown = False
+            in_image = merge_tables([epoch.table for epoch in tail.in_image()])
         else:
             index = self._index(tail.record.base_epoch)[0]
-            in_image, is_grown = index.table(), bool(index.sizes)
-        if is_grown or any(epoch.changes for epoch in later):
-            raise grown_since(tail.record.base_epoch)
+            in_image = merge_tables([index.table(), grown_table(index.sizes, parts.images)])
         table = tail_table(in_image, in_journal)
+        before = self.record.sizes
+        volumes = [
+            BranchVolume(index, tail.names[index], size)
+            for index, size in sorted(tail.sizes.items())
+            if size != before.get(index, 0)
+        ]
         self.branch = parts.branches.save(
-            tail.record,
-            lambda writer: fill_branch(writer, table, parts.images, parts.journal.read, room),
+            msgspec.structs.replace(tail.record, volumes=volumes),
+            lambda writer: fill_branch(
+                writer, table, parts.images, tail.sizes, parts.journal.read, room
+            ),
         )
 
     def _save_joint(self) -> None:
@@ -169,10 +213,10 @@ class RollbackJob:
         files = self._open(passes)
 
         def fill(writer: UndoWriter) -> None:
-            fill_joint(writer, old_contents(index, files), changed)
-            # No volume has grown after the target, so all of these have grown within this pass.
-            for volume, size_bytes in index.sizes.items():
-                writer.add_size(volume, size_bytes)
+            sizes = self._sizes_at_boundary
+            fill_joint(writer, within(old_contents(index, files), sizes), changed)
+            for change in self._changes():
+                writer.add_size(change.index, sizes.get(change.index, 0))
 
         try:
             undo.save_joint(label, fill)
@@ -181,14 +225,15 @@ class RollbackJob:
 
     def _restore(self) -> None:
         parts, record = self._parts, self.record
-        boundary = record.boundary_epoch
+        boundary, sizes = record.boundary_epoch, self._sizes_at_boundary
+        images = {index: i.grown(sizes.get(index, 0)) for index, i in parts.images.items()}
         parts.undo.close_after(boundary)
         if boundary < self._applied_epoch:
             index, passes = self._index(boundary)
             files = self._open(passes)
             try:
-                for part in old_contents(index, files):
-                    self._put_back(part)
+                for part in within(old_contents(index, files), sizes):
+                    _put_back(images[part.volume], part)
             finally:
                 _close(files)
         if boundary < record.to_epoch:
@@ -197,23 +242,13 @@ class RollbackJob:
                 record.to_epoch,
                 self._forward,
                 parts.journal.read_into,
-                parts.images,
+                images,
                 parts.undo,
                 parts.limits,
                 with_undo=False,
             ).run()
         for image in parts.images.values():
             image.fdatasync()
-
-    def _put_back(self, part: OldPart) -> None:
-        image = self._parts.images[part.volume]
-        if part.contents is None:
-            # Punched: a discarded run may be larger than what the disk has room for.
-            image.zero(part.blocks[0], part.block_count, punch=True)
-            return
-        last = part.contents[-1][: image.block_bytes(part.blocks[-1])]
-        contents = [*part.contents[:-1], last]
-        image.write_blocks(list(zip(part.blocks, contents, strict=True)))
 
     def _finish(self) -> None:
         parts, done = self._parts, self.versions.done
@@ -248,13 +283,23 @@ class RollbackJob:
         self._parts.superblock_file.write_job(version).run()
 
 
+def _put_back(image: Image, part: OldPart) -> None:
+    if part.contents is None:
+        # Punched: a discarded run may be larger than what the disk has room for.
+        image.zero(part.blocks[0], part.block_count, punch=True)
+        return
+    last = part.contents[-1][: image.block_bytes(part.blocks[-1])]
+    contents = [*part.contents[:-1], last]
+    image.write_blocks(list(zip(part.blocks, contents, strict=True)))
+
+
 def _close(files: Sequence[File]) -> None:
     for file in files:
         file.close()
 
 
 def grown_since(epoch: int) -> RefusedError:
-    """Volumes never shrink, so nothing goes back to an epoch before one has grown."""
+    """Volumes never shrink by choice, so nothing is rewound to before one has grown."""
     return RefusedError(
         f"a volume has grown or was added since epoch {epoch}, and volumes never shrink",
         hint='look at that state instead: "geomirror view create"',

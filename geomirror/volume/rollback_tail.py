@@ -45,15 +45,31 @@ def tail_table(in_image: Table, in_journal: Table) -> Table:
     return merge_tables([images, in_journal])
 
 
+def grown_table(before: Mapping[int, int], images: Mapping[int, Image]) -> Table:
+    """The blocks that volumes have grown by, which undo does not name.
+
+    :param before: bytes of those that have; 0 of one that was added.
+    """
+    grown = empty_table(len(before))
+    for at, (volume, size_bytes) in enumerate(sorted(before.items())):
+        first = size_bytes // BLOCK_BYTES
+        grown[at]["volume"], grown[at]["block"] = volume, first
+        grown[at]["count"] = -(-images[volume].size_bytes // BLOCK_BYTES) - first
+    grown["kind"] = KIND_ZERO
+    return grown
+
+
 def fill_branch(
     writer: UndoWriter,
     table: Table,
     images: Mapping[int, Image],
+    sizes: Mapping[int, int],
     read: Callable[[int, int], bytes],
     raw_bytes_max: int,
 ) -> None:
     """Add the contents of a tail. Blocking.
 
+    :param sizes: bytes of the volumes at its end; an image has those of the applied epoch.
     :param read: journal contents by (address, length).
     :raises RefusedError: it is more than `raw_bytes_max`.
     """
@@ -72,7 +88,7 @@ def fill_branch(
             except UndoOverflowError:
                 raise _too_large(raw_bytes_max) from None
         elif where[start] == KIND_DATA:
-            _add_journal(writer, images[volume], rows, read)
+            _add_journal(writer, volume, sizes[volume], rows, read)
         else:
             for block, count in rows[["block", "count"]].tolist():
                 writer.add_zero(volume, block, count)
@@ -81,15 +97,19 @@ def fill_branch(
 
 
 def _add_journal(
-    writer: UndoWriter, image: Image, rows: Table, read: Callable[[int, int], bytes]
+    writer: UndoWriter,
+    volume: int,
+    size_bytes: int,
+    rows: Table,
+    read: Callable[[int, int], bytes],
 ) -> None:
     for at in range(0, len(rows), _BLOCKS_MAX):
         part = rows[at : at + _BLOCKS_MAX]
         contents = [
-            read(address, image.block_bytes(block))
+            read(address, min(BLOCK_BYTES, size_bytes - block * BLOCK_BYTES))
             for block, address in part[["block", "address"]].tolist()
         ]
-        writer.add_blocks(image.index, part["block"].astype(np.int64), b"".join(contents))
+        writer.add_blocks(volume, part["block"].astype(np.int64), b"".join(contents))
 
 
 def _too_large(bytes_max: int) -> RefusedError:

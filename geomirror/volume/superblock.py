@@ -122,6 +122,8 @@ class RollbackRecord(msgspec.Struct):
     """The generation chain afterwards."""
     is_restored: bool = False
     """The images are at `to_epoch`; undo beyond it is void."""
+    sizes: dict[int, int] = msgspec.field(default_factory=dict)
+    """Bytes of each volume at `to_epoch`; empty in a record of an older version: as before."""
 
 
 class HeldRecord(msgspec.Struct):
@@ -184,7 +186,8 @@ class Superblock(msgspec.Struct):
     """At a primary."""
     rollback: RollbackRecord | None = None
     superseded_by: list[GenerationRecord] = msgspec.field(default_factory=list)
-    """At a primary that heard of a higher token: the chain that has it. It serves nothing then."""
+    """A chain with a higher token than the own one, of a history that lacks epochs that are here.
+    A primary serves nothing then, a secondary follows nobody with less."""
     sequence: int = 0
     """Of the slot it was loaded from; given by the file, not by the caller."""
 

@@ -9,7 +9,8 @@ Memory: one chunk of each file, 1 MiB of contents.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from geomirror.limits import BLOCK_BYTES
@@ -69,3 +70,20 @@ def old_contents(index: ViewIndex, files: Sequence[File]) -> Iterator[OldPart]:
                 contents.append(content(address))
     if blocks:
         yield OldPart(volume, blocks, len(blocks), contents)
+
+
+def within(parts: Iterable[OldPart], sizes: Mapping[int, int]) -> Iterator[OldPart]:
+    """The parts, as far as volumes of these sizes reach.
+
+    What a volume has grown by since, later passes may name, too.
+    """
+    for part in parts:
+        end = -(-sizes.get(part.volume, 0) // BLOCK_BYTES)
+        if part.contents is None:
+            count = min(part.block_count, end - part.blocks[0])
+            if count > 0:
+                yield part._replace(block_count=count)
+            continue
+        count = bisect_left(part.blocks, end)
+        if count:
+            yield OldPart(part.volume, part.blocks[:count], count, part.contents[:count])

@@ -9,7 +9,7 @@ size of the applied epoch (`Image.size_bytes`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from geomirror.volume.volume_change import VolumeChange, merge_changes
 
@@ -49,6 +49,13 @@ class VolumeSizes:
     def note_past(self, epoch: int, changes: Iterable[VolumeChange]) -> None:
         """Take changes that are in `now` already, of an epoch below all that were added."""
         self._changes[:0] = [(epoch, change) for change in changes]
+
+    def cut(self, epoch: int, sizes: Mapping[int, int]) -> None:
+        """Forget changes after an epoch, at which the volumes had these sizes."""
+        self._changes = [each for each in self._changes if each[0] <= epoch]
+        for index in [each for each in self.now if not sizes.get(each)]:
+            del self.now[index], self.names[index]
+        self.now.update({index: sizes[index] for index in self.now})
 
     @property
     def newest_change(self) -> int:

@@ -10,7 +10,7 @@ from geomirror.wan_protocol.secondary import Secondary
 
 def answer_of(node: str, core: Primary | Secondary) -> MemberAnswer:
     """The answer of this moment; durable positions only."""
-    engine = core.engine
+    engine, superblock = core.engine, core.engine.superblock
     wall_ns, end_lsn = _end_of_sealed(engine)
     is_primary = isinstance(core, Primary)
     held = engine.held
@@ -20,7 +20,7 @@ def answer_of(node: str, core: Primary | Secondary) -> MemberAnswer:
         node,
         is_primary=is_primary,
         generation=engine.generation.hex(),
-        token=engine.superblock.chain[-1].token if engine.superblock.chain else 0,
+        token=max((g.token for g in (*superblock.chain, *superblock.superseded_by)), default=0),
         epoch=engine.sealed_epoch if held is None else held.epoch,
         epoch_wall_ns=wall_ns,
         end_lsn=end_lsn,

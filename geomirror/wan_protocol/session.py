@@ -73,31 +73,47 @@ def my_history(engine: Engine) -> History:
     )
 
 
+def state_history(engine: Engine) -> History:
+    """What this node would have to give up: of a copy that is made anew the state that is held,
+    and nothing when it has none."""
+    chain, held = chain_entries(engine.superblock), engine.held
+    if held is not None:
+        return history(chain, held.epoch, bytes.fromhex(held.chain_hash))
+    if engine.state_epoch is None:
+        return history([], 0, bytes(32))
+    return my_history(engine)
+
+
 def session_problem(engine: Engine, peer: str, message: SessionOpen) -> GeomirrorError | None:
     """Why this copy cannot take what `peer` offers as a primary; None if it can."""
     superblock = engine.superblock
     name = superblock.name
     if message.resource.hex() != superblock.resource_id:
         return RefusedError(f'resource "{name}" has another identity here')
+    mine, highest = chain_entries(superblock), highest_chain(superblock)
+    if mine and not mine == highest == message.chain:
+        found = compare_with(engine, message)
+        is_lower = message.chain != highest and not outranks(message.chain, highest)
+        if found.relation != UNRELATED and is_lower:
+            return SupersededError(
+                f'"{peer}" offers token {_token(message.chain)} of "{name}", '
+                f"token {_token(highest)} is known here"
+            )
+        if message.chain != mine and not found.may_follow:
+            return SplitBrainError(
+                f'"{name}" has another history here: {describe(found, engine.committed_epoch)}'
+            )
     # Volumes may be larger at the primary, and more: that comes with epochs not here yet.
     sizes = engine.sizes.now
     theirs = {v.index: v.size_bytes for v in message.volumes}
     if any(size > theirs.get(index, 0) for index, size in sizes.items()):
         return RefusedError(f'volumes of "{name}" differ: {sizes} here, {theirs} at the primary')
-    known = chain_entries(superblock)
-    if not known or known == message.chain:
-        return None
-    found = compare_with(engine, message)
-    if found.relation != UNRELATED and not outranks(message.chain, known):
-        return SupersededError(
-            f'"{peer}" offers token {_token(message.chain)} of "{name}", '
-            f"token {_token(known)} is known here"
-        )
-    if found.may_follow:
-        return None
-    return SplitBrainError(
-        f'"{name}" has another history here: {describe(found, engine.committed_epoch)}'
-    )
+    return None
+
+
+def highest_chain(superblock: Superblock) -> list[GenerationEntry]:
+    """The chain with the highest claim that was heard of here, which may be the own one."""
+    return chain_entries(superblock, superblock.superseded_by or superblock.chain)
 
 
 def compare_with(engine: Engine, message: SessionOpen) -> Comparison:

@@ -5,26 +5,48 @@
                      │ yes: equal, or a part of what it offers, by the chain with the highest token
                      ▼
               chain durable ─▶ everything received durable ─▶ SessionAccept
+
+ a higher token, and epochs here that it has not ─▶ *diverged*: nobody with less is followed
 ```
 Invariants: nothing is taken from a primary whose token is lower than one that was seen here, even
 before a crash (I8), so a chain is durable before its session is accepted; a primary with another
-history never changes anything here. Deliberately not here: what arrives in a session.
+history never changes any data here, whatever its token. Deliberately not here: what arrives in a
+session, and giving up what makes a copy diverge (the node).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from geomirror.errors import GeomirrorError, IntegrityError, RefusedError, SupersededError
+from geomirror.cluster.history import compare, history, outranks
+from geomirror.errors import (
+    GeomirrorError,
+    IntegrityError,
+    RefusedError,
+    SplitBrainError,
+    SupersededError,
+)
 from geomirror.limits import Limits
 from geomirror.volume.engine import Engine
 from geomirror.volume.engine_base import NO_GENERATION
+from geomirror.volume.generations import chain_records
 from geomirror.wan_protocol.decisions import Emit
 from geomirror.wan_protocol.growth import volumes_at
 from geomirror.wan_protocol.incoming import number_bitmap
-from geomirror.wan_protocol.messages import SessionAccept, SessionOpen, SessionRefuse
+from geomirror.wan_protocol.messages import (
+    GenerationEntry,
+    SessionAccept,
+    SessionOpen,
+    SessionRefuse,
+)
 from geomirror.wan_protocol.resync_intake import ResyncIntake
-from geomirror.wan_protocol.session import chain_entries, session_problem
+from geomirror.wan_protocol.session import (
+    chain_entries,
+    highest_chain,
+    my_history,
+    session_problem,
+)
 
 SPOOLED_REPORTED_MAX = 64
 """Epochs under way that are reported when a session opens; the rest is sent again."""
@@ -51,6 +73,8 @@ class SessionIntake(ResyncIntake):
     def opened(self, peer: str, message: SessionOpen) -> None:
         """A member offers a session as the primary."""
         problem = self._problem_with(peer, message)
+        if isinstance(problem, SplitBrainError):
+            self._note_higher(peer, message.chain)
         if problem is not None:
             if peer == self.primary:
                 self._refuse_session(problem)
@@ -68,6 +92,10 @@ class SessionIntake(ResyncIntake):
             self.forget_incoming()
             self._incarnation = message.incarnation
         self.marks.forget()
+        if engine.superblock.superseded_by:
+            # What is here is a part of the history with the highest token, after all.
+            engine.superblock.superseded_by = []
+            self._checkpoint_wanted = True
         if message.chain and message.chain != chain_entries(engine.superblock):
             is_first = engine.generation == NO_GENERATION
             engine.adopt_chain(message.chain)
@@ -82,6 +110,41 @@ class SessionIntake(ResyncIntake):
         if engine.committed_epoch > engine.sealed_epoch:
             self._sync_wanted = True  # The position is told when it stands.
         self._try_accept()
+
+    def hear_chain(self, peer: str, chain: Sequence[GenerationEntry]) -> None:
+        """A member knows of this chain: if it has the highest claim and leaves out epochs that are
+        here, nobody with less is followed any more."""
+        theirs = history(chain, chain[-1].parent_epoch, chain[-1].parent_hash)
+        is_behind = compare(my_history(self.engine), theirs).may_follow
+        if not is_behind and not self.is_frozen and self.fenced is None:
+            self._note_higher(peer, chain)
+            self._pump()
+
+    @property
+    def is_outranked(self) -> bool:
+        """A history with a higher token lacks epochs that are here."""
+        return bool(self.engine.superblock.superseded_by)
+
+    def _note_higher(self, peer: str, chain: Sequence[GenerationEntry]) -> None:
+        """Remember the chain; it is durable with the next checkpoint."""
+        superblock = self.engine.superblock
+        mine = chain_entries(superblock)
+        is_related = bool(chain) and bool(mine) and chain[0].identity == mine[0].identity
+        if not is_related or not outranks(chain, highest_chain(superblock)):
+            return
+        superblock.superseded_by = chain_records(chain)
+        self._checkpoint_wanted = True
+        maker = chain[-1].by or peer
+        if maker != self.primary:
+            if self.is_open or self._is_accepting:
+                text = f'token {chain[-1].token} of "{superblock.name}" is known here'
+                self._refuse(self.primary, SupersededError(text))
+            self.keep_standing_now()
+            self.primary, self.is_link_up, self.refusal = maker, maker == peer, ""
+        self.close_session()
+        self.resync = None
+        fields: dict[str, object] = {"by": maker, "token": chain[-1].token}
+        self._decide(Emit("diverged", {**fields, "epoch": self.engine.committed_epoch}))
 
     def _problem_with(self, peer: str, message: SessionOpen) -> GeomirrorError | None:
         name = self.engine.superblock.name
@@ -156,7 +219,7 @@ class SessionIntake(ResyncIntake):
 
     def _refuse(self, peer: str, error: GeomirrorError) -> None:
         is_stale = isinstance(error, SupersededError)
-        chain = chain_entries(self.engine.superblock) if is_stale else []
+        chain = highest_chain(self.engine.superblock) if is_stale else []
         self._send_to(peer, SessionRefuse(self.session, error.wire_code, str(error), chain))
 
     # Persistence.

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from geomirror.environment import MS, SECOND
 from geomirror.errors import UsageError
 from geomirror.limits import PRODUCTION
+from geomirror.wan_protocol.rejoin_policy import AUTO_REJOIN, check_auto_rejoin
 
 COMPLETED = "completed"
 RECEIVED = "received"
@@ -79,9 +80,12 @@ def parse_policy(settings: Mapping[str, str], peers: Iterable[str]) -> SyncPolic
             copies = _copies(value)
         elif key == "degrade_after":
             degrade_after_ns = _degrade_after_ns(value)
+        elif key == AUTO_REJOIN:
+            check_auto_rejoin(value)
         elif key != "ack":
             raise UsageError(
-                f"unknown setting {key!r}", hint="ack, ack.NODE, copies and degrade_after are known"
+                f"unknown setting {key!r}",
+                hint="ack, ack.NODE, copies, degrade_after and auto_rejoin are known",
             )
     acks = {name: level for name, level in levels.items() if level != COMPLETED}
     if copies is not None and copies > len(acks):

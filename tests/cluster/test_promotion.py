@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 
 from geomirror.cluster.promotion import (
+    DIVERGED,
     DRAINING,
     DURABLE_ROLE,
+    INSISTING,
     PRIMARY,
     PROMOTING,
     REJOINING,
+    RETREATING,
     SECONDARY,
     STATES,
     SUPERSEDED,
@@ -37,15 +40,27 @@ def test_a_promotion_that_fails_leaves_a_secondary() -> None:
     assert next_state(PROMOTING, "committed") == PRIMARY
 
 
-def test_who_was_superseded_accepts_writes_only_after_it_has_rejoined_and_was_promoted() -> None:
-    reached, waiting = {SUPERSEDED}, [SUPERSEDED]
+def reached_from(state: str, without: tuple[str, ...]) -> set[str]:
+    reached, waiting = {state}, [state]
     while waiting:
         state = waiting.pop()
         for (before, event), after in TABLE.items():
-            if before == state and event != "rejoined" and after not in reached:
+            if before == state and event not in without and after not in reached:
                 reached.add(after)
                 waiting.append(after)
-    assert reached == {SUPERSEDED, REJOINING}
+    return reached
+
+
+def test_who_was_superseded_serves_again_only_after_giving_up_its_tail_or_by_an_operator() -> None:
+    assert reached_from(SUPERSEDED, ("rejoined", "committed")) == {SUPERSEDED, REJOINING, INSISTING}
+    assert PRIMARY not in reached_from(SUPERSEDED, ("promote",))
+
+
+def test_who_has_diverged_follows_again_after_giving_up_its_tail_or_a_history_that_has_it() -> None:
+    out = ("rejoined", "follow", "promote")
+    assert reached_from(DIVERGED, out) == {DIVERGED, RETREATING}
+    assert next_state(DIVERGED, "follow") == SECONDARY
+    assert next_state(RETREATING, "failed") == DIVERGED
 
 
 def test_a_switchover_hands_over_or_goes_on() -> None:
@@ -56,11 +71,12 @@ def test_a_switchover_hands_over_or_goes_on() -> None:
 
 def test_a_crash_never_makes_a_writer_of_somebody_who_was_none() -> None:
     assert [after_crash(state) for state in STATES] == [
-        *(SECONDARY, SECONDARY, PRIMARY, PRIMARY, SUPERSEDED, SUPERSEDED)
+        *(SECONDARY, SECONDARY, PRIMARY, PRIMARY, SUPERSEDED, SUPERSEDED),
+        *(SUPERSEDED, DIVERGED, DIVERGED),
     ]
 
 
 def test_what_is_not_in_the_table_is_a_programmers_error() -> None:
-    assert not is_legal(SUPERSEDED, "promote")
-    with pytest.raises(AssertionError, match="promote while Superseded"):
-        next_state(SUPERSEDED, "promote")
+    assert not is_legal(SUPERSEDED, "drain")
+    with pytest.raises(AssertionError, match="drain while Superseded"):
+        next_state(SUPERSEDED, "drain")

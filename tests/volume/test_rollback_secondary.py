@@ -126,3 +126,23 @@ def test_a_copy_that_is_being_made_goes_back_to_nothing(step: int) -> None:
     with pytest.raises(RefusedError, match="Inconsistent"):
         node.engine.roll_back(target, "tail", wall_ns=WALL_NS)
     assert node.engine.branches.records() == []
+
+
+def test_what_is_not_kept_is_gone_back_before() -> None:
+    rig = RollbackRig(930)
+    rig.follow = True
+    rig.history(40)
+    engine = rig.engine
+    points = engine.rollback_points()
+    missing = [e for e in range(points[0], engine.sealed_epoch) if e not in points]
+    assert missing, "every epoch was kept"
+    for epoch in missing:
+        assert engine.retreat_point(epoch) == (max(p for p in points if p < epoch), None)
+    for epoch in points:
+        chain_hash = engine.rollback_target(epoch).chain_hash
+        assert engine.retreat_point(epoch, chain_hash) == (epoch, chain_hash)
+    with pytest.raises(RefusedError, match="not the same here and there"):
+        engine.retreat_point(points[0], bytes(range(32)))
+    engine.superblock.consistent_from = points[1]
+    with pytest.raises(RefusedError, match="no state at or before"):
+        engine.retreat_point(points[0])

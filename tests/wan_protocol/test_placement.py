@@ -65,15 +65,17 @@ def test_an_offer_that_does_not_know_our_history_is_refused_and_nothing_changes(
     assert "diverged after epoch 0, epoch 1 here" in stage.secondary.refusal
 
     # A token that is over.
-    older = msgspec.structs.replace(offer, chain=[])
-    stage.secondary.receive(PRIMARY, older, stage.now_ns)
-    stage.settle()
-    assert stage.west.sent(SessionRefuse)[-1].chain == offer.chain
-    assert not stage.secondary.is_open
+    for chain in ([], offer.chain):
+        older = msgspec.structs.replace(offer, chain=chain)
+        stage.secondary.receive(PRIMARY, older, stage.now_ns)
+        stage.settle()
+        assert stage.west.sent(SessionRefuse)[-1].chain == longer.chain, "the highest it heard of"
+        assert not stage.secondary.is_open
+    assert stage.secondary.is_outranked
 
     engine = stage.secondary.engine
     follower = msgspec.structs.replace(
-        parted, parent_epoch=engine.sealed_epoch, parent_hash=engine.sealed_hash
+        parted, token=3, parent_epoch=engine.sealed_epoch, parent_hash=engine.sealed_hash
     )
     longer = msgspec.structs.replace(offer, chain=[*offer.chain, follower])
     stage.secondary.receive(PRIMARY, longer, stage.now_ns)
@@ -81,6 +83,38 @@ def test_an_offer_that_does_not_know_our_history_is_refused_and_nothing_changes(
     stage.settle()
     taken = stage.west.sent(SessionAccept)[-1]
     assert taken.generation == follower.identity, "a history that goes on from ours is welcome"
+    assert not stage.secondary.is_outranked
+
+
+def test_a_copy_that_is_ahead_of_a_promoted_one_stops_its_old_primary_too() -> None:
+    """I8: whoever has seen a higher token takes nothing of a lower one, and says so, for ever."""
+    stage = Stage()
+    stage.write_epochs(2)
+    offer = stage.east.sent(SessionOpen)[-1]
+    heir = msgspec.structs.replace(
+        offer.chain[-1],
+        identity=noise(3, 16),
+        token=2,
+        parent=offer.chain[-1].identity,
+        parent_epoch=1,
+        by="north-1",
+    )
+    promoted = msgspec.structs.replace(offer, chain=[*offer.chain, heir])
+    assert stage.secondary.is_open
+    stage.secondary.receive("north-1", promoted, stage.now_ns)
+    assert not stage.secondary.is_open
+    assert stage.secondary.primary == "north-1"
+    stage.settle()
+    assert stage.primary.superseded_by == promoted.chain, "the old primary hears of it from here"
+    assert stage.primary.fenced is not None
+    before = stage.secondary.engine.superblock.superseded_by
+    assert before
+    stage.restart(PEER)
+    assert stage.secondary.engine.superblock.superseded_by == before
+    stage.secondary.receive(PRIMARY, offer, stage.now_ns)
+    stage.settle()
+    assert stage.west.sent(SessionRefuse)[-1].chain == promoted.chain
+    assert not stage.secondary.is_open
 
 
 def test_the_primary_too_refuses_another_history() -> None:

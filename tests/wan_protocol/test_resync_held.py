@@ -6,10 +6,12 @@ import errno
 
 import pytest
 
+from geomirror.cluster.history import ANCESTOR, DIVERGED, Generation, History, compare
 from geomirror.limits import KIB
 from geomirror.volume.engine import Engine
 from geomirror.volume.view import View
 from geomirror.wan_protocol.member_answer import answer_of
+from geomirror.wan_protocol.session import my_history, state_history
 from tests.wan_protocol.core_support import PEER, PRIMARY, Stage, different_blocks
 
 
@@ -172,3 +174,19 @@ def test_a_first_sync_holds_nothing() -> None:
     stage.unpark()
     stage.pass_time(5000)
     stage.check_in_sync()
+
+
+def test_what_a_copy_in_a_resync_would_have_to_give_up_is_what_it_holds() -> None:
+    """A promoted copy that is behind the resync's base, and ahead of the state that is held, leaves
+    nothing out of it: nobody has to be asked."""
+    stage = held_stage()
+    engine = stage.secondary.engine
+    assert engine.committed_epoch > 3
+    mine = state_history(engine)
+    assert (mine.epoch, mine.has_unsealed) == (2, False)
+    heir = Generation(b"H", 2, engine.generation, 3, b"hash of 3")
+    theirs = History((*mine.generations, heir), 3, b"hash of 3")
+    assert compare(mine, theirs).relation == ANCESTOR
+    assert compare(my_history(engine), theirs).relation == DIVERGED, "so it does not just go on"
+    engine.give_up_held()
+    assert state_history(engine).generations == (), "one that has no state has nothing to lose"

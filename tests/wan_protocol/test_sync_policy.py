@@ -6,6 +6,7 @@ import pytest
 
 from geomirror.environment import MS, SECOND
 from geomirror.errors import UsageError
+from geomirror.wan_protocol.rejoin_policy import is_automatic
 from geomirror.wan_protocol.sync_policy import ASYNCHRONOUS, SyncPolicy, parse_policy
 
 PEERS = ["colo", "west"]
@@ -25,10 +26,18 @@ PEERS = ["colo", "west"]
         ({"degrade_after": "0"}, SyncPolicy({}, None, 0)),
         ({"degrade_after": "3600"}, SyncPolicy({}, None, 3600 * SECOND)),
         ({"degrade_after": "block"}, SyncPolicy({}, None, None)),
+        ({"auto_rejoin": "on"}, ASYNCHRONOUS),
+        ({"auto_rejoin": "off"}, ASYNCHRONOUS),
     ],
 )
 def test_settings_are_understood(settings: dict[str, str], policy: SyncPolicy) -> None:
     assert parse_policy(settings, PEERS) == policy
+
+
+def test_a_member_comes_back_by_itself_only_when_that_is_set() -> None:
+    assert is_automatic({"auto_rejoin": "on"})
+    assert not is_automatic({"auto_rejoin": "off"})
+    assert not is_automatic({})
 
 
 @pytest.mark.parametrize(
@@ -46,6 +55,7 @@ def test_settings_are_understood(settings: dict[str, str], policy: SyncPolicy) -
         ({"degrade_after": "soon"}, "degrade_after"),
         ({"degrade_after": "3601"}, "degrade_after"),
         ({"degrade_after": "-1"}, "degrade_after"),
+        ({"auto_rejoin": "yes"}, "auto_rejoin: 'yes' is none of on, off"),
     ],
 )
 def test_other_settings_are_refused(settings: dict[str, str], said: str) -> None:

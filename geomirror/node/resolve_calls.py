@@ -1,0 +1,334 @@
+"""Of two histories keep one: `resolve`, and what members ask of each other for it.
+
+```
+ resolve --keep K  any member ─ask all─▶ histories
+   K has the highest token               ─▶ the others give up their tails, as branches
+   another has it (K is outranked)       ─▶ K begins a generation with a token above both first
+```
+Deliberately not here: giving up a tail (`replica_return`), doing so unasked (`rejoiner`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cmp_to_key
+from typing import Any
+
+import msgspec
+
+from geomirror.cluster.history import (
+    ANCESTOR,
+    EQUAL,
+    Generation,
+    History,
+    compare,
+    history,
+    outranks,
+)
+from geomirror.errors import GeomirrorError, NotFoundError, RefusedError, UnreachableError
+from geomirror.node.calls import Caller, MethodRegistry, Parameters, Result
+from geomirror.node.promotion_calls import PromotionCalls
+from geomirror.node.rejoiner import Rejoiner
+from geomirror.node.resource_calls import ResourceCalls
+from geomirror.node.resource_definition import ResourceDefinition
+from geomirror.volume.superblock import GenerationRecord
+from geomirror.wan_protocol.messages import GenerationEntry
+
+ASK_TIMEOUT_S = 10.0
+GIVE_UP_TIMEOUT_S = 110.0
+"""Saving a tail and rolling back takes as long as it is large; the command waits two minutes."""
+KEPT = "kept"
+"""Reason of a generation that an operator wanted to go on although another had a higher token."""
+
+
+class Kept(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The history that is to go on; identities and hashes in hex."""
+
+    chain: list[GenerationRecord]
+    epoch: int
+    chain_hash: str
+
+
+class Resolve(Parameters, frozen=True):
+    """`resolve`"""
+
+    name: str
+    keep: str
+    is_dry_run: bool = False
+
+
+class GiveUp(Parameters, frozen=True):
+    """`resolve`, from a member to the others."""
+
+    name: str
+    keep: str
+    is_dry_run: bool = False
+    kept: Kept | None = None
+    """None from a member of an older version: the history that has outranked this one."""
+
+
+class OfMember(Parameters, frozen=True):
+    """From one member to another."""
+
+    resource_id: str
+
+
+class Insist(Parameters, frozen=True):
+    """From a member to the one whose history is to go on."""
+
+    resource_id: str
+    above: list[GenerationRecord]
+    """The chain with the highest claim that anybody who answers knows."""
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """What a member has, and of whom it has heard; with `error` nothing else counts."""
+
+    node: str
+    error: str = ""
+    role: str = "secondary"
+    is_outranked: bool = False
+    chain: list[GenerationRecord] = msgspec.field(default_factory=list)
+    superseded_by: list[GenerationRecord] = msgspec.field(default_factory=list)
+    epoch: int = 0
+    chain_hash: str = "00" * 32
+    has_unsealed: bool = False
+
+
+@dataclass
+class ResolveCalls:
+    """Handlers beside those of `PromotionCalls`."""
+
+    calls: ResourceCalls
+    promotion: PromotionCalls
+    rejoiner: Rejoiner
+
+    def register(self, methods: MethodRegistry) -> None:
+        """Add every method."""
+        methods.add("promotion.resolve", Resolve, self.resolve)
+        methods.add("promotion.history", OfMember, self.history, from_peers=True)
+        methods.add("promotion.insist", Insist, self.insist, from_peers=True)
+        methods.add("promotion.give_up", GiveUp, self.give_up, from_peers=True)
+        methods.add("promotion.offer", OfMember, self.offer, from_peers=True)
+
+    @property
+    def _self(self) -> str:
+        return self.calls.host.context.name
+
+    async def resolve(self, caller: Caller, request: Resolve) -> Result:
+        """Of two histories keep that of one node: the others give up their tails, as branches.
+
+        :raises UnreachableError: the node does not answer.
+        :raises RefusedError: it follows somebody: it has no history of its own.
+        """
+        definition = self.calls.store.get(request.name).definition
+        if request.keep not in definition.members:
+            raise NotFoundError(
+                f'node "{request.keep}" has no copy of "{request.name}"',
+                hint=f"members are {', '.join(definition.members)}",
+            )
+        answers = {node: await self._ask(node, definition) for node in definition.members}
+        kept = answers[request.keep]
+        if kept.error:
+            raise UnreachableError(f"{request.keep} does not answer: {kept.error}")
+        highest = _highest([a for a in answers.values() if not a.error])
+        insists = self._has_to_insist(request, kept, highest)
+        taken: Result = {}
+        if insists and not request.is_dry_run:
+            taken = await self._insist_at(request.keep, definition, highest)
+            kept = await self._ask(request.keep, definition)
+        wanted = GiveUp(
+            request.name,
+            request.keep,
+            request.is_dry_run,
+            Kept(kept.chain, kept.epoch, kept.chain_hash),
+        )
+        others = [answers[node] for node in definition.members if node != request.keep]
+        members = [await self._give_up_at(answer, wanted) for answer in others]
+        is_changed = insists or any(each.get("tail") for each in members)
+        return {
+            "name": request.name,
+            "keep": request.keep,
+            "is_dry_run": request.is_dry_run,
+            "insists": insists,
+            "token": taken.get("token"),
+            "is_resolved": is_changed
+            and not any(each.get("error") and each["is_reachable"] for each in members),
+            "members": members,
+        }
+
+    def _has_to_insist(
+        self, request: Resolve, kept: Answer, highest: Sequence[GenerationRecord]
+    ) -> bool:
+        """Whether the history that is to go on has not the highest token."""
+        is_lower = outranks(_generations(highest), _generations(kept.chain))
+        if kept.role == "primary":
+            return kept.is_outranked or is_lower
+        if kept.is_outranked:
+            return True
+        last = _generations(highest)[-1] if highest else None
+        mine = _history_of(kept)
+        if (
+            last is None
+            or not is_lower
+            or compare(
+                mine, history(_generations(highest), last.parent_epoch, last.parent_hash)
+            ).may_follow
+        ):
+            raise RefusedError(
+                f'{request.keep} has no history of "{request.name}" of its own: it is a copy',
+                hint=f"geomirror status {request.name}",
+            )
+        return True
+
+    async def _insist_at(
+        self, node: str, definition: ResourceDefinition, highest: list[GenerationRecord]
+    ) -> Result:
+        wanted = Insist(definition.resource_id, highest)
+        if node == self._self:
+            return await self.insist(Caller(), wanted)
+        return await self._call(node, "promotion.insist", wanted, GIVE_UP_TIMEOUT_S)
+
+    async def _give_up_at(self, answer: Answer, wanted: GiveUp) -> dict[str, Any]:
+        node = answer.node
+        if answer.error:
+            return {"node": node, "error": answer.error, "is_reachable": False}
+        try:
+            if node == self._self:
+                found = await self.give_up(Caller(), wanted)
+            else:
+                found = await self._call(node, "promotion.give_up", wanted, GIVE_UP_TIMEOUT_S)
+        except GeomirrorError as error:
+            return {"node": node, "error": str(error), "is_reachable": True}
+        return {**found, "is_reachable": True}
+
+    # What members are asked.
+
+    async def _ask(self, node: str, definition: ResourceDefinition) -> Answer:
+        wanted = OfMember(definition.resource_id)
+        try:
+            if node == self._self:
+                raw = await self.history(Caller(), wanted)
+            elif self.calls.is_connected(node):
+                raw = await self._call(node, "promotion.history", wanted, ASK_TIMEOUT_S)
+            else:
+                return Answer(node, "no link")
+            answer = msgspec.convert(raw, Answer)
+            _history_of(answer)
+        except GeomirrorError as error:
+            return Answer(node, error.message or "no answer")
+        except (msgspec.ValidationError, ValueError):
+            return Answer(node, "answers in another way; do both run the same version?")
+        return answer
+
+    async def history(self, caller: Caller, request: OfMember) -> Result:
+        """What this member has, and of whom it has heard."""
+        definition = self._member(caller, request.resource_id)
+        return self.calls.host.get(definition.name).history()
+
+    async def insist(self, caller: Caller, request: Insist) -> Result:
+        """Let the history of this member go on, with a token above all that are known."""
+        definition = self._member(caller, request.resource_id)
+        service = self.calls.host.get(definition.name)
+        if request.above:
+            await service.hear(request.above[-1].by, _entries(request.above))
+        if not service.is_outranked:
+            raise RefusedError(f'nobody has outranked {self._self} for "{definition.name}"')
+        return await self.promotion.take_here(definition, KEPT)
+
+    async def give_up(self, caller: Caller, request: GiveUp) -> Result:
+        """This member's part: save what the other history has not, and follow it."""
+        definition = self.calls.store.get(request.name).definition
+        self._member(caller, definition.resource_id)
+        service = self.calls.host.get(request.name)
+        kept, nothing = request.kept, {"node": self._self, "tail": None, "branch": ""}
+        if kept is not None:
+            chain = _entries(kept.chain)
+            # Whatever it has by now, it goes on.
+            other = history(chain, kept.epoch, bytes.fromhex(kept.chain_hash), has_unsealed=True)
+            tail = service.tail_beyond(other)
+            if tail["relation"] in (EQUAL, ANCESTOR):
+                return nothing  # It follows by itself.
+            if not request.is_dry_run:
+                self.rejoiner.forget(request.name)
+                # It may come back by itself now.
+                await service.hear(request.keep, chain)
+        elif not service.is_outranked:
+            return nothing
+        else:
+            tail = service.tail()
+            if tail["other"]["node"] != request.keep:
+                raise RefusedError(
+                    f'"{request.name}" at {self._self} was superseded by {tail["other"]["node"]}, '
+                    f"not by {request.keep}",
+                    hint=tail["next"],
+                )
+        branch = "" if request.is_dry_run else await self.rejoiner.bring_back_now(request.name)
+        if not branch and not request.is_dry_run:
+            raise RefusedError(
+                f'"{request.name}" at {self._self} has heard of no higher token than its own',
+                hint=f"geomirror status {request.name}",
+            )
+        return {"node": self._self, "tail": tail, "branch": branch}
+
+    async def offer(self, caller: Caller, request: OfMember) -> Result:
+        """The caller has come back: offer it a session now."""
+        definition = self._member(caller, request.resource_id)
+        if caller.peer is not None:
+            self.calls.host.get(definition.name).offer(caller.peer)
+        return {"node": self._self}
+
+    def _member(self, caller: Caller, resource_id: str) -> ResourceDefinition:
+        entry = self.calls.store.by_id(resource_id)
+        if entry is None or entry.state == "deleting":
+            raise NotFoundError("no such resource on this node")
+        if caller.peer is not None and caller.peer not in entry.definition.members:
+            raise RefusedError(f'node "{caller.peer}" is no member of "{entry.definition.name}"')
+        return entry.definition
+
+    async def _call(
+        self, node: str, method: str, request: Parameters, timeout_s: float
+    ) -> dict[str, Any]:
+        return await self.calls.links.call(node, method, msgspec.to_builtins(request), timeout_s)
+
+
+def _generations(chain: Sequence[GenerationRecord]) -> tuple[Generation, ...]:
+    return tuple(
+        Generation(
+            bytes.fromhex(each.identity),
+            each.token,
+            bytes.fromhex(each.parent),
+            each.parent_epoch,
+            bytes.fromhex(each.parent_hash),
+        )
+        for each in chain
+    )
+
+
+def _entries(chain: Sequence[GenerationRecord]) -> list[GenerationEntry]:
+    """As the protocol has them. :raises RefusedError: they are no chain."""
+    try:
+        return [
+            GenerationEntry(*generation, each.reason, each.by, each.wall_ns)
+            for generation, each in zip(_generations(chain), chain, strict=True)
+        ]
+    except ValueError:
+        raise RefusedError("a generation chain that cannot be read") from None
+
+
+def _history_of(answer: Answer) -> History:
+    chain_hash = bytes.fromhex(answer.chain_hash)
+    unsealed = answer.has_unsealed
+    return History(_generations(answer.chain), answer.epoch, chain_hash, unsealed)
+
+
+def _highest(answers: Sequence[Answer]) -> list[GenerationRecord]:
+    """The chain with the highest claim that any of them has or has heard of."""
+
+    def by_claim(one: list[GenerationRecord], other: list[GenerationRecord]) -> int:
+        mine, theirs = _generations(one), _generations(other)
+        return 1 if outranks(mine, theirs) else -1 if outranks(theirs, mine) else 0
+
+    chains = [chain for a in answers for chain in (a.chain, a.superseded_by) if chain]
+    return max(chains, key=cmp_to_key(by_claim), default=[])
