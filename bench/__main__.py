@@ -15,6 +15,7 @@ import rich_click as click
 from rich.console import Console
 
 from bench import (
+    history,
     link_dead,
     link_use,
     local_writes,
@@ -39,6 +40,7 @@ BENCHMARKS: dict[str, list[Cell]] = {
     sustained.NAME: sustained.CELLS,
     postgres.NAME: postgres.CELLS,
     peers.NAME: peers.CELLS,
+    history.NAME: history.CELLS,
     **{
         module.NAME: [Cell(module.NAME, module.run)]
         for module in (link_dead, link_use, synchronous, restart, memory, simulator)

@@ -5,7 +5,8 @@
  points  one a second    every 30 s     every 5 min    every hour
 ```
 Merging (a, b] and (b, c] gives (a, c]: the state at b cannot be viewed any more, those at a and c
-can. A pinned epoch (a view, a mark) is never merged away. Age is measured against the newest pass,
+can. A pinned epoch (a view, a mark) is never merged away. Passes wait until all that will become
+one are old enough, so that each is written once a level. Age is measured against the newest pass,
 not against the clock: while replication is down, nothing gets older.
 Deliberately not here: merging (`undo_merge`), budgets (`undo`).
 """
@@ -48,26 +49,35 @@ def next_merge(
         return []
     newest_ns = max(each.wall_ns for each in passes)
     group: list[PassInfo] = []
-    bucket: tuple[int, int] | None = None
+    bucket = (1, -1)
     raw_bytes = 0
     for each in passes:
         age_ns = newest_ns - each.wall_ns
-        if age_ns < settled_ns:
-            break
         step_ns, _ = levels[level_of(age_ns, levels)]
         here = (step_ns, each.wall_ns // step_ns)
-        follows = bool(group) and group[-1].to_epoch == each.from_epoch
         fits = raw_bytes + each.raw_bytes <= raw_bytes_max and len(group) < MERGE_PASSES_MAX
-        is_one = follows and here == bucket and fits and not each.is_gap
-        if not is_one or group[-1].to_epoch in pinned or group[-1].generation != each.generation:
-            if len(group) > 1:
+        belongs = _follows(group, each, pinned) and fits and each.wall_ns // bucket[0] == bucket[1]
+        if not belongs or here != bucket or age_ns < settled_ns:
+            # One that belongs to it will be as old: merging twice writes the same again.
+            if len(group) > 1 and not belongs:
                 return group
             group, raw_bytes = [], 0
+        if age_ns < settled_ns:
+            break
         bucket = here
         if not each.is_gap:
             group.append(each)
             raw_bytes += each.raw_bytes
     return group if len(group) > 1 else []
+
+
+def _follows(group: Sequence[PassInfo], each: PassInfo, pinned: Collection[int]) -> bool:
+    """Whether nothing but its age keeps a pass from being merged with the group before it."""
+    if not group or each.is_gap:
+        return False
+    last = group[-1]
+    is_boundary = last.to_epoch in pinned or last.generation != each.generation
+    return last.to_epoch == each.from_epoch and not is_boundary
 
 
 def expired(passes: Sequence[PassInfo], pinned: Collection[int], levels: Sequence[Level]) -> int:

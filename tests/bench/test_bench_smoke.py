@@ -84,6 +84,25 @@ def test_the_simulator_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert found["simulator"]["figures"][0]["value"] > 1
 
 
+@pytest.mark.system
+def test_history_is_measured_by_level(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    found = bench(tmp_path, "--only", "history", "--rounds", "1")
+    levels, turns = found["history.levels"], found["history.apply"]
+    for result in (levels, turns):
+        assert result["verdict"] in ("ok", "not quiet"), result["invalid_because"]
+    points = [row[3] for row in levels["table"]["rows"]]
+    assert all(points[:2])
+    assert points[0] >= 4
+    figures = {figure["name"]: figure["value"] for figure in levels["figures"]}
+    assert figures["written per byte received: journal"] > 1
+    assert figures["written per byte received: image"] > 0.9
+    assert 0 < figures["written per byte received: before-images"] < 1.1
+    assert figures["written per byte received: thinning of history"] > 0
+    ratio = turns["figures"][0]
+    assert (ratio["bound"], ratio["value"] > 0.05) == ("≥ 0.5", True)
+
+
 def test_a_run_whose_peer_left_the_stream_does_not_count() -> None:
     result = Result("x", "X")
     result.judge_states({"Stream", "Disconnected"}, ("Disconnected",))

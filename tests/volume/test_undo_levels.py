@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -49,6 +51,52 @@ def test_after_an_hour_half_a_minute_is_one_point() -> None:
     first = merge_of(passes, [], ROOM)
     assert 25 <= len(first) <= 30
     assert first[0].to_epoch == 1
+
+
+def half_minute(age_s: float, count: int = 29) -> list[PassInfo]:
+    """One a second, the oldest at the start of a half minute and so old."""
+    passes = history(*[age_s - n for n in range(count)])
+    shift_ns = -passes[0].wall_ns % (30 * SECOND)
+    return [replace(each, wall_ns=each.wall_ns + shift_ns) for each in passes]
+
+
+def test_passes_wait_for_those_that_will_become_one_with_them() -> None:
+    # Half of the passes of this half minute are not an hour old yet.
+    assert merge_of(half_minute(3614.5), [], ROOM) == []
+    whole = half_minute(3629.5)
+    assert merge_of(whole, [], ROOM) == whole[:-1]
+
+
+def test_what_waits_for_others_does_not_wait_for_a_boundary_or_room() -> None:
+    passes = half_minute(3614.5)
+    assert ends(merge_of(passes, [6], ROOM)) == [1, 2, 3, 4, 5, 6]
+    assert merge_of(passes[6:], [6], ROOM) == []
+    assert ends(merge_of(passes, [], 5 * 4096)) == [1, 2, 3, 4, 5]
+    passes[4] = replace(passes[4], is_gap=True)
+    assert ends(merge_of(passes, [], ROOM)) == [1, 2, 3, 4]
+
+
+def test_each_pass_is_written_once_a_level() -> None:
+    """Four a second for five minutes, thinned every ten seconds; a minute is kept by the second."""
+    levels = ((SECOND, 60 * SECOND), (30 * SECOND, 600 * SECOND))
+    passes: list[PassInfo] = []
+    written = {"seconds": 0, "half minutes": 0}
+    for number in range(4 * 300):
+        wall_ns = NOW + number * SECOND // 4
+        passes.append(PassInfo(GENERATION, number, number + 1, wall_ns, name="p", raw_bytes=1))
+        if number % 40:
+            continue
+        while group := next_merge(passes, [], ROOM, levels, 10 * SECOND):
+            raw_bytes = sum(each.raw_bytes for each in group)
+            is_old = wall_ns - group[-1].wall_ns >= 60 * SECOND
+            written["half minutes" if is_old else "seconds"] += raw_bytes
+            at = passes.index(group[0])
+            label = (group[0].from_epoch, group[-1].to_epoch, group[-1].wall_ns)
+            merged = PassInfo(GENERATION, *label, name="m", raw_bytes=raw_bytes)
+            passes[at : at + len(group)] = [merged]
+    assert 1000 < written["seconds"] <= 1200
+    assert 800 < written["half minutes"] <= 960
+    assert len(passes) < 60 + 2 * 30 + 4 * 20 + 8
 
 
 def test_a_pinned_epoch_stays_a_boundary() -> None:
