@@ -93,6 +93,8 @@ class Setup:
     on_stopped: Callable[[SimNode], None]
     on_recovered: Callable[[SimNode], None]
     on_fenced: Callable[[SimNode], None]
+    on_outranked: Callable[[SimNode], None]
+    """It has a tail that a history with a higher claim lacks."""
     on_followed: Callable[[SimNode], None]
     """A superseded primary is a secondary now."""
     on_reopen: Callable[[SimNode], None]
@@ -201,6 +203,7 @@ class SimNode:
         if job is not None:
             job.run()
             self.engine.complete_checkpoint(job)
+        self.roles.begin(superblock.role)
         self._begin()
 
     def make_anew(self) -> None:
@@ -215,6 +218,7 @@ class SimNode:
             self.store, self.setup.limits, self.entropy, lambda volume: self.store.open("none")
         )
         self.setup.on_recovered(self)
+        self.roles.begin(self.engine.superblock.role)
         self._begin()
 
     def _begin(self) -> None:
@@ -241,7 +245,6 @@ class SimNode:
             self.core.now_ns = self.now_ns()
         self.is_alive = True
         self._timer_ns = None
-        self.roles.begin()
         if self.is_primary:
             setup.on_primary(self)
         self.watch.begin()

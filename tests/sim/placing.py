@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from geomirror.errors import LimitExceededError, NotFoundError
 from geomirror.volume.branches import BranchRecord
 from geomirror.volume.superblock import GenerationRecord
+from geomirror.volume.undo_file import KIND_SIZE
 from tests.sim.oracle import BLOCK, ENDLESS, Mirror, Oracle, OracleError
 
 if TYPE_CHECKING:
@@ -89,7 +90,8 @@ class Placing:
         if line is old and (node.is_copying or position >= floor):
             return
         self._check_claim(node, old)
-        common = min(line.common_epoch(old), position if line is old else ENDLESS)
+        # It may have gone back further, to a state that is kept.
+        common = min(line.common_epoch(old), ENDLESS if node.is_copying else position)
         if floor > common:
             self._check_kept(node, old, common, floor, is_writer=was_writer)
             if was_writer:
@@ -145,12 +147,15 @@ class Placing:
         line = self.lines[record.generation]
         base = line.content_at(record.base_epoch)
         expected = line.content_at(record.end_epoch)
-        found = {volume: bytearray(content) for volume, content in base.items()}
+        sizes = line.epoch_sizes[record.end_epoch]
+        found = {v: bytearray(base.get(v, b"").ljust(size, b"\0")) for v, size in sizes.items()}
         where = f"O6: branch {record.name} of {node.name}"
         with node.store.undisturbed():
             reader = node.engine.branches.reader(record.name)
             try:
-                for volume, _, first, count in reader.entries():
+                for volume, kind, first, count in reader.entries():
+                    if kind == KIND_SIZE:
+                        continue
                     for block in range(first, first + count):
                         content = reader.read_block(volume, block)
                         assert content is not None

@@ -19,7 +19,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from functools import partial
 from typing import Generic, TypeVar
 
-from geomirror.cluster.history import ANCESTOR, DIVERGED, Comparison, compare, history
+from geomirror.cluster.history import ANCESTOR, DIVERGED, EQUAL, Comparison, compare, history
 from geomirror.errors import GeomirrorError, RefusedError
 from geomirror.volume.branches import BranchRecord
 from geomirror.volume.engine import Engine
@@ -28,8 +28,9 @@ from geomirror.volume.superblock import GenerationRecord
 from geomirror.wan_protocol.decisions import Job
 from geomirror.wan_protocol.messages import GenerationEntry
 from geomirror.wan_protocol.primary import Primary
+from geomirror.wan_protocol.secondary import BLANK
 from geomirror.wan_protocol.sender import FOLD, STREAM
-from geomirror.wan_protocol.session import chain_entries, my_history
+from geomirror.wan_protocol.session import chain_entries, state_history
 
 Result = TypeVar("Result")
 Steps = Generator[Job, None, Result]
@@ -136,6 +137,9 @@ def promotion(
     :param reason: `promoted` after a hand over, `forced` otherwise.
     """
     superblock = engine.superblock
+    if superblock.role == "primary":
+        # One that was outranked may have writes that no epoch holds.
+        yield Call(partial(engine.seal_all, wall_ns))
     is_whole = engine.committed_epoch >= superblock.consistent_from >= 0
     if engine.held is not None and not is_whole:
         yield from go_back(engine)
@@ -168,31 +172,41 @@ def claim(engine: Engine, chain: Sequence[GenerationEntry]) -> Steps[None]:
 def following(
     engine: Engine, peers: Iterable[str], wall_ns: int, *, gives_up_tail: bool
 ) -> Steps[BranchRecord | None]:
-    """Become a secondary of the chain that superseded this primary.
+    """Become a secondary of the chain that outranks this member.
 
     :returns: the branch that the tail is now, None when there was no tail.
     :raises RefusedError: it has a tail and may not give it up, or no common point is known.
     """
     found = check_following(engine, gives_up_tail=gives_up_tail)
     chain = chain_entries(engine.superblock, engine.superblock.superseded_by)
+    has_tail = found.relation == DIVERGED
+    is_held, is_empty = engine.held is not None, engine.state_epoch is None
+    if is_held or not (has_tail or is_empty):
+        if engine.superblock.role == "primary":
+            yield Call(partial(engine.seal_all, wall_ns))
+        yield from settle(engine)
+    if is_held:
+        yield from go_back(engine)
+    elif is_empty:
+        # Being filled for the first time: there is nothing that could be kept.
+        engine.reset_position(engine.generation, 0, bytes(32), data_state=BLANK)
     branch: BranchRecord | None = None
-    if found.relation == DIVERGED:
+    if has_tail:
         assert found.branch is not None
+        target, chain_hash = engine.retreat_point(found.branch.epoch, found.branch.chain_hash)
         roll_back: Call[RollbackJob] = Call(
             partial(
                 engine.roll_back,
-                found.branch.epoch,
+                target,
                 f"orphan-{engine.generation.hex()[:8]}",
                 wall_ns=wall_ns,
-                chain_hash=found.branch.chain_hash,
+                chain_hash=chain_hash,
+                may_shrink=True,
             )
         )
         yield roll_back
         branch = roll_back.result.branch
-    else:
-        yield from settle(engine)
-    engine.adopt_chain(chain)
-    job = engine.demote(peers)
+    job = engine.rejoin(chain, peers)
     yield job
     engine.complete_checkpoint(job)
     return branch
@@ -202,13 +216,13 @@ def following(
 
 
 def check_following(engine: Engine, *, gives_up_tail: bool) -> Comparison:
-    """How this superseded primary relates to whom it is to follow.
+    """How this outranked member relates to whom it is to follow.
 
     :raises RefusedError: it has a tail and may not give it up, or no common point is known.
     """
     found = compare_with_claim(engine)
     has_tail = found.relation == DIVERGED and found.branch is not None
-    if found.relation != ANCESTOR and not (has_tail and gives_up_tail):
+    if found.relation not in (ANCESTOR, EQUAL) and not (has_tail and gives_up_tail):
         name = engine.superblock.name
         raise RefusedError(
             f'"{name}" has a tail of its own here ({found.relation})',
@@ -218,11 +232,11 @@ def check_following(engine: Engine, *, gives_up_tail: bool) -> Comparison:
 
 
 def compare_with_claim(engine: Engine) -> Comparison:
-    """How what this superseded primary has relates to the chain that superseded it."""
+    """How what this member has relates to the chain that outranks it."""
     superblock = engine.superblock
     chain = chain_entries(superblock, superblock.superseded_by)
     last = chain[-1]
-    return compare(my_history(engine), history(chain, last.parent_epoch, last.parent_hash))
+    return compare(state_history(engine), history(chain, last.parent_epoch, last.parent_hash))
 
 
 def lacking(core: Primary, heirs: Iterable[str], epoch: int) -> list[str]:

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from geomirror.cluster.history import ANCESTOR
+from geomirror.cluster.history import ANCESTOR, EQUAL
 from geomirror.cluster.promotion import (
+    DIVERGED,
     DRAINING,
     PRIMARY,
     SECONDARY,
@@ -20,7 +21,8 @@ from geomirror.cluster.promotion import (
     is_legal,
     next_state,
 )
-from geomirror.errors import GeomirrorError, NotPrimaryError
+from geomirror.errors import GeomirrorError, NotPrimaryError, StorageError
+from geomirror.volume.superblock import GenerationRecord
 from geomirror.wan_protocol.decisions import Job
 from geomirror.wan_protocol.primary import Primary
 from geomirror.wan_protocol.secondary import CONSISTENT, Secondary
@@ -49,6 +51,7 @@ DRAIN_NS = 10 * SECOND
 
 Position = tuple[bytes, int]
 """Generation and epoch."""
+Failed = Callable[[GeomirrorError], None]
 
 
 class Roles:
@@ -59,11 +62,13 @@ class Roles:
         self.stage = SECONDARY
         self.promotions = 0
         self._is_remembering = False
+        self._outranked_by: list[GenerationRecord] | None = None
 
-    def begin(self) -> None:
-        """A core serves in the role that the superblock has."""
-        self.stage = PRIMARY if self.node.is_primary else SECONDARY
+    def begin(self, role: str) -> None:
+        """The resource is opened; its superblock has this role."""
+        self.stage = PRIMARY if role == "primary" else SECONDARY
         self._is_remembering = False
+        self._outranked_by = None
 
     @property
     def is_writer(self) -> bool:
@@ -72,9 +77,9 @@ class Roles:
         return isinstance(core, Primary) and not core.superseded_by
 
     @property
-    def is_superseded(self) -> bool:
-        """A primary that serves nothing, and says so durably."""
-        return self.stage == SUPERSEDED and not self._is_remembering
+    def is_outranked(self) -> bool:
+        """It has a tail that a history with a higher claim lacks, and accepts nothing."""
+        return self.stage in (SUPERSEDED, DIVERGED) and not self._is_remembering
 
     # Secondary to primary.
 
@@ -82,10 +87,11 @@ class Roles:
         """Whether this copy can become the primary now."""
         core, engine = self.node.core, self.node.engine
         is_whole = engine.superblock.data_state == CONSISTENT or engine.can_return
-        is_free = self.stage == SECONDARY and core.fenced is None and not core.is_frozen
+        is_free = self.stage in (SECONDARY, DIVERGED, SUPERSEDED) and not self._is_remembering
+        is_well = self.stage == SUPERSEDED or (core.fenced is None and not core.is_frozen)
         # One that has not heard of its primary yet is a part of no history.
         is_placed = bool(engine.superblock.chain)
-        return isinstance(core, Secondary) and is_free and is_whole and is_placed
+        return is_free and is_well and is_whole and is_placed
 
     def promote(self, reason: str) -> None:
         """Become the primary at the durable epoch."""
@@ -103,7 +109,11 @@ class Roles:
             node.world.note(f"{node.name}: primary from epoch {node.engine.sealed_epoch} on")
             node.serve()
 
-        self._freeze(lambda: self._run(steps(), done, self._reopen))
+        def failed(error: GeomirrorError) -> None:
+            self._enter("failed")
+            self._reopen()
+
+        self._freeze(lambda: self._run(steps(), done, failed))
 
     # Primary to secondary.
 
@@ -138,7 +148,7 @@ class Roles:
                 node.serve()
                 done(position)
 
-            def reopen() -> None:
+            def reopen(_: GeomirrorError) -> None:
                 self._reopen()
                 failed()
 
@@ -171,14 +181,29 @@ class Roles:
     # A higher token was heard.
 
     def look(self) -> None:
-        """Remember a higher token durably, once."""
-        core, engine = self.node.core, self.node.engine
-        if not isinstance(core, Primary) or not core.superseded_by or self._is_remembering:
+        """A higher claim was heard of, or a member that was outranked is not any more."""
+        core, superblock = self.node.core, self.node.engine.superblock
+        if self._is_remembering:
             return
-        known = chain_entries(engine.superblock, engine.superblock.superseded_by)
-        is_known = known == core.superseded_by and self.stage != PRIMARY
-        if is_known or not is_legal(self.stage, "higher_token"):
-            return
+        if isinstance(core, Primary):
+            if core.superseded_by and is_legal(self.stage, "higher_token"):
+                known = chain_entries(superblock, superblock.superseded_by)
+                if known != core.superseded_by or self.stage == PRIMARY:
+                    self._remember(core)
+        elif self.stage == DIVERGED and not superblock.superseded_by:
+            self._enter("follow")
+            self._outranked_by = None
+        elif self.stage in (SECONDARY, DIVERGED) and superblock.superseded_by not in (
+            [],
+            self._outranked_by,
+        ):
+            # The core writes it down with its next checkpoint.
+            self._enter("higher_token")
+            self._settle_claim()
+
+    def _remember(self, core: Primary) -> None:
+        """Durably, once."""
+        engine = self.node.engine
         self._is_remembering = True
         self._enter("higher_token")
         self.node.setup.on_room(self.node)
@@ -186,18 +211,25 @@ class Roles:
         def remembered(_: Any) -> None:
             self._is_remembering = False
             self.node.setup.placing.acted(self.node, engine.superblock.superseded_by)
-            if compare_with_claim(engine).relation == ANCESTOR:
-                self.follow(gives_up_tail=False, failed=lambda: None)
+            self._settle_claim()
 
-        def failed() -> None:
+        def failed(_: GeomirrorError) -> None:
             self._is_remembering = False
 
         self._wait_idle(lambda: self._run(claim(engine, core.superseded_by), remembered, failed))
 
-    def follow(self, *, gives_up_tail: bool, failed: Callable[[], None] | None = None) -> None:
-        """Follow the chain that superseded this primary; its tail becomes a branch.
+    def _settle_claim(self) -> None:
+        engine = self.node.engine
+        self._outranked_by = list(engine.superblock.superseded_by)
+        if compare_with_claim(engine).relation in (ANCESTOR, EQUAL):
+            self.follow(gives_up_tail=False)
+        else:
+            self.node.setup.on_outranked(self.node)
 
-        :param failed: None: open the resource again.
+    def follow(self, *, gives_up_tail: bool) -> None:
+        """Follow the chain that outranks this member; its tail becomes a branch.
+
+        :raises RefusedError: it has a tail and may not give it up, or no common point is known.
         """
         node = self.node
         check_following(node.engine, gives_up_tail=gives_up_tail)
@@ -208,16 +240,20 @@ class Roles:
 
         def done(branch: Any) -> None:
             self._enter("rejoined")
+            self._outranked_by = None
             name = branch.name if branch is not None else "none"
             node.setup.on_followed(node)
             node.world.note(f"{node.name}: follows from {node.engine.sealed_epoch}, branch {name}")
             node.serve()
 
-        def refused() -> None:
+        def failed(error: GeomirrorError) -> None:
             self._enter("failed")
-            (failed or self._reopen)()
+            if node.engine.must_reopen or isinstance(error, StorageError):
+                self._reopen()
+            else:
+                node.serve()
 
-        self._freeze(lambda: self._run(steps(), done, refused))
+        self._freeze(lambda: self._run(steps(), done, failed))
 
     # How a role ends.
 
@@ -248,9 +284,7 @@ class Roles:
 
         look()
 
-    def _run(
-        self, steps: Steps[Any], done: Callable[[Any], None], failed: Callable[[], None]
-    ) -> None:
+    def _run(self, steps: Steps[Any], done: Callable[[Any], None], failed: Failed) -> None:
         self._go_on(Change(steps), self.node.life, done, failed, None)
 
     def _go_on(
@@ -258,7 +292,7 @@ class Roles:
         change: Change[Any],
         life: int,
         done: Callable[[Any], None],
-        failed: Callable[[], None],
+        failed: Failed,
         error: GeomirrorError | None,
     ) -> None:
         """Ask for the next job, and run it in a while."""
@@ -285,7 +319,7 @@ class Roles:
             return
         if refusal is not None:
             node.world.note(f"{node.name}: the change of its role ends: {refusal}")
-            failed()
+            failed(refusal)
         elif job is None:
             done(change.result)
         else:

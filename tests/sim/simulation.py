@@ -124,6 +124,7 @@ class Simulation:
             on_stopped=self._stopped,
             on_recovered=self._check_recovered,
             on_fenced=self._fenced,
+            on_outranked=lambda node: self.succession.outranked(node),
             on_followed=lambda node: self.succession.followed(node),
             on_reopen=lambda node: self.crash(node, is_kill=True),
             on_promise=lambda node: self.faults.promised(node),

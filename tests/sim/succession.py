@@ -16,6 +16,7 @@ from geomirror.volume.engine import Engine
 from geomirror.wan_protocol.member_answer import answer_of
 from geomirror.wan_protocol.primary import Primary
 from geomirror.wan_protocol.secondary import CONSISTENT, Secondary
+from geomirror.wan_protocol.session import chain_entries, highest_chain
 from tests.sim.node import SimNode
 from tests.sim.options import NEVER
 from tests.sim.oracle import OracleError
@@ -40,7 +41,6 @@ def successions(seed: int) -> dict[str, Any]:
     return {
         "nodes": chance.choice([2, 3, 3, 4, 5]),
         "succession_mean_ns": int(chance.uniform(2, 8) * SECOND),
-        "growth_chance": 0.0,
         "bit_flips": False,
     }
 
@@ -53,9 +53,11 @@ class Succession:
         self._world = simulation.world
         self._chance = random.Random(f"{seed}/operator")
         self._mean_ns = mean_ns
+        self._is_automatic = self._chance.random() < 0.4
+        """`auto_rejoin`"""
         self.counts: dict[str, int] = {}
         self._tries: dict[str, int] = {}
-        """Superseded primaries → how often they were to give up their tail."""
+        """Outranked members → how often they were to give up their tail."""
 
     def begin(self) -> None:
         """Schedule what the options ask for."""
@@ -70,7 +72,7 @@ class Succession:
         if not simulation.client.is_storm and self._chance.random() * CALM_FACTOR >= 1:
             return
         kinds = [self._fail_over, self._fail_over, self._switch_over, self._demote, self._resolve]
-        self._chance.choice(kinds)()
+        self._chance.choice([*kinds, self._insist])()
 
     def _count(self, kind: str) -> None:
         self.counts[kind] = self.counts.get(kind, 0) + 1
@@ -101,7 +103,7 @@ class Succession:
 
     def _try(self, heir: SimNode) -> bool:
         """`failover --to HEIR`, given at the heir."""
-        if not heir.is_alive or not heir.roles.may_promote():
+        if not heir.is_alive or not heir.roles.may_promote() or heir.is_primary:
             return False
         answering = [
             node
@@ -183,13 +185,42 @@ class Succession:
     def _resolve(self) -> None:
         """`resolve --keep` whoever superseded them: tails are given up."""
         for node in self._simulation.nodes.values():
-            if node.is_alive and node.roles.is_superseded:
-                self._count("resolve")
-                self._tries[node.name] = self._tries.get(node.name, 0) + 1
-                try:
-                    node.roles.follow(gives_up_tail=True)
-                except RefusedError as error:
-                    self._world.note(f"{node.name}: {error}")
+            self._give_up(node)
+
+    def _give_up(self, node: SimNode) -> None:
+        if not node.is_alive or not node.roles.is_outranked:
+            return
+        self._count("resolve")
+        self._tries[node.name] = self._tries.get(node.name, 0) + 1
+        try:
+            node.roles.follow(gives_up_tail=True)
+        except RefusedError as error:
+            self._world.note(f"{node.name}: {error}")
+
+    def outranked(self, node: SimNode) -> None:
+        """A member has a tail: where the settings say so it comes back by itself."""
+        if self._is_automatic:
+            self._world.after(MS, partial(self._give_up, node))
+
+    def _insist(self) -> None:
+        """`resolve --keep` a member that was outranked: its history goes on."""
+        nodes = [node for node in self._simulation.nodes.values() if node.is_alive]
+        outranked = [node for node in nodes if node.roles.is_outranked]
+        if not outranked:
+            return
+        kept = self._chance.choice(outranked)
+        answering = [node for node in nodes if node is kept or self._answers(kept, node)]
+        chains = [chain_entries(n.engine.superblock) for n in answering]
+        chains += [highest_chain(n.engine.superblock) for n in answering]
+        highest = max(filter(None, chains), key=lambda chain: (chain[-1].token, chain[-1].identity))
+        core = kept.core
+        if isinstance(core, Primary):
+            kept.call(lambda: core.supersede("", highest))
+        else:
+            kept.call(lambda: core.hear_chain("", highest))
+        if kept.is_alive and kept.roles.may_promote():
+            self._count("insist")
+            kept.roles.promote("kept")
 
     def followed(self, node: SimNode) -> None:
         """It gave up its tail, or had none."""
@@ -223,7 +254,7 @@ class Succession:
         self._make_anew()
         if any(isinstance(n.core, Primary) or n.core.is_frozen for n in nodes):
             return
-        able = [node for node in nodes if node.roles.may_promote()]
+        able = [n for n in nodes if n.roles.may_promote() and not n.is_primary]
         if able:
             self._try(max(able, key=_claim))
 

@@ -65,7 +65,7 @@ FOCUS: dict[str, dict[str, Any]] = {
     "old_sizes_not_kept": GROWTHS,
     "name_after_epoch": {"promise_crash_chance": 0.1, "marks_mean_ns": SECOND * 3 // 10},
     "apply_while_held": {"hold_mean_ns": 2 * SECOND},
-    "unsealed_copied": OVERFLOWS,
+    "unsealed_copied": {**OVERFLOWS, "bytes_per_second": 300_000, "calm_ns": (SECOND, 2 * SECOND)},
     "late_copy_wins": OVERFLOWS,
     "thinning_forgets_pins": {"marks_mean_ns": SECOND},
 }
