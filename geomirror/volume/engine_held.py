@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from geomirror.errors import RefusedError
 from geomirror.volume.engine_copy import CopyPosition
 from geomirror.volume.image import Image
+from geomirror.volume.mark_log import holds_state
 from geomirror.volume.superblock import HeldRecord
 from geomirror.volume.undo_file import PassInfo, PassLabel
 from geomirror.volume.undo_open import OpenPass, open_pass_of
@@ -119,6 +120,9 @@ class HeldCopy(CopyPosition):
                 superblock.former_from = max(held.consistent_from, 0)
             superblock.former_until = held.epoch
             self.open_pass = open_pass_of(self.store, self.undo, held, self.limits)
+        # An earlier resync had come to its end but for applying: what was streamed then never was
+        # a state that undo leads to.
+        self.marks.table.keep_boundaries(lambda epoch: holds_state(superblock, epoch))
 
     # The end of a resync.
 

@@ -46,12 +46,17 @@ class Placing:
         self.root.generation = first.identity
         self.written[first.identity] = first.by
 
-    def begin_generation(self, chain: Sequence[GenerationRecord]) -> None:
-        """A superblock with this chain may be written."""
+    def begin_generation(self, node: SimNode) -> None:
+        """A superblock with this node's chain may be written."""
+        engine, chain = node.engine, node.engine.superblock.chain
         if not chain or chain[-1].identity in self.lines:
             return
         last = chain[-1]
         parent = self.lines[last.parent]
+        if self.written.get(parent.generation) == node.name:
+            # What was in no epoch was sealed just before.
+            for number in range(parent.sealed_epoch + 1, engine.sealed_epoch + 1):
+                parent.sealed(number, engine.epoch_info(number).chain_hash)
         line = parent.fork(last.identity, last.parent_epoch)
         known = parent.epoch_hash.get(last.parent_epoch)
         if last.parent_epoch and known not in (None, bytes.fromhex(last.parent_hash)):

@@ -323,7 +323,7 @@ class Roles:
         elif job is None:
             done(change.result)
         else:
-            node.setup.placing.begin_generation(node.engine.superblock.chain)
+            node.setup.placing.begin_generation(node)
             at_ns, end_ns = node.job_times("role")
             node.world.at(at_ns, run)
 

@@ -30,6 +30,7 @@ SEEDS = [
 
 SUCCESSIONS = [
     (38, 400, "a fold of epochs of two generations"),
+    (215, 400, "a mark from between two resyncs of a copy that readers held counted as held"),
 ]
 
 
