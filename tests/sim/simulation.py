@@ -173,7 +173,7 @@ class Simulation:
             self._begin()
             self.world.run_until(self.options.seconds * SECOND)
             self._heal()
-        except (OracleError, AssertionError, GeomirrorError) as error:
+        except (OracleError, AssertionError, GeomirrorError, LookupError) as error:
             if not (self.is_detected and isinstance(error, GeomirrorError)):
                 story = "\n".join(self.world.trace[-40:])
                 kind = type(error).__name__
