@@ -23,6 +23,7 @@ from bench import (
     peers,
     postgres,
     restart,
+    resync,
     simulator,
     sustained,
     synchronous,
@@ -41,6 +42,7 @@ BENCHMARKS: dict[str, list[Cell]] = {
     postgres.NAME: postgres.CELLS,
     peers.NAME: peers.CELLS,
     history.NAME: history.CELLS,
+    resync.NAME: resync.CELLS,
     **{
         module.NAME: [Cell(module.NAME, module.run)]
         for module in (link_dead, link_use, synchronous, restart, memory, simulator)

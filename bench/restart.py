@@ -14,9 +14,10 @@ from bench.fio import Load, run_fio
 from bench.machine import memory_bytes, missing_tools
 from bench.options import Options
 from bench.report import Result
-from bench.rig import Rig, require_free, rig
+from bench.rig import RESOURCE, Rig, require_free, rig
 from bench.servers import fill
 from geomirror.errors import GeomirrorError, WaitTimeoutError
+from geomirror.lab.lab_io import LabNode
 from geomirror.limits import BLOCK_BYTES, GIB, MIB
 from geomirror.nbd.client_io import NbdClient
 
@@ -44,7 +45,7 @@ async def run(options: Options) -> Result:
         for number in range(rounds):
             load = Load("randwrite", BLOCK_BYTES, 32, 0, size, backlog, seed=number + 1)
             result.rounds.append(await _round(lab, load, result))
-        digests = [await _digest(await _uri(node)) for node in (lab.primary, lab.secondary)]
+        digests = [await image_digest(node) for node in (lab.primary, lab.secondary)]
     rounds_ = result.rounds
     serving = [found["seconds_to_serving"] for found in rounds_]
     result.at_most("from start to serving", serving, SERVING_S_MAX, "s")
@@ -106,12 +107,10 @@ async def _first_read(uri: str) -> None:
     raise WaitTimeoutError(f"nothing is served after {WAIT_S_MAX:g} s")
 
 
-async def _uri(node: Any) -> str:
-    status = await node.call("status", {"name": "disk"})
-    return str(status["resources"][0]["volumes"][0]["nbd_uri"])
-
-
-async def _digest(uri: str) -> str:
+async def image_digest(node: LabNode) -> str:
+    """Of everything that a node's export of the volume reads."""
+    status = await node.call("status", {"name": RESOURCE})
+    uri = str(status["resources"][0]["volumes"][0]["nbd_uri"])
     digest = hashlib.sha256()
     async with await NbdClient.connect(uri) as client:
         async for offset, data in client.chunks():

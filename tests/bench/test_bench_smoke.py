@@ -78,6 +78,18 @@ def test_a_short_run_in_a_lab_writes_valid_figures(
 
 
 @pytest.mark.system
+def test_a_resync_of_scattered_blocks_sends_little_more_than_these(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need_fio()
+    monkeypatch.chdir(ROOT)
+    # The other one begins after the time that a peer stays with its bitmap.
+    result = bench(tmp_path, "--only", "resync.unknown")["resync.unknown"]
+    assert result["verdict"] in ("ok", "not quiet"), result["invalid_because"]
+    assert [figure["name"] for figure in result["figures"] if figure["is_met"] is False] == []
+
+
+@pytest.mark.system
 def test_the_simulator_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     found = bench(tmp_path, "--only", "simulator")
