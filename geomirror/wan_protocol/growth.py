@@ -15,13 +15,17 @@ from geomirror.wan_protocol.messages import VolumeInfo
 
 
 def volumes_at(engine: Engine, epoch: int) -> list[VolumeInfo]:
-    """Volumes as they are at an epoch, with all that a copy made anew has to know of them."""
+    """Volumes as they are at an epoch, with all that a copy made anew has to know of them.
+
+    At a secondary, which nobody is made anew from, one that was added by an epoch that is not
+    applied yet has no record, and its size is all there is to know.
+    """
     records = {record.index: record for record in engine.superblock.volumes}
     found: list[VolumeInfo] = []
     for index, size_bytes in sorted(engine.sizes.at(epoch).items()):
-        name, record = engine.sizes.names[index], records[index]
-        backings = dict(record.peers)
-        found.append(VolumeInfo(index, name, size_bytes, 0, backings, record.is_forced))
+        name, record = engine.sizes.names[index], records.get(index)
+        backings, is_forced = ({}, False) if record is None else (record.peers, record.is_forced)
+        found.append(VolumeInfo(index, name, size_bytes, 0, dict(backings), is_forced))
     return found
 
 

@@ -38,6 +38,23 @@ def test_a_copy_has_the_new_size_from_the_epoch_on_that_it_applies() -> None:
     assert stage.west.sent(SessionAccept)[-1].volumes[0].size_bytes == NEW[0]
 
 
+def test_a_session_opens_while_an_epoch_that_adds_a_volume_waits_to_be_applied() -> None:
+    stage = Stage()
+    stage.write(0, noise(1, BLOCK))
+    stage.pass_time(1000)
+    stage.secondary.set_hold(True, stage.now_ns)
+    number = stage.grow(2, 9 * BLOCK)
+    stage.pass_time(1000)
+    assert stage.sender().durable_epoch >= number > stage.west.engine.applied_epoch
+    stage.link_down()
+    stage.link_up()
+    sizes = {each.index: each.size_bytes for each in stage.west.sent(SessionAccept)[-1].volumes}
+    assert sizes == {**SIZES, 2: 9 * BLOCK}
+    stage.secondary.set_hold(False, stage.now_ns)
+    stage.pass_time(2000)
+    stage.check_in_sync()
+
+
 def test_one_fold_goes_over_several_growths_and_a_new_volume() -> None:
     stage = Stage()
     stage.link_down()
