@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from geomirror.errors import FencedError, IntegrityError
-from geomirror.limits import Limits
+from geomirror.limits import BLOCK_BYTES, Limits
 from geomirror.volume.dirty_index import DirtyIndex
 from geomirror.volume.epoch_directory import EpochDirectory, EpochInfo
 from geomirror.volume.epoch_record import decode_epoch
@@ -120,9 +120,10 @@ def replay(
     """
     history, applied_cut = _walk_back(superblock, journal, limits, sizes, way_back_epoch)
     epochs, cuts = _sealed(superblock, journal, records, limits, applied_cut)
-    owners, cut_number = _assign(records, applied_cut, cuts)
-    boundaries = _boundaries(records, owners, len(epochs), journal.end_lsn)
-    spooled = [each.lsn for each in records if each.kind == RecordType.BLOCKS]
+    owners, cut_number, boundaries = _assign(records, applied_cut, cuts)
+    boundaries += [journal.end_lsn] * (len(epochs) - len(boundaries))
+    blocks = RecordType.BLOCKS
+    spooled = [each.lsn for each in records if each.kind is blocks]
     directory = EpochDirectory()
     for info in [*history, *_rows(superblock, epochs, cuts, boundaries, spooled)]:
         directory.append(info)
@@ -251,13 +252,15 @@ def _sealed(
     previous_hash = bytes.fromhex(superblock.applied_hash)
     cut_number = applied_cut
     low_byte = -1
+    write = RecordType.WRITE
     for record in records:
-        if record.kind in _CHANGES:
+        kind = record.kind
+        if kind is write or kind in _CHANGES:
             if record.flags != low_byte:
                 cut_number = max(cut_number, later(cut_number, record.flags))
                 low_byte = cut_number & 0xFF
             continue
-        if record.kind != RecordType.EPOCH:
+        if kind is not RecordType.EPOCH:
             continue
         payload = journal.read(record.lsn + HEADER_BYTES, record.payload_length)
         epoch, previous_lsn = decode_epoch(payload, entries_max=limits.epoch_entries_max)
@@ -292,21 +295,26 @@ def _follows(epoch: Epoch, previous_hash: bytes) -> bool:
 
 def _assign(
     records: Sequence[RecordInfo], applied_cut: int, cuts: Sequence[int]
-) -> tuple[list[int], int]:
+) -> tuple[list[int], int, list[int]]:
     """For each record the index of its epoch in `cuts`: -1 applied, len(cuts) open, -2 neither.
 
-    Also returns the cut number to go on with.
+    Also returns the cut number to go on with, and for the sealed epochs, as far as there is one,
+    the LSN of the first change after each.
     """
     owners: list[int] = []
+    boundaries: list[int] = []
     cut_number, sealed = applied_cut, 0
     owner, low_byte = -2, -1
+    write, epoch = RecordType.WRITE, RecordType.EPOCH
     for record in records:
-        if record.kind == RecordType.EPOCH:
-            cut_number = max(cut_number, later(cut_number, record.flags))
-            low_byte = -1
-        if record.kind not in _CHANGES:
-            owners.append(-2)
-            continue
+        kind = record.kind
+        if kind is not write:
+            if kind is epoch:
+                cut_number = max(cut_number, later(cut_number, record.flags))
+                low_byte = -1
+            if kind not in _CHANGES:
+                owners.append(-2)
+                continue
         if record.flags != low_byte:
             # A new cut; thousands of records follow each other with the same.
             own = later(cut_number, record.flags)
@@ -315,19 +323,10 @@ def _assign(
             while sealed < len(cuts) and cuts[sealed] < own:
                 sealed += 1
             owner = -1 if own <= applied_cut else sealed
+            while owner > len(boundaries):
+                boundaries.append(record.lsn)
         owners.append(owner)
-    return owners, max(cut_number, (cuts[-1] if cuts else applied_cut) + 1)
-
-
-def _boundaries(
-    records: Sequence[RecordInfo], owners: Sequence[int], count: int, end_lsn: int
-) -> list[int]:
-    """For each sealed epoch the LSN of the first change after it."""
-    boundaries: list[int] = []
-    for record, owner in zip(records, owners, strict=True):
-        while owner > len(boundaries):
-            boundaries.append(record.lsn)
-    return boundaries + [end_lsn] * (count - len(boundaries))
+    return owners, max(cut_number, (cuts[-1] if cuts else applied_cut) + 1), boundaries
 
 
 def _fill_indexes(
@@ -341,36 +340,40 @@ def _fill_indexes(
 
     :raises FencedError: a change that cannot be one of this resource.
     """
-    open_epoch = OpenEpoch(
-        superblock.applied_epoch + 1,
-        superblock.applied_end_lsn or superblock.scan_lsn,
-        superblock.scan_lsn,
-    )
+    applied_end_lsn = superblock.applied_end_lsn or superblock.scan_lsn
+    open_epoch = OpenEpoch(superblock.applied_epoch + 1, applied_end_lsn, superblock.scan_lsn)
     is_open, indexes = False, growth.indexes
+    write, resize, volume = RecordType.WRITE, RecordType.RESIZE, -1
+    index = DirtyIndex(0, 1)
+    # A backlog has hundreds of thousands of records, nearly all of them plain writes.
     for record, owner in zip(records, owners, strict=True):
         if owner < 0:
             continue
+        kind, offset, length = record.kind, record.offset, record.length
         if owner == sealed_count and not is_open:
             is_open = True
             _settle(indexes)
             open_epoch.since_wall_ns = record.wall_ns
-        if record.kind == RecordType.RESIZE:
-            change = growth.replay(record)
+        if kind is resize:
+            change, volume = growth.replay(record), -1
             if owner == sealed_count:
                 open_epoch.changes.append(change)
             open_epoch.last_wall_ns = record.wall_ns
             continue
-        size = indexes[record.volume].size_bytes if record.volume in indexes else 0
-        if record.offset + record.length > size or not record.length:
+        if record.volume != volume:
+            volume = record.volume
+            index = indexes.get(volume) or DirtyIndex(0, 1)
+        is_short = kind is write and record.payload_length != length
+        if offset + length > index.size_bytes or not length or is_short:
             raise _impossible(superblock, record)
-        index = indexes[record.volume]
-        if record.kind == RecordType.WRITE:
-            if record.payload_length != record.length:
-                raise _impossible(superblock, record)
-            index.write(record.offset, record.length, record.lsn + HEADER_BYTES)
+        if kind is write:
+            if is_open or length != BLOCK_BYTES or offset % BLOCK_BYTES:
+                index.write(offset, length, record.lsn + HEADER_BYTES)
+            else:
+                # The same; but what a sealed epoch touched would be forgotten in a moment.
+                index.entries[offset // BLOCK_BYTES] = record.lsn + HEADER_BYTES
         else:
-            is_trim = record.kind == RecordType.TRIM
-            index.zero(record.offset, record.length, record.lsn, punch=is_trim)
+            index.zero(offset, length, record.lsn, punch=kind is RecordType.TRIM)
         open_epoch.last_wall_ns = record.wall_ns
     if not is_open:
         _settle(indexes)

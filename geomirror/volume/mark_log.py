@@ -191,7 +191,8 @@ def replay_marks(
     """
     table.keep_boundaries(lambda epoch: holds_state(superblock, epoch))
     naming: Mark | None = None
-    for record in records:
+    kinds = (RecordType.EPOCH, RecordType.MARK)
+    for record in [each for each in records if each.kind in kinds]:
         if record.kind == RecordType.EPOCH:
             header = journal.read(record.lsn + HEADER_BYTES, EPOCH_HEADER_BYTES)
             number, is_mark = peek_epoch(header)
@@ -200,7 +201,7 @@ def replay_marks(
             if is_mark and naming is not None and naming.epoch == number:
                 table.put(naming)
             naming = None
-        elif record.kind == RecordType.MARK:
+        else:
             mark = _decode(record, journal.read(record.address, record.payload_length))
             if record.flags & FLAG_NEXT:
                 naming = mark

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import struct
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 from xxhash import xxh3_64_intdigest
@@ -31,6 +31,8 @@ MAGIC = b"GMRC"
 FIELDS = struct.Struct("<4sBBHQQQQQIIQ")
 """The first 64 bytes of a header; the check of them follows."""
 CHECK = struct.Struct("<Q")
+_HEADER = struct.Struct("<4sBBHQQQQQIIQQ")
+"""Both at once."""
 assert FIELDS.size + CHECK.size == HEADER_BYTES
 
 PADS = tuple(bytes(length) for length in range(ALIGNMENT))
@@ -152,7 +154,7 @@ def scan_records(
     """
     position, size = 0, len(data)
     durable_lsn = 0
-    unpack, check_of, digest = FIELDS.unpack_from, CHECK.unpack_from, xxh3_64_intdigest
+    unpack, digest = _HEADER.unpack_from, xxh3_64_intdigest
     while True:
         body = position + HEADER_BYTES
         if lsn + body > limit_lsn:
@@ -160,7 +162,7 @@ def scan_records(
         if body > size:
             return Scan(position, HEADER_BYTES, check, durable_lsn)
         fields = unpack(data, position)
-        own = check_of(data, position + 64)[0]
+        own, length = fields[12], fields[9]
         if (
             fields[0] != MAGIC
             or fields[4] != lsn + position
@@ -168,7 +170,6 @@ def scan_records(
             or digest(data[position : position + 64], salt) != own
         ):
             return Scan(position, 0, check, durable_lsn)
-        length = fields[9]
         end = body + length + (-length & 7)
         if lsn + end > limit_lsn:
             return Scan(position, 0, check, durable_lsn)
@@ -179,19 +180,17 @@ def scan_records(
         found.append(_info(fields))
         checks.append(fields[11])
         check = own
-        durable_lsn = max(durable_lsn, fields[8])
+        if fields[8] > durable_lsn:
+            durable_lsn = fields[8]
         position = end
 
 
-def _info(
-    fields: tuple[bytes, int, int, int, int, int, int, int, int, int, int, int],
-) -> RecordInfo:
-    kind = _KINDS.get(fields[1])
+def _info(fields: tuple[Any, ...]) -> RecordInfo:
+    _, number, flags, volume, lsn, offset, length, wall_ns, _, payload_length, *_ = fields
+    kind = _KINDS.get(number)
     if kind is None:
-        raise IntegrityError(f"record at LSN {fields[4]} has the unknown type {fields[1]}")
-    return RecordInfo(
-        kind, fields[2], fields[3], fields[4], fields[5], fields[6], fields[7], fields[9]
-    )
+        raise IntegrityError(f"record at LSN {lsn} has the unknown type {number}")
+    return RecordInfo(kind, flags, volume, lsn, offset, length, wall_ns, payload_length)
 
 
 def parse_record(data: Buffer, lsn: int, limit_lsn: int, salt: int) -> RecordInfo | None:

@@ -44,7 +44,10 @@ from geomirror.volume.store import File, Store
 
 _FENCED_HINT = 'keep the files, see "geomirror status", and fail over to a peer'
 _CHUNK_BYTES = 4 * MIB
-"""Read at once while scanning; a longer record is read whole."""
+"""Read at once while looking behind the log."""
+_SCAN_BYTES = MIB
+"""Read at once while scanning, so that it is in the processor's cache when it is checked; a longer
+record is read whole."""
 
 
 @dataclass
@@ -123,6 +126,7 @@ class _Scan:
         self.records: list[RecordInfo] = []
         self.payload_checks: list[int] = []
         self.position = scan_lsn
+        self._buffer = memoryview(bytearray(_SCAN_BYTES))
         self.check: int | None = None
         self.durable_lsn = scan_lsn
         self.empty_end = (scan_lsn, 0)
@@ -144,12 +148,16 @@ class _Scan:
 
     def _scan_span(self, span: _Span) -> None:
         base = span.header.number * span.header.segment_bytes
-        size = _CHUNK_BYTES
+        size = _SCAN_BYTES
         while self.position < span.limit_lsn:
             length = min(size, span.limit_lsn - self.position)
-            data = span.file.pread(length, self.position - base)
+            if length > len(self._buffer):
+                self._buffer = memoryview(bytearray(length))
+            # One buffer for all: the memory of a new one has to be made by the kernel each time.
+            data = self._buffer[:length]
+            span.file.pread_into(data, self.position - base)
             scan = scan_records(
-                memoryview(data),
+                data,
                 self.position,
                 span.limit_lsn,
                 span.header.salt,
@@ -162,7 +170,7 @@ class _Scan:
             self.durable_lsn = max(self.durable_lsn, scan.durable_lsn)
             if scan.missing == 0:
                 return
-            size = max(_CHUNK_BYTES, scan.missing)
+            size = max(_SCAN_BYTES, scan.missing)
 
 
 def recover_journal(
