@@ -122,6 +122,17 @@ class Limits:
     0.1 ms each."""
     way_back_epochs_max: int = 4096
 
+    verify_region_blocks: int = 256
+    """Blocks of a verify that share one digest on the wire: 16 bytes for a MiB."""
+    verify_read_bytes_max: int = 4 * MIB
+    """Data read by one step of a verify."""
+    verify_round_bytes_max: int = 64 * MIB
+    """Data compared at one epoch: both sides keep what they need of it for a few seconds."""
+    verify_runs_kept: int = 1000
+    """Runs of different blocks that a verify names; further ones are counted."""
+    sealed_entries_max: int = 1 << 20
+    """Blocks that wait to be applied when a sealed epoch is read (48 bytes of memory each)."""
+
     drills_kept: int = 100
     """Results of drills of one resource on a node: three months of daily ones, about 300 KiB."""
 
@@ -225,6 +236,7 @@ class Limits:
         assert self.epoch_entries_max * 40 + 16 * KIB <= self.segment_bytes
         # Name, generation, three numbers and their framing.
         assert self.marks_max * 160 <= self.message_bytes_max // 2
+        assert self.verify_region_blocks * BLOCK_BYTES <= self.verify_read_bytes_max
         assert self.undo_levels == tuple(sorted(self.undo_levels))
         assert self.window_bytes_min >= FRAME_RAW_BYTES_MAX
         assert self.hello_misses_max >= 3
@@ -270,6 +282,10 @@ SIMULATION = Limits(
     ),
     undo_merge_bytes_max=512 * KIB,
     view_entries_max=4096,
+    verify_region_blocks=8,
+    verify_read_bytes_max=64 * KIB,
+    verify_round_bytes_max=256 * KIB,
+    verify_runs_kept=4,
     window_bytes_min=128 * KIB,
     credit_bytes=512 * KIB,
     acknowledge_bytes=64 * KIB,

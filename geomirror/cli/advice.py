@@ -30,6 +30,7 @@ def advise(resource: dict[str, Any], node: str) -> list[Advice]:
     if resource["state"] == "opening":
         return [Advice("opening", "The journal is being recovered.", "Wait a moment.")]
     found = [finding for peer in resource["peers"] for finding in _about_peer(resource, peer, node)]
+    found += [finding for peer in resource["peers"] for finding in _about_verify(name, peer)]
     found += _about_settings(resource)
     if found:
         return found
@@ -42,6 +43,23 @@ def advise(resource: dict[str, Any], node: str) -> list[Advice]:
     behind = max((peer.get("rpo_seconds") or 0.0) for peer in resource["peers"])
     meaning = f"Every peer has a usable copy, at most {format_seconds(behind)} old."
     return [Advice("healthy", meaning, "Nothing to do.")]
+
+
+def _about_verify(name: str, peer: dict[str, Any]) -> list[Advice]:
+    """Blocks that differed at the last comparison that came to its end."""
+    last = (peer.get("verify") or {}).get("last")
+    if not last or not last["different_blocks"]:
+        return []
+    node, count = peer["node"], last["different_blocks"]
+    blocks = f"{count} block{'' if count == 1 else 's'} of 4 KiB"
+    meaning = f"{blocks} of the copy at {node} were not what the primary has: a disk, memory or "
+    if last["result"] == "healed":
+        meaning += "cable lies at one of the two nodes. They were written again and are the same."
+        action = f"Look for the cause, then: geomirror verify {name} --peer {node}"
+        return [Advice("was different", meaning, action)]
+    meaning += "cable lies at one of the two nodes. They are not the same yet."
+    action = f"If the primary is right: geomirror verify {name} --peer {node} --wait"
+    return [Advice("different", meaning, action)]
 
 
 def _outranked(resource: dict[str, Any]) -> Advice:

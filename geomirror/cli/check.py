@@ -45,10 +45,9 @@ def judge(resource: dict[str, Any], warn_rpo_s: float, crit_rpo_s: float) -> tup
         return CRITICAL, resource["error"]["message"]
     worst, reasons = OK, []
     for peer in resource["peers"]:
-        code, reason = _judge_peer(peer, warn_rpo_s, crit_rpo_s)
-        worst = max(worst, code)
-        if code:
-            reasons.append(reason)
+        judged = (_judge_peer(peer, warn_rpo_s, crit_rpo_s), _judge_verify(peer))
+        worst = max(worst, *(code for code, _ in judged))
+        reasons += [reason for code, reason in judged if code]
     drill = resource.get("last_drill")
     if drill and drill["result"] != "passed":
         worst = max(worst, WARNING)
@@ -68,6 +67,23 @@ def _judge_peer(peer: dict[str, Any], warn_rpo_s: float, crit_rpo_s: float) -> t
     if rpo_s >= crit_rpo_s:
         return CRITICAL, text
     return (WARNING, text) if rpo_s >= warn_rpo_s else (OK, text)
+
+
+def _judge_verify(peer: dict[str, Any]) -> tuple[int, str]:
+    """What a comparison found lasts until a later one comes to its end and finds nothing."""
+    verify = peer.get("verify")
+    if not verify:
+        return OK, ""
+    tallies = [each for each in (verify["current"], verify["last"]) if each]
+    found = [each for each in tallies if each["different_blocks"]]
+    if not found:
+        return OK, ""
+    node, tally = peer["node"], found[0]
+    count = tally["different_blocks"]
+    text = f"{node}: verify found {count} different block{'' if count == 1 else 's'}"
+    if tally["heals"] and not tally["unhealed_blocks"] and tally["result"] in (None, "healed"):
+        return WARNING, f"{text}, {tally['result'] or 'healing goes on'}"
+    return CRITICAL, f"{text}, not healed"
 
 
 def performance(resources: list[dict[str, Any]]) -> str:

@@ -33,6 +33,7 @@ PANELS: dict[str, dict[str, str]] = {
         "pause": "geomirror.cli.replication",
         "resume": "geomirror.cli.replication",
         "wait": "geomirror.cli.replication",
+        "verify": "geomirror.cli.verify",
     },
     "Disaster": {
         "switchover": "geomirror.cli.switchover",

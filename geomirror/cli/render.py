@@ -8,6 +8,7 @@ from geomirror.cli.advice import advise
 from geomirror.cli.common import table
 from geomirror.cli.timeline import local
 from geomirror.cli.units import format_bytes, format_seconds
+from geomirror.cli.verify import describe as describe_verify
 
 
 def render_status(document: dict[str, Any]) -> str:
@@ -47,6 +48,9 @@ def render_resource(resource: dict[str, Any], node: str) -> list[str]:
             [_peer_row(peer) for peer in resource["peers"]],
         )
         lines += [f"  {line}" for line in peers.splitlines()]
+    for peer in resource["peers"]:
+        if peer.get("verify"):
+            lines += [f"  {line}" for line in describe_verify(peer["node"], peer["verify"])]
     for found in advise(resource, node):
         lines += [
             f"  state: {found.state}",

@@ -48,6 +48,7 @@ from geomirror.node.rewind_calls import RewindCalls
 from geomirror.node.rfc3339 import rfc3339
 from geomirror.node.service import Service, ServiceFactory
 from geomirror.node.status import StatusReport
+from geomirror.node.verify_calls import VerifyCalls
 from geomirror.node.view_calls import ViewCalls
 from geomirror.node.volume_changes import VolumeChanges
 from geomirror.tunnel.network_state_io import NetworkState
@@ -203,6 +204,7 @@ class Node:
         calls.register(self._methods)
         ResourceChanges(calls).register(self._methods)
         MarkCalls(calls).register(self._methods)
+        VerifyCalls(calls).register(self._methods)
         views = ViewCalls(calls, self._status.addresses)
         views.register(self._methods)
         DrillCalls(calls, views, self._status.drills).register(self._methods)

@@ -7,7 +7,7 @@ from typing import Any
 
 from geomirror.cluster.promotion import PRIMARY, SECONDARY
 from geomirror.cluster.verdict import MemberAnswer
-from geomirror.errors import GeomirrorError, UsageError, WaitTimeoutError
+from geomirror.errors import GeomirrorError, UsageError
 from geomirror.nbd.protocol import Export
 from geomirror.node.branch_desk import BranchDesk
 from geomirror.node.context import NodeContext
@@ -19,11 +19,13 @@ from geomirror.node.replica_exports import ReplicaExports
 from geomirror.node.replica_return import ReplicaReturn
 from geomirror.node.replica_roles import POLL_S
 from geomirror.node.replica_runner import ReplicaRunner
+from geomirror.node.replica_shipping import ReplicaShipping
 from geomirror.node.replica_status import PrimaryStatus, SecondaryStatus
 from geomirror.node.replica_storage import create_engine, open_engine
 from geomirror.node.resource_definition import ResourceDefinition
 from geomirror.node.secondary_export import ReaderPins
 from geomirror.node.sync_status import sync_object
+from geomirror.node.verify_desk import VerifyDesk
 from geomirror.node.view_host import ViewHost
 from geomirror.volume.engine import Engine
 from geomirror.volume.store_io import DirectoryStore
@@ -32,9 +34,7 @@ from geomirror.volume.volume_change import VolumeChange
 from geomirror.wan_protocol.member_answer import answer_of
 from geomirror.wan_protocol.messages import AnyMessage
 from geomirror.wan_protocol.primary import Primary
-from geomirror.wan_protocol.resync_intake import CONSISTENT
 from geomirror.wan_protocol.secondary import Secondary
-from geomirror.wan_protocol.sender import FOLD, STREAM, Sender
 from geomirror.wan_protocol.sync_policy import parse_policy
 
 STOP_S_MAX = 8.0
@@ -44,7 +44,7 @@ SETTLE_S_MAX = 1.0
 """How long an answer about this copy waits for a sync that is under way."""
 
 
-class ReplicaService(ReplicaReturn):
+class ReplicaService(ReplicaReturn, ReplicaShipping):
     """Implements `node.service.Service` over a `Primary` or a `Secondary`."""
 
     def __init__(
@@ -61,6 +61,7 @@ class ReplicaService(ReplicaReturn):
         self._core: Primary | Secondary
         self._runner: ReplicaRunner
         self.marks: MarkDesk
+        self.verifies: VerifyDesk
         self._status: PrimaryStatus | SecondaryStatus
         self._held = HeldWriters()
         self._full_disk = FullDisk(node.limits.full_disk_wait_ns_max)
@@ -136,6 +137,7 @@ class ReplicaService(ReplicaReturn):
             on_progress=self._progress,
         )
         self.marks = MarkDesk(definition.name, self._engine, self._runner)
+        self.verifies = VerifyDesk(definition.name, self._engine, self._runner, node)
         self._pins, self._grower = None, None
         if isinstance(self._core, Secondary):
             self._pins = ReaderPins(self._runner, limits)
@@ -151,6 +153,7 @@ class ReplicaService(ReplicaReturn):
             self._links_up.clear()
         for peer in sorted(self._links_up):
             self._core.link_up(peer, clock.now_ns())
+        self.verifies.resume()
         self._runner.drive()
 
     async def stop(self) -> None:
@@ -166,6 +169,7 @@ class ReplicaService(ReplicaReturn):
                     await self._settle()
             except TimeoutError:
                 self._node.emit("stop_unfinished", {"resource": self.definition.name})
+        await self.verifies.close()
         await self._runner.stop()
         await self.views.stop()
         self._engine.close()
@@ -216,6 +220,8 @@ class ReplicaService(ReplicaReturn):
         if isinstance(status, PrimaryStatus):
             journal["covers_seconds"] = status.covers_seconds()
             peers, disk_state = status.peers(now_ns), "UpToDate"
+            for peer in peers:
+                peer["verify"] = self.verifies.describe(peer["node"])
         else:
             peers, disk_state = status.peers(), status.disk_state()
         core, no_space = self._core, self._held.no_space
@@ -264,53 +270,6 @@ class ReplicaService(ReplicaReturn):
         number = await self._grower.grow(change)
         self._replica_exports.update()
         return number
-
-    async def wait(self, kind: str, timeout_s: float) -> None:
-        """Until every peer has all that is completed now.
-
-        :param kind: `durable` or `applied`.
-        :raises WaitTimeoutError: some peer has not.
-        """
-        core, runner = self._core, self._runner
-        if not isinstance(core, Primary):
-            raise UsageError(f'"{self.definition.name}" is a secondary here; wait at the primary')
-        target = core.target_epoch
-        core.seal_now(runner.now_ns())
-        runner.drive()
-        try:
-            async with asyncio.timeout(timeout_s):
-                while not self._has_all(core, kind, target):
-                    if core.fenced is not None:
-                        raise core.fenced
-                    await asyncio.sleep(POLL_S)
-        except TimeoutError:
-            raise WaitTimeoutError(
-                f'"{self.definition.name}": not every peer has epoch {target} {kind} '
-                f"after {timeout_s:g} s",
-                hint=f'see "geomirror status {self.definition.name}"',
-            ) from None
-
-    def _has_all(self, core: Primary, kind: str, target: int) -> bool:
-        def has(sender: Sender) -> bool:
-            reached = sender.durable_epoch if kind == "durable" else sender.applied_epoch
-            is_streaming = sender.is_open and sender.mode in (STREAM, FOLD)
-            return is_streaming and sender.data_state == CONSISTENT and reached >= target
-
-        return core.engine.sealed_epoch >= target and all(map(has, core.senders.values()))
-
-    def pause(self, peer: str | None) -> None:
-        """Stop shipping to a peer, or to all; at a secondary: stop applying."""
-        self._set_paused(peer, is_paused=True)
-
-    def resume(self, peer: str | None) -> None:
-        """Go on."""
-        self._set_paused(peer, is_paused=False)
-
-    def _set_paused(self, peer: str | None, *, is_paused: bool) -> None:
-        if not isinstance(self._core, Primary):
-            raise UsageError(f'"{self.definition.name}" is a secondary here; pause at the primary')
-        self._core.pause(peer, is_paused=is_paused)
-        self._runner.drive()
 
     # Events of links.
 
@@ -385,6 +344,7 @@ class ReplicaService(ReplicaReturn):
             self._mind_full_disk()
             for name in await self.views.expire():
                 self._runner.tell("view_expired", {"view": name})
+            await self.verifies.tick()
 
     def _mind_full_disk(self) -> None:
         """Writers wait for space, then they are told; the first look tells the operator."""

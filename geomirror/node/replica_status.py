@@ -267,6 +267,7 @@ class SecondaryStatus:
                 "resyncs": None,
                 "eta_seconds": None,
                 "resync": self._resync(),
+                "verify": None,
                 "reason": core.refusal,
             }
         ]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from geomirror.nbd.protocol import Export
     from geomirror.node.branch_desk import BranchDesk
     from geomirror.node.mark_desk import MarkDesk
+    from geomirror.node.verify_desk import VerifyDesk
     from geomirror.node.view_host import ViewHost
     from geomirror.volume.superblock import GenerationRecord, VolumeRecord
     from geomirror.volume.volume_change import VolumeChange
@@ -36,6 +37,10 @@ class Service(Protocol):
     @property
     def marks(self) -> MarkDesk:
         """Names of points in time."""
+
+    @property
+    def verifies(self) -> VerifyDesk:
+        """Comparisons of other copies with this one."""
 
     @property
     def views(self) -> ViewHost:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from geomirror.errors import NotFoundError, StorageError
 from geomirror.limits import BLOCK_BYTES
@@ -108,6 +109,22 @@ class View:
             if self._history() is history or not bool((places == IMAGE).any()):
                 start = offset - first * BLOCK_BYTES
                 return bytes(memoryview(content)[start : start + length])
+        raise StorageError(f"view of epoch {self.epoch}: the undo changes too fast to be read")
+
+    def changed(self, volume: int, first: int, count: int) -> npt.NDArray[np.bool_]:
+        """Which blocks of a range were changed since the epoch, as far as a pass has begun.
+
+        What is looked at in the image before this call is the epoch's where it says False.
+        Raises as `read`.
+        """
+        for _ in range(_ATTEMPTS_MAX):
+            history = self._history()
+            try:
+                places = self._current(history).places(volume, first, count)
+                return np.not_equal(places, IMAGE)
+            except (NotFoundError, StorageError):
+                if self._history() is history:
+                    raise
         raise StorageError(f"view of epoch {self.epoch}: the undo changes too fast to be read")
 
     def _current(self, history: History) -> ViewIndex:

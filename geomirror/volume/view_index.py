@@ -54,15 +54,15 @@ class PassReader(Protocol):
 
 
 @dataclass(frozen=True)
-class _Layer:
-    """A merged table and its sort keys."""
+class Layer:
+    """A merged table and its sort keys. `address` of a DATA entry is where its content lies."""
 
     table: Table = field(default_factory=empty_table)
     keys: Keys = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
     @classmethod
-    def of(cls, tables: Sequence[Table]) -> _Layer:
-        """Of several tables, newest first: of a block the oldest content counts."""
+    def of(cls, tables: Sequence[Table]) -> Layer:
+        """Of several tables: of a block the last one that has it counts."""
         merged = merge_tables(tables)
         return cls(merged, keys_of(merged))
 
@@ -92,8 +92,8 @@ class ViewIndex:
     """One for each pass."""
     sizes: Mapping[int, int] = field(default_factory=dict)
     """Bytes at the epoch of the volumes that have grown since, 0 of those that were added."""
-    base: _Layer = field(default_factory=_Layer, repr=False)
-    recent: _Layer = field(default_factory=_Layer, repr=False)
+    base: Layer = field(default_factory=Layer, repr=False)
+    recent: Layer = field(default_factory=Layer, repr=False)
 
     def extended(
         self,
@@ -131,9 +131,9 @@ class ViewIndex:
                 )
         recent = merge_tables([*reversed(group), recent])
         if len(recent) > len(base.table) // _RECENT_PART:
-            base, recent = _Layer.of([recent, base.table]), empty_table()
+            base, recent = Layer.of([recent, base.table]), empty_table()
         everything = (*self.passes, *passes)
-        return ViewIndex(self.epoch, everything, tuple(files), sizes, base, _Layer.of([recent]))
+        return ViewIndex(self.epoch, everything, tuple(files), sizes, base, Layer.of([recent]))
 
     def table(self) -> Table:
         """All of it as one canonical table; `address` of a DATA entry is its place."""

@@ -9,13 +9,13 @@ import msgspec
 
 from geomirror.cluster.standing import Standing
 from geomirror.errors import RemoteProtocolError
+from geomirror.wan_protocol.message import Message as Message
+from geomirror.wan_protocol.verify_messages import VerifyAnswer as VerifyAnswer
+from geomirror.wan_protocol.verify_messages import VerifyAsk as VerifyAsk
+from geomirror.wan_protocol.verify_messages import VerifyPin as VerifyPin
 
 PROTOCOL_VERSION = 1
 PROTOCOL_VERSION_MIN = 1
-
-
-class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=False):
-    """Base of all messages: a tagged array on the wire."""
 
 
 class Hello(Message, frozen=True):
@@ -111,7 +111,7 @@ class VolumeInfo(Message, frozen=True):
     size_bytes: int
     old_size_bytes: int = 0
     """In an `EpochCommit`: before it; 0 for a volume that it adds."""
-    backings: dict[str, str] = {}
+    backings: dict[str, str] = msgspec.field(default_factory=dict)
     """Of a volume that was added later: node -> path."""
     is_forced: bool = False
     """Those backings are overwritten if they hold data."""
@@ -157,12 +157,14 @@ class SessionAccept(Message, frozen=True):
     """Version of the standing that is durable here, 0 for none; -1: does not know `Announce`."""
     takes_marks: bool = False
     """`Marks` may be sent: an older version closes the link at a message it does not know."""
-    volumes: list[VolumeInfo] = []
+    volumes: list[VolumeInfo] = msgspec.field(default_factory=list)
     """As of `durable_epoch`; empty from a node of the previous version: its volumes never grow."""
     held_epoch: int = -1
     """While inconsistent: the state from before the resync, which a promotion would restore."""
     gives_digests: bool = False
     """`ResyncAsk` may be sent: an older version closes the link at a message it does not know."""
+    takes_verify: bool = False
+    """`VerifyPin` and `VerifyAsk` may be sent, as `takes_marks`."""
 
 
 class SessionRefuse(Message, frozen=True):
@@ -171,7 +173,7 @@ class SessionRefuse(Message, frozen=True):
     session: int
     error_code: int
     error_text: str
-    chain: list[GenerationEntry] = []
+    chain: list[GenerationEntry] = msgspec.field(default_factory=list)
     """The sender's generation chain, when it has a higher token than the one it was offered."""
 
 
@@ -192,7 +194,7 @@ class EpochCommit(Message, frozen=True):
     table_hash: bytes = b""
     """Folds only: the chain hash that starts from 32 zero bytes over the fold's own table."""
     is_mark: bool = False
-    volumes: list[VolumeInfo] = []
+    volumes: list[VolumeInfo] = msgspec.field(default_factory=list)
     """Volumes that grow or are added in it, by index. Only to a peer that knows growth."""
 
 
@@ -245,7 +247,7 @@ class ResyncBegin(Message, frozen=True):
     total_bytes: int
     number: int
     """Serial number of the resync: frames and acknowledgements of an older one are ignored."""
-    volumes: list[VolumeInfo] = []
+    volumes: list[VolumeInfo] = msgspec.field(default_factory=list)
     """All volumes as of `epoch`; empty from a node of the previous version."""
     key: int = 0
     """Of the digests that are asked for, 64 bits, another one for each resync."""
@@ -338,6 +340,9 @@ AnyMessage = (
     | ResyncAcknowledge
     | Announce
     | AnnounceAcknowledge
+    | VerifyPin
+    | VerifyAsk
+    | VerifyAnswer
 )
 
 _encoder = msgspec.msgpack.Encoder()

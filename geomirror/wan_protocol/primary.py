@@ -39,6 +39,7 @@ from geomirror.wan_protocol.messages import (
     SessionAccept,
     SessionOpen,
     SessionRefuse,
+    VerifyAnswer,
 )
 from geomirror.wan_protocol.sender import FOLD, STREAM, UNANSWERED_NS, Sender
 from geomirror.wan_protocol.session import (
@@ -46,10 +47,10 @@ from geomirror.wan_protocol.session import (
     check_accept,
     session_number,
 )
-from geomirror.wan_protocol.supersession import Supersession
+from geomirror.wan_protocol.verifying import Verifying
 
 
-class Primary(Supersession):
+class Primary(Verifying):
     """Core of the primary role; see `Replica` for the shape."""
 
     def __init__(
@@ -176,6 +177,7 @@ class Primary(Supersession):
             sender.is_link_up = False
             sender.close()
             self._abandon_resync(sender)
+            self._give_up_verify(peer)
 
     def link_room(self, peer: str, room_bytes: int, now_ns: int) -> None:
         """The link's queues take this many bytes now."""
@@ -212,7 +214,11 @@ class Primary(Supersession):
                 self._resync_answered(sender, message)
             case AnnounceAcknowledge() if sender.is_open:
                 self._standing_acknowledged(sender, message)
+            case VerifyAnswer() if sender.is_open:
+                self._verify_answered(sender, message)
             case Acknowledge() | ResyncAcknowledge() | ResyncDigests() | AnnounceAcknowledge():
+                pass  # Of a session that was closed meanwhile.
+            case VerifyAnswer():
                 pass  # Of a session that was closed meanwhile.
             case _:
                 name = type(message).__name__
@@ -241,6 +247,7 @@ class Primary(Supersession):
             times.append(max(due_ns, self.now_ns + 100 * MS))
         times.extend(self._peer_timers())
         times.extend(self._standing_timers())
+        times.extend(self.verify_timers())
         giving_up_ns = self._flush_timer()
         if giving_up_ns is not None:
             times.append(giving_up_ns)
@@ -279,6 +286,7 @@ class Primary(Supersession):
                 self._offer(sender)
             self._pump_sender(sender)
         self._pump_flushes()
+        self._pump_verifies()
 
     def _sealed_moved(self) -> None:
         super()._sealed_moved()

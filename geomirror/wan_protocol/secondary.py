@@ -32,15 +32,17 @@ from geomirror.wan_protocol.messages import (
     ResyncEnd,
     SessionOpen,
     SessionRefuse,
+    VerifyAsk,
+    VerifyPin,
 )
 from geomirror.wan_protocol.resync_intake import BLANK, CONSISTENT, INCONSISTENT
 from geomirror.wan_protocol.session import session_number
-from geomirror.wan_protocol.session_intake import SessionIntake
+from geomirror.wan_protocol.verify_answering import VerifyAnswering
 
 __all__ = ["BLANK", "CONSISTENT", "INCONSISTENT", "Secondary"]
 
 
-class Secondary(SessionIntake):
+class Secondary(VerifyAnswering):
     """Core of the secondary role; see `Replica` for the shape."""
 
     def __init__(
@@ -107,7 +109,11 @@ class Secondary(SessionIntake):
                 self.take_standing(message)
             case Marks() if self.is_open:
                 self.take_marks(message)
+            case VerifyPin() | VerifyAsk() if self.is_open:
+                self.take_verify(message)
             case EpochCommit() | ResyncBegin() | ResyncAsk() | ResyncEnd() | Announce() | Marks():
+                pass  # Of a session that was closed meanwhile.
+            case VerifyPin() | VerifyAsk():
                 pass  # Of a session that was closed meanwhile.
             case _:
                 name = type(message).__name__
@@ -152,7 +158,7 @@ class Secondary(SessionIntake):
         """When to call `handle_timer` next."""
         if self.fenced is not None or self.is_frozen:
             return None
-        times = [self._retry_at_ns, self._acknowledge_at_ns]
+        times = [self._retry_at_ns, self._acknowledge_at_ns, self.verify_timer()]
         awaited = self.awaited
         if awaited is not None and self.is_open:
             times.append(awaited.progress_ns + MISSING_AFTER_NS)
@@ -233,6 +239,7 @@ class Secondary(SessionIntake):
         super()._applied_moved()
 
     def _release_everything(self, error: GeomirrorError) -> None:
+        super()._release_everything(error)
         self.is_open = False
         self.refusal = str(error)
         if self.is_link_up:

@@ -188,6 +188,7 @@ class SessionIntake(ResyncIntake):
                 volumes=volumes_at(engine, engine.sealed_epoch),
                 held_epoch=-1 if engine.held is None else engine.held.epoch,
                 gives_digests=True,
+                takes_verify=True,
             )
         )
         for incoming in self.incoming.values():

@@ -62,6 +62,19 @@ def test_a_drills_unit_fails_with_its_drill_and_may_mount():
     assert not any(name in service for name in ("PrivateMounts", "PrivateDevices", "User"))
 
 
+def test_a_verifys_unit_fails_with_what_it_finds_and_is_never_cut_short():
+    unit = configparser.ConfigParser(strict=False, interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment, method-assign]
+    unit.read(ROOT / "deploy/systemd/geomirror-verify@.service")
+    service = unit["Service"]
+    assert service["Type"] == "oneshot"
+    assert "verify %I --wait $OPTIONS" in service["ExecStart"]
+    assert not service["ExecStart"].startswith("-")
+    assert service["TimeoutStartSec"] == "infinity"
+    unit.read(ROOT / "deploy/systemd/geomirror-verify@.timer")
+    assert unit["Timer"]["Persistent"] == "true"
+
+
 def test_the_attachments_unit_is_seen_by_everybody_and_outlives_the_daemon():
     unit = configparser.ConfigParser(strict=False, interpolation=None)
     unit.optionxform = str  # type: ignore[assignment, method-assign]

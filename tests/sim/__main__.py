@@ -42,6 +42,8 @@ class Totals:
     growths: int = 0
     promotions: int = 0
     tails: int = 0
+    verifies: int = 0
+    rotten: int = 0
 
     def add(self, outcome: Outcome) -> None:
         """One more run."""
@@ -58,6 +60,8 @@ class Totals:
         self.growths += outcome.growths
         self.promotions += outcome.promotions
         self.tails += outcome.tails
+        self.verifies += outcome.verifies
+        self.rotten += outcome.rotten
 
     def __str__(self) -> str:
         speed = self.simulated / self.spent if self.spent else 0.0
@@ -66,6 +70,7 @@ class Totals:
             f"{self.operations} writes in {self.epochs} epochs, {self.crashes} crashes, "
             f"{self.growths} growths, {self.resyncs} resyncs, {self.promotions} promotions, "
             f"{self.tails} tails and {self.checks} images compared, "
+            f"{self.verifies} verifies, {self.rotten} blocks rotted, "
             f"{self.detected} times planted damage was noticed"
         )
 

@@ -135,7 +135,6 @@ class Client:
         ]
         core = primary.core
         assert isinstance(core, Primary)
-        primary.writing = entries
         is_refused = False
 
         def action() -> None:

@@ -39,6 +39,7 @@ from tests.sim.mark_mutations import MARK_MUTATIONS
 from tests.sim.resync_mutations import RESYNC_MUTATIONS
 from tests.sim.succession_mutations import SUCCESSION_MUTATIONS
 from tests.sim.sync_mutations import SYNC_MUTATIONS, Patch
+from tests.sim.verify_mutations import VERIFY_MUTATIONS
 
 DROP_EVERY = 97
 
@@ -385,6 +386,7 @@ MUTATIONS: dict[str, Callable[[], list[Patch]]] = {
         *RESYNC_MUTATIONS,
         *GROWTH_MUTATIONS,
         *SUCCESSION_MUTATIONS,
+        *VERIFY_MUTATIONS,
     )
 }
 

@@ -34,6 +34,7 @@ from geomirror.wan_protocol.messages import (
     AnnounceAcknowledge,
     EpochCommit,
     SessionAccept,
+    VerifyAnswer,
     decode_message,
     encode_message,
 )
@@ -101,6 +102,7 @@ class Setup:
     """A change of the role failed: the daemon opens the resource again."""
     on_promise: Callable[[SimNode], None]
     """Something was said to be durable: a good moment for the power to go away."""
+    on_verify_answer: Callable[[str, str, VerifyAnswer], None]
     node: Callable[[str], SimNode]
     """A machine by its name."""
 
@@ -130,7 +132,6 @@ class SimNode:
         self.links: set[str] = set()
         self.engine: Engine
         self.core: Primary | Secondary
-        self.writing: list[Entry] = []
         self._clock_rate = setup.clock_rates[name]
         self._timer_ns: int | None = None
         self._stop_at = 0
@@ -275,8 +276,8 @@ class SimNode:
             last = engine.superblock.chain[-1]
             self.setup.placing.check_claim(self, (last.token, last.identity), "takes a write by")
             before = len(oracle.log)
-            for entry in self.writing:
-                oracle.add(entry)
+            for _, volume, offset, length, data in writes:
+                oracle.add(Entry(volume, offset, length, data))
             try:
                 return real_write(writes, wall_ns)
             except GeomirrorError:
@@ -387,6 +388,8 @@ class SimNode:
                 setup.verdicts.report(message)
                 if isinstance(message, SessionAccept) and self.is_older:
                     message = msgspec.structs.replace(message, gives_digests=False)
+                if isinstance(message, VerifyAnswer):
+                    setup.on_verify_answer(self.name, peer, message)
                 body = encode_message(message)
                 setup.network.send(self.name, peer, body, len(body) + 32, is_frame=False)
             case SendFrame(peer, _, epoch, sequence, body, is_resync):

@@ -55,6 +55,10 @@ class Options:
     nodes: int = 3
     succession_mean_ns: int = NEVER
     """Between two changes of the primary that an operator asks for."""
+    verify_mean_ns: int = NEVER
+    """Between looks whether to start a verify."""
+    rot_mean_ns: int = NEVER
+    """Between blocks of secondaries that rot at rest."""
 
     @classmethod
     def draw(cls, chance: random.Random, seconds: int, names: list[str]) -> Options:

@@ -26,6 +26,7 @@ from tests.sim.promotable import CutCheck
 from tests.sim.succession import Succession, successions
 from tests.sim.sync_check import SyncCheck, draw_policy
 from tests.sim.verdict_check import VerdictCheck
+from tests.sim.verifying import Verifying, draw_verifies
 from tests.sim.world import MS, SECOND, World
 
 PRIMARY = "east"
@@ -64,6 +65,8 @@ class Outcome:
     epochs: int
     promotions: int
     tails: int
+    verifies: int
+    rotten: int
     is_detected: bool
     fingerprint: str
 
@@ -82,6 +85,8 @@ class Simulation:
         policies = random.Random(f"{seed}/policy")
         drawn = replace(drawn, policy=draw_policy(policies, secondaries))
         drawn = replace(drawn, marks_mean_ns=draw_marks(seed), growth_chance=draw_growth(seed))
+        verify_mean_ns, rot_mean_ns = draw_verifies(seed)
+        drawn = replace(drawn, verify_mean_ns=verify_mean_ns, rot_mean_ns=rot_mean_ns)
         options = replace(drawn, **focus)  # type: ignore[arg-type]
         self.options = options
         self.oracle = Oracle(VOLUMES)
@@ -128,6 +133,7 @@ class Simulation:
             on_followed=lambda node: self.succession.followed(node),
             on_reopen=lambda node: self.crash(node, is_kill=True),
             on_promise=lambda node: self.faults.promised(node),
+            on_verify_answer=lambda *what: self.verifying.answered(*what),
             node=lambda name: self.nodes[name],
         )
         self.nodes = {name: SimNode(name, setup, seed) for name in names}
@@ -139,6 +145,7 @@ class Simulation:
         self.faults = Faults(self)
         self.marking = Marking(self, seed, options.marks_mean_ns)
         self.succession = Succession(self, seed, options.succession_mean_ns)
+        self.verifying = Verifying(self, seed, options.verify_mean_ns, options.rot_mean_ns)
         self.crashes = self.lost = 0
         self.is_detected = False
 
@@ -197,6 +204,8 @@ class Simulation:
             max(line.sealed_epoch for line in lines),
             sum(node.roles.promotions for node in self.nodes.values()),
             self.placing.tails,
+            self.verifying.ended,
+            self.verifying.rotten,
             self.is_detected,
             self.world.fingerprint(),
         )
@@ -214,6 +223,7 @@ class Simulation:
         self.faults.begin()
         self.marking.begin()
         self.succession.begin()
+        self.verifying.begin()
         if not self.is_succession:
             self._look_at_verdicts()
 
@@ -353,6 +363,19 @@ class Simulation:
         self.world.note("no more faults")
         self.client.is_ending = True
         self.faults.end()
+        self.converge()
+        if self.is_detected:
+            return
+        for node in self.secondaries:
+            node.watch.check_image()
+        for node in self.nodes.values():
+            for record in node.engine.branches.records():
+                self.placing.check_branch(node, record)
+        self.marking.check()
+        self.verifying.finish()
+
+    def converge(self) -> None:
+        """Everything has to be the same everywhere, soon."""
         deadline = self.world.now_ns + HEAL_NS
         while not self._is_converged():
             if self.world.now_ns >= deadline:
@@ -365,12 +388,6 @@ class Simulation:
             core, primary = self.primary.core, self.primary
             if isinstance(core, Primary) and core.fenced is None:
                 primary.call(partial(core.seal_now, primary.now_ns()))
-        for node in self.secondaries:
-            node.watch.check_image()
-        for node in self.nodes.values():
-            for record in node.engine.branches.records():
-                self.placing.check_branch(node, record)
-        self.marking.check()
 
     def _is_converged(self) -> bool:
         core, oracle = self.primary.core, self.primary.oracle

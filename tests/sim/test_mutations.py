@@ -38,6 +38,7 @@ RULES: dict[str, Any] = {
     "first_sync": False,
 }
 GROWTHS: dict[str, Any] = {"growth_chance": 0.1}
+VERIFIES: dict[str, Any] = {"verify_mean_ns": SECOND, "rot_mean_ns": SECOND}
 FOCUS: dict[str, dict[str, Any]] = {
     "ship_before_fsync": CRASHES,
     "durable_before_fsync": CRASHES,
@@ -64,6 +65,9 @@ FOCUS: dict[str, dict[str, Any]] = {
     "grown_bytes_not_zeroed": GROWTHS,
     "old_sizes_not_kept": GROWTHS,
     "name_after_epoch": {"promise_crash_chance": 0.1, "marks_mean_ns": SECOND * 3 // 10},
+    "tables_not_looked_at": VERIFIES,
+    "newest_epoch_compared": VERIFIES,
+    "healed_with_what_the_image_holds": {**VERIFIES, "rot_mean_ns": SECOND // 10},
     "apply_while_held": {"hold_mean_ns": 2 * SECOND},
     "unsealed_copied": {**OVERFLOWS, "bytes_per_second": 300_000, "calm_ns": (SECOND, 2 * SECOND)},
     "late_copy_wins": OVERFLOWS,

@@ -38,6 +38,9 @@ from geomirror.wan_protocol.messages import (
     SessionOpen,
     SessionRefuse,
     Use,
+    VerifyAnswer,
+    VerifyAsk,
+    VerifyPin,
     VolumeInfo,
     decode_message,
     encode_message,
@@ -72,6 +75,9 @@ EXAMPLES: list[Message] = [
     ResyncAcknowledge(7, 1, 30, 2**21, 2**26, True),
     Announce(7, STANDING),
     AnnounceAcknowledge(7, 2**40),
+    VerifyPin(7, 12, 1041),
+    VerifyAsk(7, 12, 13, 1, 2**30, 300, 256, b"d" * 32, 20 << 20),
+    VerifyAnswer(7, 12, 13, 300, [(1, b"b" * 704)], 2**20, ""),
 ]
 
 

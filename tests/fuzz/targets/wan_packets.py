@@ -50,6 +50,9 @@ def sample_messages() -> list[messages.Message]:
         m.ResyncAcknowledge(1, 1, 5, 6, 7, True),
         m.Announce(1, standing),
         m.AnnounceAcknowledge(1, 4),
+        m.VerifyPin(1, 5, 7),
+        m.VerifyAsk(1, 5, 6, 0, 0, 16, 8, hash32, 1 << 20),
+        m.VerifyAnswer(1, 5, 6, 16, [(1, id16 * 8)], 4096),
     ]
 
 

@@ -41,6 +41,9 @@ _KINDS: list[type[Message]] = [
     messages.AnnounceAcknowledge,
     messages.ResyncAsk,
     messages.ResyncDigests,
+    messages.VerifyPin,
+    messages.VerifyAsk,
+    messages.VerifyAnswer,
 ]
 _SAMPLES = [
     msgspec.structs.replace(each, generation=GENERATION)

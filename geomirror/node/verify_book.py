@@ -1,0 +1,101 @@
+"""What verifies came to, and where one that runs is: a small file beside the resource's storage."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+
+from geomirror.errors import StorageError
+from geomirror.node.context import NodeContext
+from geomirror.node.paths import write_file_atomic
+
+FILE = "verify.json"
+
+
+class Blocks(msgspec.Struct, array_like=True):
+    """A run of blocks of a volume."""
+
+    volume: int
+    first: int
+    count: int
+
+
+class Tally(msgspec.Struct):
+    """What a verify found, so far or in all."""
+
+    started_wall_ns: int
+    heals: bool
+    bytes_per_second: int
+    total_blocks: int
+    compared_blocks: int = 0
+    different_blocks: int = 0
+    healed_blocks: int = 0
+    unhealed_blocks: int = 0
+    different: list[Blocks] = msgspec.field(default_factory=list)
+    epoch: int = 0
+    result: str = ""
+    """Empty unless it came to its end."""
+    reason: str = ""
+    ended_wall_ns: int | None = None
+
+
+class Running(msgspec.Struct):
+    """A verify that is not at its end: a restart goes on with it."""
+
+    generation: str
+    tally: Tally
+    volume: int = 0
+    block: int = 0
+
+
+class PeerBook(msgspec.Struct):
+    """All about one peer; unknown keys of a newer version are ignored."""
+
+    running: Running | None = None
+    last: Tally | None = None
+    last_clean_wall_ns: int | None = None
+
+
+class _File(msgspec.Struct):
+    peers: dict[str, PeerBook] = msgspec.field(default_factory=dict)
+
+
+class VerifyBook:
+    """The verifies of one resource, as its primary keeps them. On the event loop."""
+
+    def __init__(self, resource: str, node: NodeContext) -> None:
+        self._node = node
+        self._path = node.resource_dir(resource) / FILE
+        self._writing = asyncio.Lock()
+        self.problem = ""
+        """Why earlier results cannot be read."""
+        self._file = self._read()
+
+    def of(self, peer: str) -> PeerBook:
+        """What is kept of a peer; changes are durable after `save`."""
+        return self._file.peers.setdefault(peer, PeerBook())
+
+    def find(self, peer: str) -> PeerBook | None:
+        """The same, None if nothing was ever compared."""
+        return self._file.peers.get(peer)
+
+    async def save(self) -> None:
+        """Make it durable. :raises StorageError: the file is as before."""
+        async with self._writing:
+            data = msgspec.json.encode(self._file)
+            await asyncio.get_running_loop().run_in_executor(
+                self._node.executor, write_file_atomic, self._path, data
+            )
+
+    def _read(self) -> _File:
+        try:
+            return msgspec.json.decode(self._path.read_bytes(), type=_File)
+        except FileNotFoundError:
+            return _File()
+        except OSError as error:
+            failure = StorageError.from_os(error, operation="read", path=str(self._path))
+            self.problem = failure.message
+        except (msgspec.MsgspecError, ValueError) as error:
+            self.problem = f"{self._path} is damaged: {error}; it holds only past results"
+        return _File()
