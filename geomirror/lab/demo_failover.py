@@ -123,7 +123,9 @@ class FailoverAct:
             "failover_seconds": round(seconds, 3),
             "failover_lost_writes": len(lost),
         }
-        stage.view.fact(f"{len(lost):,} writes are only at {stage.primary.name}, nothing else")
+        stage.view.fact(
+            f"{len(lost):,} answered writes are only at {stage.primary.name}; no others are missing"
+        )
         return Parted(old, new, new.write_count)
 
 
