@@ -264,7 +264,8 @@ class ViewHost:
         volumes = {each.index: each for each in self._engine.superblock.volumes}
         if record.branch:
             # Some may have been added in the tail: then they are only there.
-            for each in self._engine.branches.get(record.branch).volumes:
+            found = [b for b in self._engine.branches.records() if b.name == record.branch]
+            for each in (volume for branch in found for volume in branch.volumes):
                 volumes[each.index] = VolumeRecord(each.index, each.name, each.size_bytes)
         return [volumes[index] for index in sorted(volumes) if index in record.sizes]
 

@@ -50,7 +50,7 @@ def streams(site: Site, *peers: str) -> bool:
 
 def outranked(site: Site, state: str) -> dict[str, Any]:
     """The tail of a member that knows durably that a higher token exists."""
-    tail: dict[str, Any] = until(lambda: site.status()["superseded"], what=f"{site.name} knows")
+    tail: dict[str, Any] = until(lambda: site.status().get("superseded"), what=f"{site.name} knows")
     assert site.status()["state"] == state
     return tail
 
