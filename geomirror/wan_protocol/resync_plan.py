@@ -36,7 +36,7 @@ ASK_NODES = 256
 NODES_AHEAD_MAX = 4096
 """Nodes asked for or waiting to be compared: 64 GiB of volume, which may be holes."""
 ASK_REGION_NODES = 8
-REGION_NODES_MAX = 32
+REGION_NODES_MAX = 64
 """Nodes whose regions are asked for."""
 WANTED_MAX = 8192
 """Runs of regions that wait to be asked for; beyond it no more nodes are looked into."""

@@ -133,7 +133,7 @@ class ResyncSender:
     def _next_job(self) -> ResyncReadJob | CompareJob | None:
         read_bytes = self.limits.resync_read_bytes_max
         held = sum(map(len, self._frames.values()))
-        if held <= self.limits.window_bytes_min // 2:
+        if held <= self.limits.resync_held_bytes_max:
             parts = self.plan.next_copies(4 * read_bytes // BLOCK_BYTES)
             if parts:
                 items = [self._item(part) for part in parts]

@@ -193,7 +193,7 @@ def test_a_resync_holds_only_a_window_in_memory() -> None:
     resync = stage.primary.resyncs[PEER]
     for _ in range(40):
         held = sum(map(len, resync._frames.values()))
-        assert held <= stage.limits.window_bytes_min // 2 + stage.limits.resync_read_bytes_max + KIB
+        assert held <= stage.limits.resync_held_bytes_max + stage.limits.resync_read_bytes_max + KIB
         assert stage.parked_bytes() <= stage.limits.window_bytes_min
         stage.unpark(1)
         stage.pass_time(30)
