@@ -51,11 +51,6 @@ def before_images_not_synced() -> list[Patch]:
     return [(OpenPass, "_opened", opened)]
 
 
-def unsealed_copied() -> list[Patch]:
-    """A resync copies what is in no sealed epoch yet."""
-    return [(Engine, "unsealed_blocks", lambda self, *where: [])]
-
-
 def late_copy_wins() -> list[Patch]:
     """A copied frame that comes once more overwrites what newer epochs brought."""
     real_written, real_complete = ResyncReceiver.written, Engine.complete_apply
@@ -115,7 +110,6 @@ def zeros_there_are_equal() -> list[Patch]:
 RESYNC_MUTATIONS: tuple[Callable[[], list[Patch]], ...] = (
     saved_after_the_overwrite,
     before_images_not_synced,
-    unsealed_copied,
     late_copy_wins,
     answered_from_memory,
     zeros_there_are_equal,

@@ -69,7 +69,6 @@ FOCUS: dict[str, dict[str, Any]] = {
     "newest_epoch_compared": VERIFIES,
     "healed_with_what_the_image_holds": {**VERIFIES, "rot_mean_ns": SECOND // 10},
     "apply_while_held": {"hold_mean_ns": 2 * SECOND},
-    "unsealed_copied": {**OVERFLOWS, "bytes_per_second": 300_000, "calm_ns": (SECOND, 2 * SECOND)},
     "late_copy_wins": OVERFLOWS,
     "thinning_forgets_pins": {"marks_mean_ns": SECOND},
 }
