@@ -15,6 +15,7 @@ import rich_click as click
 from rich.console import Console
 
 from bench import (
+    failover,
     history,
     link_dead,
     link_use,
@@ -41,6 +42,7 @@ BENCHMARKS: dict[str, list[Cell]] = {
     sustained.NAME: sustained.CELLS,
     postgres.NAME: postgres.CELLS,
     peers.NAME: peers.CELLS,
+    failover.NAME: failover.CELLS,
     history.NAME: history.CELLS,
     resync.NAME: resync.CELLS,
     **{

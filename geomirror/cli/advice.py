@@ -31,7 +31,7 @@ def advise(resource: dict[str, Any], node: str) -> list[Advice]:
         return [Advice("opening", "The journal is being recovered.", "Wait a moment.")]
     found = [finding for peer in resource["peers"] for finding in _about_peer(resource, peer, node)]
     found += [finding for peer in resource["peers"] for finding in _about_verify(name, peer)]
-    found += _about_settings(resource)
+    found += _about_settings(resource) + _about_behind(resource)
     if found:
         return found
     if resource["role"] == "secondary":
@@ -119,6 +119,21 @@ def _progress(peer: dict[str, Any]) -> str:
     if peer.get("eta_seconds"):
         text += f" About {format_seconds(peer['eta_seconds'])} left."
     return text
+
+
+def _about_behind(resource: dict[str, Any]) -> list[Advice]:
+    behind = resource.get("behind")
+    if not behind:
+        return []
+    left, epoch = format_bytes(behind["bytes_left"]), behind["epoch"]
+    if behind["kind"] == "apply":
+        meaning = f"Epochs up to {epoch} are being brought into the volumes; {left} are left."
+        return [Advice("applying", f"{meaning} Readers see them already.", "Nothing to do.")]
+    meaning = (
+        f"The volumes go back to epoch {epoch}, from before a resync; {left} are left. Readers see "
+        "it already, and what is written since; switchover has to wait."
+    )
+    return [Advice("going back", meaning, "Nothing to do.")]
 
 
 def _about_peer(resource: dict[str, Any], peer: dict[str, Any], here: str) -> list[Advice]:

@@ -1,7 +1,7 @@
 """A resource changes its role on this node, while the daemon goes on.
 
 ```
- promote   freeze ─▶ apply what is durable ─▶ superblock: primary, new generation ─▶ serve writers
+ promote   freeze ─▶ superblock: primary, new generation ─▶ serve writers; apply, or go back, behind
  hand over drain ─▶ all of it durable at the heir ─▶ freeze ─▶ superblock: secondary ─▶ follow
 ```
 The table of what follows what is `cluster.promotion`. Exports of the old role answer with errors
@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from geomirror.cluster.promotion import (
     DIVERGED,
@@ -31,38 +30,28 @@ from geomirror.errors import (
     RefusedError,
     WaitTimeoutError,
 )
-from geomirror.node.context import NodeContext
+from geomirror.limits import MIB
 from geomirror.node.primary_export import HeldWriters
-from geomirror.node.replica_runner import ReplicaRunner
 from geomirror.node.resource_definition import ResourceDefinition
-from geomirror.node.secondary_export import ReaderPins
-from geomirror.volume.engine import Engine
+from geomirror.node.role_steps import RoleSteps
 from geomirror.volume.superblock import GenerationRecord
 from geomirror.wan_protocol.primary import Primary
 from geomirror.wan_protocol.secondary import CONSISTENT, Secondary
 from geomirror.wan_protocol.sender import FOLD, STREAM
 from geomirror.wan_protocol.sync_policy import parse_policy
 
-_Result = TypeVar("_Result")
 POLL_S = 0.02
 """How often a change of role looks at positions that no event announces."""
 DRAIN_S_MAX = 10.0
 """Writers are held back no longer for a switchover; then it is given up and they go on."""
 
 
-class ReplicaRoles:
+class ReplicaRoles(RoleSteps):
     """The part of `ReplicaService` that changes sides."""
 
     definition: ResourceDefinition
     stage: str
-    _node: NodeContext
-    _engine: Engine
-    _core: Primary | Secondary
-    _runner: ReplicaRunner
     _held: HeldWriters
-    _pins: ReaderPins | None
-    _is_changing: bool = False
-    """Nothing is exported: a role ends."""
     _links_up: set[str]
     _remembering: asyncio.Task[None] | None = None
     on_outranked: Callable[[], None]
@@ -136,9 +125,7 @@ class ReplicaRoles:
             )
         self._enter("promote")
         try:
-            await self._freeze()
-            if engine.held is not None:
-                await self._return()
+            await self._prepare_promotion()
             identity = self._node.entropy.token_bytes(16)
             wall_ns = self._node.clock.wall_ns()
             generation = engine.next_generation(identity, reason, self._node.name, wall_ns)
@@ -157,25 +144,6 @@ class ReplicaRoles:
         self._runner.tell("promoted", fields)
         return generation
 
-    async def _return(self) -> None:
-        """Go back to the state from before a resync that is under way.
-
-        :raises StorageError: open the resource again, which goes on with it.
-        """
-        engine = self._engine
-        engine.begin_return()
-        await self._checkpoint()
-        await self._execute(engine.return_job())
-        engine.complete_return()
-        await self._checkpoint()
-        self._runner.tell("returned", {"epoch": engine.applied_epoch})
-
-    async def _checkpoint(self) -> None:
-        job = self._engine.checkpoint_job()
-        if job is not None:
-            await self._execute(job)
-            self._engine.complete_checkpoint(job)
-
     # Primary to secondary.
 
     async def hand_over(self, heirs: list[str], timeout_s: float) -> dict[str, Any]:
@@ -192,6 +160,13 @@ class ReplicaRoles:
             raise NotPrimaryError(f'"{name}" is {self.stage} at {self._node.name}, not Primary')
         if core.fenced is not None:
             raise core.fenced
+        if engine.is_returning:
+            # It would be nobody's for as long as that takes.
+            raise RefusedError(
+                f'"{self.definition.name}" is still going back to epoch {engine.applied_epoch} at '
+                f"{self._node.name}, {engine.bytes_to_return // MIB} MiB are left",
+                hint=f"geomirror status {self.definition.name} shows it; try again then",
+            )
         self._enter("drain")
         is_drained = False
         try:
@@ -257,48 +232,3 @@ class ReplicaRoles:
         self._enter("demoted")
         self._begin()
         self._runner.tell("demoted", {"epoch": self._engine.sealed_epoch})
-
-    # How a role ends.
-
-    async def _freeze(self, *, is_tail_kept: bool = True) -> None:
-        """Stop everything that the core does and bring what is durable into the images, unless it
-        is about to be rolled back."""
-        core, engine = self._core, self._engine
-        self._is_changing = True
-        if self._pins is not None:
-            self._pins.retire()
-        core.freeze()
-        if isinstance(core, Secondary):
-            core.close_session()
-        await self._runner.idle()
-        await self._runner.stop()
-        if is_tail_kept and isinstance(core, Primary):
-            # One that was outranked may have writes that no epoch holds.
-            await self._call(partial(engine.seal_all, self._node.clock.wall_ns()))
-        while is_tail_kept:
-            if engine.committed_epoch > engine.sealed_epoch:
-                sync = engine.sync_job()
-                await self._execute(sync)
-                engine.complete_sync(sync)
-            checkpoint = engine.checkpoint_job()
-            if checkpoint is not None:
-                await self._execute(checkpoint)
-                engine.complete_checkpoint(checkpoint)
-            target = engine.half_applied_through or engine.pass_end(engine.sealed_epoch)
-            if target <= engine.applied_epoch:
-                return
-            grow = engine.grow_job(target)
-            if grow is not None:
-                await self._execute(grow)
-                engine.complete_grow(grow)
-                continue
-            apply = engine.apply_job(target)
-            await self._execute(apply)
-            engine.complete_apply(apply)
-
-    async def _execute(self, job: Any) -> None:
-        await self._call(job.run)
-
-    async def _call(self, function: Callable[[], _Result]) -> _Result:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._node.executor, function)

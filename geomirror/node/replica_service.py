@@ -20,7 +20,7 @@ from geomirror.node.replica_return import ReplicaReturn
 from geomirror.node.replica_roles import POLL_S
 from geomirror.node.replica_runner import ReplicaRunner
 from geomirror.node.replica_shipping import ReplicaShipping
-from geomirror.node.replica_status import PrimaryStatus, SecondaryStatus
+from geomirror.node.replica_status import PrimaryStatus, SecondaryStatus, behind_object
 from geomirror.node.replica_storage import create_engine, open_engine
 from geomirror.node.resource_definition import ResourceDefinition
 from geomirror.node.secondary_export import ReaderPins
@@ -238,6 +238,7 @@ class ReplicaService(ReplicaReturn, ReplicaShipping):
             "position": self.position(),
             "peers": peers,
             "sync": sync_object(core),
+            "behind": behind_object(engine),
             "superseded": self.tail() if engine.superblock.superseded_by else None,
             "reason": self.outranked_reason() or str(core.fenced or core.stalled or no_space or ""),
         }

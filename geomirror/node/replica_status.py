@@ -12,6 +12,7 @@ from typing import Any
 
 from geomirror.environment import SECOND
 from geomirror.errors import NoSpaceError
+from geomirror.volume.engine import Engine
 from geomirror.wan_protocol.primary import Primary
 from geomirror.wan_protocol.resync_intake import BLANK, CONSISTENT
 from geomirror.wan_protocol.resync_sender import ResyncSender
@@ -185,6 +186,19 @@ class PrimaryStatus:
         ratio = max(1.0, counters.logical_bytes / counters.wire_bytes)
         drain = rate * ratio - self._churn.per_second
         return round(lag_bytes / drain, 1) if drain > 0 else None
+
+
+def behind_object(engine: Engine) -> dict[str, Any] | None:
+    """What a promotion left to be done behind the writers; None when that is nothing."""
+    if engine.is_returning:
+        left, through = engine.bytes_to_return, engine.applied_epoch
+        return {"kind": "return", "epoch": through, "bytes_left": left}
+    promoted = engine.unapplied_promotion
+    if promoted is None:
+        return None
+    rows = [row for row in engine.unapplied_epochs() if row.number <= promoted]
+    left = sum(row.raw_bytes for row in rows)
+    return {"kind": "apply", "epoch": promoted, "bytes_left": left}
 
 
 class SecondaryStatus:

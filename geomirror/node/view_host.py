@@ -291,7 +291,8 @@ class ViewHost:
         newest = engine.state_epoch
         if newest is None or record.epoch > newest:
             raise NotFoundError("this copy was made anew since")
-        images = {i: e for i, e in engine.images.items() if is_new or i in record.sizes}
+        physical = engine.physical_images
+        images = {i: e for i, e in physical.items() if is_new or i in record.sizes}
         undo, entries_max = engine.undo, self._node.limits.view_entries_max
         seen: View | BranchView
         if record.branch:

@@ -27,12 +27,14 @@ from geomirror.volume.epoch_table import FLAG_PUNCH, KIND_DATA, Epoch, Table, em
 from geomirror.volume.merge import Keys, merge_tables
 from geomirror.volume.new_contents import plan_chunks, write_runs
 from geomirror.volume.store import Buffer
-from geomirror.volume.undo import UndoStore
+from geomirror.volume.undo import StoppedError, UndoStore
 from geomirror.volume.undo_file import PassLabel, UndoWriter
 from geomirror.volume.undo_open import OpenPass
 from geomirror.volume.volume_change import VolumeChange, merge_changes
 
 __all__ = ["ApplyImage", "ApplyJob", "merge_tables"]
+
+NO_BOUND = 1 << 62
 
 
 class ApplyImage(OldImage, Protocol):
@@ -83,6 +85,8 @@ class ApplyJob:
         self._read_into = read_into
         self._images = images
         """As they are before the pass."""
+        self.old_images: Mapping[int, OldImage] = images
+        """How they read, where that is not what is in their files."""
         self._grown: dict[int, ApplyImage] = {}
         """Those that the pass makes larger, as they are after it."""
         self._undo = undo
@@ -97,13 +101,30 @@ class ApplyJob:
         """After `run`: data written to images; zeros count nothing."""
         self.undo_bytes = 0
         """After `run`: size of the undo file that covers the pass."""
+        self.is_stopped = False
+        """After `run`: it was stopped; the pass may be half applied, and is to be run again."""
+        self._is_stop_wanted = False
+
+    def stop(self) -> None:
+        """Somebody waits: end `run` as soon as may be, whether or not it is done. Any thread."""
+        self._is_stop_wanted = True
 
     def run(self) -> None:
-        """Apply; when this returns the images hold `to_epoch` durably.
+        """Apply; when this returns the images hold `to_epoch` durably, unless it was stopped.
 
         :raises StorageError: a device failed; the image may be half applied and the pass has to
             be run again (same epochs) before the image is read.
         """
+        try:
+            self._apply()
+        except StoppedError:
+            self.is_stopped = True
+
+    def _check_stop(self) -> None:
+        if self._is_stop_wanted:
+            raise StoppedError
+
+    def _apply(self) -> None:
         epochs = self._load()
         expected = self.from_epoch + 1
         for epoch in epochs:
@@ -122,6 +143,7 @@ class ApplyJob:
             self._open_pass.save(self.table, self._images)
         self._write_zeros()
         self._write_data()
+        self._check_stop()
         for volume, _ in _by_volume(self.table):
             self._target(volume).fdatasync()
 
@@ -141,8 +163,11 @@ class ApplyJob:
 
     def _fill_undo(self, writer: UndoWriter) -> None:
         raw_bytes_max = self._limits.undo_pass_bytes_max
+        if self._undo.kept_after is not None:
+            raw_bytes_max = NO_BOUND
         for volume, entries in _by_volume(self.table):
-            BeforeImages(writer, volume, self._images[volume], raw_bytes_max).save(entries)
+            image = self.old_images[volume]
+            BeforeImages(writer, volume, image, raw_bytes_max, self._check_stop).save(entries)
         for change in self.changes:
             writer.add_size(change.index, change.old_size_bytes)
 
@@ -165,6 +190,7 @@ class ApplyJob:
         # Not a bytearray, which would be zeroed first.
         buffer = np.empty(max(chunk.size_bytes for chunk in chunks), dtype=np.uint8).data
         for chunk in chunks:
+            self._check_stop()
             for address, position, length in chunk.reads:
                 self._read_into(address, buffer[position : position + length])
             rows = chunk.rows

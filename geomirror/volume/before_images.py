@@ -64,12 +64,19 @@ class BeforeImages:
     """Adds the old contents of one volume's blocks to an undo file."""
 
     def __init__(
-        self, writer: UndoWriter, volume: int, image: OldImage, raw_bytes_max: int
+        self,
+        writer: UndoWriter,
+        volume: int,
+        image: OldImage,
+        raw_bytes_max: int,
+        on_progress: Callable[[], None] | None = None,
     ) -> None:
+        """:param on_progress: called now and then; may raise."""
         self._writer = writer
         self._volume = volume
         self._image = image
         self._raw_bytes_max = raw_bytes_max
+        self._on_progress = on_progress
 
     def save(self, entries: Table) -> None:
         """Save what the entries of the volume's table will change.
@@ -156,6 +163,8 @@ class BeforeImages:
     def _check_room(self) -> None:
         if self._writer.raw_bytes > self._raw_bytes_max:
             raise UndoOverflowError
+        if self._on_progress is not None:
+            self._on_progress()
 
 
 def data_blocks(

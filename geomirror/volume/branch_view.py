@@ -58,10 +58,9 @@ class BranchView:
         """
         record = owner.branches.get(name)
         undo = owner.undo
-        base = View(
-            record.base_epoch, owner.images, lambda: undo.history, owner.store.open, entries_max
-        )
-        return cls(record, base, owner.images, owner.branches.reader(name))
+        images = {index: image.physical for index, image in owner.images.items()}
+        base = View(record.base_epoch, images, lambda: undo.history, owner.store.open, entries_max)
+        return cls(record, base, images, owner.branches.reader(name))
 
     def prepare(self) -> None:
         """Index what was changed since the base, which the first read would do otherwise."""

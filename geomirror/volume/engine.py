@@ -110,6 +110,8 @@ class Engine(RollbackPath, RoleChanges):
                 engine.prepare_now()  # A secondary waits until a pass needs it.
             engine._redo()
             engine._finish_return()
+            if engine.unapplied_promotion is not None:
+                engine.lay_unapplied()
         except GeomirrorError:
             engine.close()
             raise
@@ -293,6 +295,7 @@ class Engine(RollbackPath, RoleChanges):
         :raises GeomirrorError: as there. With `must_reopen`, or a StorageError: close the engine
             and open it again, which ends what was begun. Else nothing has changed.
         """
+        self.finish_return()
         self.seal_all(wall_ns)
         self.rollback_target(to_epoch, chain_hash, may_shrink=may_shrink)
         if self.half_applied_through is not None:

@@ -239,7 +239,7 @@ class EngineBase:
             last,
             load,
             self.journal.read_into,
-            self.images,
+            {index: image.physical for index, image in self.images.items()},
             self.undo,
             self.limits,
             with_undo=self.superblock.data_state == "consistent",

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from geomirror.errors import RefusedError
-from geomirror.volume.engine_base import EngineBase
+from geomirror.volume.engine_layers import LayeredImages
 from geomirror.volume.generations import ChainEntry, chain_records
 from geomirror.volume.superblock import DataState
 from geomirror.volume.volume_change import VolumeChange
 
 
-class CopyPosition(EngineBase):
+class CopyPosition(LayeredImages):
     """The part of `Engine` that a resync uses."""
 
     def reset_position(

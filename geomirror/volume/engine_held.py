@@ -4,6 +4,7 @@
  consistent at E0 ─begin─▶ held at E0, image inconsistent ─┬─ all copied and applied ─▶ at L1
                                 ▲ crash, link down: goes on │        undo (E0, L1]
                                                             ├─ return ─▶ consistent at E0
+                                                            ├─ promotion (`engine_return`)
                                                             └─ give up (asked for) ─▶ inconsistent
 ```
 Invariants: no block is overwritten before its before-image is durable (I6); the superblock says
@@ -60,13 +61,22 @@ class HeldCopy(CopyPosition):
 
     @property
     def held(self) -> HeldRecord | None:
-        """The state from before a resync that is under way, if it can be restored."""
-        return self.superblock.held
+        """The state from before a resync that is under way, if it can be restored.
+
+        None at a primary: it is at that state.
+        """
+        return None if self.superblock.role == "primary" else self.superblock.held
+
+    @property
+    def is_returning(self) -> bool:
+        """At a primary that was promoted in the middle of a resync: it serves the state from before
+        it through undo, and its images are on their way back there."""
+        return self.superblock.role == "primary" and self.superblock.held is not None
 
     @property
     def state_epoch(self) -> int | None:
         """The epoch whose state this copy has whole: None for a copy that has none."""
-        held = self.superblock.held
+        held = self.held
         if held is not None:
             return held.epoch
         is_whole = self.superblock.data_state == "consistent"
@@ -75,7 +85,7 @@ class HeldCopy(CopyPosition):
     @property
     def state_wall_ns(self) -> int:
         """When `state_epoch` was cut at the primary."""
-        held = self.superblock.held
+        held = self.held
         return self.superblock.applied_wall_ns if held is None else held.wall_ns
 
     def begin_resync(
@@ -189,6 +199,11 @@ class HeldCopy(CopyPosition):
 
     def complete_return(self) -> None:
         """The copy is consistent at the held epoch; persisted by the next checkpoint."""
+        self._take_held_position()
+        self.superblock.held = None
+        self._drop_open_pass()
+
+    def _take_held_position(self) -> None:
         superblock, held = self.superblock, self.superblock.held
         assert held is not None
         assert self.open_pass is not None
@@ -201,8 +216,12 @@ class HeldCopy(CopyPosition):
         superblock.applied_wall_ns = held.wall_ns
         superblock.consistent_from = held.consistent_from
         superblock.former_from, superblock.former_until = held.former_from, held.former_until
-        superblock.held = None
-        self._drop_open_pass()
+
+    def _checkpoint_now(self) -> None:
+        checkpoint = self.checkpoint_job()
+        assert checkpoint is not None
+        checkpoint.run()
+        self.complete_checkpoint(checkpoint)
 
     def give_up_held(self) -> None:
         """Forget the held state and all earlier ones: the operator wants the copy made at any
@@ -228,10 +247,7 @@ class HeldCopy(CopyPosition):
             return
         self.return_job().run()
         self.complete_return()
-        checkpoint = self.checkpoint_job()
-        assert checkpoint is not None
-        checkpoint.run()
-        self.complete_checkpoint(checkpoint)
+        self._checkpoint_now()
 
     def close(self) -> None:
         """Close all files; nothing is synced."""

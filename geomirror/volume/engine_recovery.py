@@ -132,7 +132,8 @@ def replay(
     sealed_hash = bytes.fromhex(superblock.applied_hash)
     if epochs:
         last = epochs[-1][1]
-        open_epoch.number, open_epoch.first_lsn = last.number + 1, last.end_lsn
+        open_epoch.number = last.number + 1
+        open_epoch.first_lsn = directory.info(last.number).end_lsn
         open_epoch.boundary_lsn = boundaries[-1]
         sealed_hash = last.chain_hash
     for _, epoch, _ in epochs:
@@ -150,22 +151,24 @@ def _rows(
 ) -> list[EpochInfo]:
     """Directory rows of the epochs beyond the applied one."""
     rows: list[EpochInfo] = []
+    own = superblock.chain[-1].identity if superblock.role == "primary" else ""
     for at, (record_lsn, epoch, previous_lsn) in enumerate(epochs):
         lowest = lowest_address(epoch, record_lsn)
-        if superblock.role == "primary":
+        is_own = epoch.generation.hex() == own
+        if is_own:
             lowest = min(lowest, boundaries[at - 1] if at else superblock.scan_lsn)
         else:
             lowest = record_start(spooled, lowest)
-        rows.append(
-            info_of(
-                epoch,
-                record_lsn=record_lsn,
-                boundary_lsn=boundaries[at],
-                data_lsn_min=lowest,
-                previous_lsn=previous_lsn,
-                cut_number=cuts[at],
-            )
+        row = info_of(
+            epoch,
+            record_lsn=record_lsn,
+            boundary_lsn=boundaries[at],
+            data_lsn_min=lowest,
+            previous_lsn=previous_lsn,
+            cut_number=cuts[at],
         )
+        # From before this node's promotion: LSNs of another journal.
+        rows.append(row if is_own or not own else row._replace(end_lsn=boundaries[at]))
     return rows
 
 

@@ -1,14 +1,15 @@
 """Changes of a resource's role on this node, each with one superblock write as its commit point.
 
 ```
- secondary, applied = sealed = e ──promote──▶ primary: chain + (generation, e, H(e)), epoch e+1 next
+ secondary, sealed = e ───────────promote──▶ primary: chain + (generation, e, H(e)), epoch e+1 next
  primary, everything sealed      ──demote───▶ secondary: same chain
  primary that heard a higher token ─supersede▶ primary that says so, and serves nothing
  that, or a secondary that said so ─rejoin───▶ secondary with the chain that it heard of
                                    ─promote──▶ primary: its own chain, a token above both
 ```
-Invariants: an image holds the last durable epoch when its node becomes a primary, so that reads
-need nothing but the image; no change is in the open epoch when a primary becomes a secondary.
+Invariants: readers see the last durable epoch from the moment at which a node becomes a primary,
+whether or not its images hold it (`engine_layers`); no change is in the open epoch when a primary
+becomes a secondary.
 Until the job that is returned has run the disk has the role before; nothing is served meanwhile.
 Deliberately not here: who decides it (`node.role_change`), what peers are told.
 """
@@ -18,21 +19,27 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
-from geomirror.volume.engine_copy import CopyPosition
 from geomirror.volume.engine_jobs import CheckpointJob
+from geomirror.volume.engine_return import ReturningPrimary
 from geomirror.volume.generations import ChainEntry, chain_records
 from geomirror.volume.open_epoch import OpenEpoch
 from geomirror.volume.superblock import GenerationRecord, PeerRecord, SyncRecord
 
 
-class RoleChanges(CopyPosition):
+class RoleChanges(ReturningPrimary):
     """The part of `Engine` that changes sides."""
 
     @property
     def is_still(self) -> bool:
         """Everything durable is in the images, nothing else is on its way: a role may change."""
         is_applied = self.applied_epoch == self.sealed_epoch == self.committed_epoch
-        return is_applied and self._draft is None and not self._open_entries
+        is_still = is_applied and self._draft is None and not self._open_entries
+        return is_still and not self.is_returning
+
+    @property
+    def has_growth_to_apply(self) -> bool:
+        """A volume has grown in an epoch that no image holds yet: that has to be applied first."""
+        return bool(self.sizes.between(self.applied_epoch, self.committed_epoch))
 
     def next_generation(
         self, identity: bytes, reason: str, by: str, wall_ns: int
@@ -59,11 +66,16 @@ class RoleChanges(CopyPosition):
         :param generation: from `next_generation`; it begins at the sealed epoch.
         :param peers: the other members; their epochs are kept from where this copy has them.
         :returns: a job; its `run` is the commit point. Complete it with `complete_checkpoint`.
+
+        What no image holds yet readers see in the journal; passes go on with it.
         """
         superblock = self.superblock
         assert superblock.role == "secondary" or superblock.superseded_by
         assert superblock.data_state == "consistent"
-        assert self.is_still
+        assert self.sealed_epoch == self.committed_epoch
+        assert self._draft is None
+        assert not self._open_entries
+        assert not self.has_growth_to_apply
         assert generation.parent_epoch == self.sealed_epoch
         self._spooled.clear()
         start = self._history_start()
@@ -76,6 +88,12 @@ class RoleChanges(CopyPosition):
         superblock.sync = SyncRecord()
         # LSNs are those of this journal from here on.
         superblock.applied_end_lsn = self.journal.end_lsn
+        rows = self._directory.after(self.applied_epoch)
+        self._directory.drop_after(self.applied_epoch)
+        for row in rows:
+            self._directory.append(row._replace(end_lsn=self.journal.end_lsn))
+        if rows:
+            self.lay_unapplied()
         self._open = OpenEpoch(self.sealed_epoch + 1, self.journal.end_lsn, self.journal.end_lsn)
         self._keep_for(peers, *start)
         return self._checkpoint()

@@ -190,6 +190,7 @@ class RollbackPath(VolumeGrowth):
         self._spooled.clear()
         self._unsealed.clear()
         self.marks.reset(self.marks.table_through(epoch))
+        self._set_layer(None)
         self._shrink_images()
         self.sizes.cut(epoch, {each.index: each.size_bytes for each in self.superblock.volumes})
         run_min = self.limits.zero_run_blocks_min
@@ -247,7 +248,7 @@ class RollbackPath(VolumeGrowth):
             self.store,
             self.limits,
             self.journal,
-            self.images,
+            self.physical_images,
             self.undo,
             self.branches,
             self._superblock_file,

@@ -17,8 +17,8 @@ from collections.abc import Iterable, Sequence
 from geomirror.errors import JournalFullError
 from geomirror.limits import BLOCK_BYTES
 from geomirror.volume.dirty_index import Piece
-from geomirror.volume.engine_held import HeldCopy
 from geomirror.volume.engine_jobs import ReadJob, read_pieces
+from geomirror.volume.engine_return import ReturningPrimary
 from geomirror.volume.epoch_record import EPOCH_HEADER_BYTES
 from geomirror.volume.epoch_table import ENTRY
 from geomirror.volume.journal import Write
@@ -39,7 +39,7 @@ def record_room_bytes(payload_length: int) -> int:
     return payload_length + _RECORD_BYTES
 
 
-class WritePath(HeldCopy):
+class WritePath(ReturningPrimary):
     """The part of `Engine` that NBD requests reach."""
 
     _room_budget = 0
@@ -185,7 +185,7 @@ class WritePath(HeldCopy):
     def read_job(self, volume: int, offset: int, length: int) -> ReadJob:
         """A job that reads a range; call its `release` on the loop when it is done."""
         pieces = self.indexes[volume].lookup(offset, length)
-        has_journal = any(piece.source > 0 for piece in pieces)
+        has_journal = self.has_layer or any(piece.source > 0 for piece in pieces)
         pin = self.journal.pin(self.scan_lsn, "read") if has_journal else None
         return ReadJob(pieces, self.journal.read, self.images[volume], pin)
 

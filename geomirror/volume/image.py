@@ -30,6 +30,11 @@ class Image:
         self.file = file
         self.block_count = -(-size_bytes // BLOCK_BYTES)
 
+    @property
+    def physical(self) -> Image:
+        """What lies in the file; an image that is read through a layer is another one."""
+        return self
+
     def block_bytes(self, block: int) -> int:
         """Bytes that exist of a block: 4096, or fewer for the last one."""
         assert 0 <= block < self.block_count

@@ -40,6 +40,22 @@ class SavedBlocks:
             parts.append(runs)
         return np.concatenate(parts) if parts else empty_table()
 
+    def has_near(self, table: Table) -> bool:
+        """Whether some block of a table's entries may be in the set; looks at few bits."""
+        rows = table[["volume", "block", "count"]].tolist() if self._pages else []
+        return any(self.may_hold(*row) for row in rows)
+
+    def may_hold(self, volume: int, first: int, count: int) -> bool:
+        """Whether blocks near to a range are in the set: eight of them are looked at at once."""
+        while count > 0:
+            page, inside = divmod(first, PAGE_BLOCKS)
+            step = min(count, PAGE_BLOCKS - inside)
+            saved = self._pages.get((volume, page))
+            if saved is not None and saved[inside >> 3 : ((inside + step - 1) >> 3) + 1].any():
+                return True
+            first, count = first + step, count - step
+        return False
+
     def add(self, table: Table) -> None:
         """Put the blocks of a table's entries into the set."""
         for volume, page, first, wanted in _pages(table):

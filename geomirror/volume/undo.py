@@ -36,6 +36,10 @@ class UndoOverflowError(Exception):
     """Raised by the source of before-images when the pass has become too large to keep."""
 
 
+class StoppedError(Exception):
+    """Raised within a job that was asked to stop: what it wrote so far does not count."""
+
+
 class UndoStore:
     """All undo files of one resource.
 
@@ -52,6 +56,9 @@ class UndoStore:
         self._next = start_counter
         self._history = History((), 0)
         self._pins: dict[str, int] = {}
+        self.kept_after: int | None = None
+        """Passes after this epoch tell what must not go back to it: none is dropped, nor is one
+        left out for its size."""
         self.is_void = False
         """The images are being made anew; `drop_all` is due."""
         self._damaged: dict[str, IntegrityError] = {}
@@ -149,6 +156,8 @@ class UndoStore:
             )
         # Passes follow each other: asked at every turn, this looks at the last one only.
         for found in reversed(self._passes):
+            if found.is_part:
+                continue  # Of a resync: the image is none by itself, or is going back.
             if found.from_epoch <= applied_epoch:
                 is_it = found.from_epoch == applied_epoch
                 return (found.from_epoch, found.to_epoch) if is_it else None
@@ -183,14 +192,23 @@ class UndoStore:
             except UndoOverflowError:
                 break
             except NoSpaceError:
-                if not self._passes:
+                free = self._droppable()
+                if not free and self.kept_after is not None:
+                    raise
+                if not free:
                     break
                 # The newest pass is worth more than old ones, which it would make unreachable.
-                for each in self._passes[: (len(self._passes) + 1) // 2]:
+                for each in free[: (len(free) + 1) // 2]:
                     self._drop(each.name)
         # What lies beyond a gap can never be restored again.
         self.drop_all()
         return self._write(label, lambda _: None, is_gap=True)
+
+    def _droppable(self) -> list[PassInfo]:
+        """Passes that may make room for others, oldest first."""
+        whole = [each for each in self._passes if not each.is_part]
+        kept = self.kept_after
+        return whole if kept is None else [each for each in whole if each.to_epoch <= kept]
 
     # Rollback.
 
@@ -318,7 +336,8 @@ class UndoStore:
         self._next += 1
         self._enforce_budget(info.stored_bytes)
         self._store.sync_directory(DIRECTORY)
-        self._keep((*self._passes, info))
+        parts = [each for each in self._passes if each.is_part]
+        self._keep((*self._passes[: len(self._passes) - len(parts)], info, *parts))
         return info
 
     def _write_file(
@@ -347,15 +366,16 @@ class UndoStore:
         for name in list(self._damaged):
             self._drop(name)
         bytes_max, passes_max = self._limits.undo_bytes_max, self._limits.undo_passes_max
-        stored = self.stored_bytes() + added_bytes
+        whole = [each for each in self._passes if not each.is_part]
+        count = len(whole)
+        stored = sum(each.stored_bytes for each in whole) + added_bytes
         pinned = min(self._pins.values(), default=None)
-        while self._passes:
-            oldest = self._passes[0]
+        for oldest in self._droppable():
             # What a view looks at may take as much again, so that neither ends the other soon.
             factor = 1 if pinned is None or oldest.to_epoch <= pinned else 2
-            if stored <= factor * bytes_max and len(self._passes) < factor * passes_max:
+            if stored <= factor * bytes_max and count < factor * passes_max:
                 break
-            stored -= oldest.stored_bytes
+            stored, count = stored - oldest.stored_bytes, count - 1
             self._drop(oldest.name)
 
     def _drop(self, name: str) -> None:

@@ -20,7 +20,7 @@ class History:
     """What undo is kept, at one moment. Never changed: another one takes its place."""
 
     passes: tuple[PassInfo, ...]
-    """Oldest first."""
+    """Oldest first; those of a pass that is open come last."""
     incarnation: int
     """One more each time that images were made anew: no state from before can be restored."""
     newest_epoch: int | None = None
@@ -34,18 +34,29 @@ class History:
         if self.newest_epoch is not None and epoch > self.newest_epoch:
             raise NotFoundError(f"the state at epoch {epoch} is being rolled back")
         at = bisect_right(self.passes, epoch, key=lambda each: each.to_epoch)
-        newer = self.passes[at:]
-        expected = epoch
-        for each in newer:
-            if each.is_part and each.to_epoch == expected:
-                continue  # One more group of the pass that is open.
+        whole = tuple(each for each in self.passes[at:] if not each.is_part)
+        parts = self.passes[at + len(whole) :]
+        start = parts[0].from_epoch if parts else epoch
+        if epoch > start:
+            raise NotFoundError(
+                f"the state at epoch {epoch} cannot be looked at while the volumes go back to "
+                f"epoch {start}"
+            )
+        expected, reached = epoch, {epoch}
+        for each in whole:
             if each.from_epoch != expected or each.is_gap:
-                raise NotFoundError(
-                    f"the state at epoch {epoch} is not kept",
-                    hint='"geomirror timeline" shows what is kept',
-                )
+                break
             expected = each.to_epoch
-        return newer
+            reached.add(expected)
+        if start not in reached or len(reached) <= len(whole):
+            raise NotFoundError(
+                f"the state at epoch {epoch} is not kept",
+                hint='"geomirror timeline" shows what is kept',
+            )
+        # Of a block that several hold the first one counts: the pass that is open comes after
+        # those before its epoch, and is worth as much as those after it.
+        split = bisect_right(whole, start, key=lambda each: each.to_epoch)
+        return (*whole[:split], *parts, *whole[split:])
 
     def kept(self, applied_epoch: int) -> tuple[PassInfo, ...]:
         """The passes that lead to `applied_epoch` without a hole, oldest first.

@@ -18,7 +18,7 @@ import numpy as np
 from geomirror.errors import IntegrityError, LimitExceededError
 from geomirror.limits import Limits
 from geomirror.volume.store import Store
-from geomirror.volume.undo import UndoStore
+from geomirror.volume.undo import StoppedError, UndoStore
 from geomirror.volume.undo_contents import old_contents
 from geomirror.volume.undo_file import PassInfo, PassLabel, UndoReader, UndoWriter
 from geomirror.volume.undo_levels import expired, next_merge
@@ -40,6 +40,11 @@ class ThinJob:
         self._undo = undo
         self._limits = limits
         self._pinned = pinned
+        self._is_stop_wanted = False
+
+    def stop(self) -> None:
+        """Somebody waits: end `run` soon; history stays as fine as it is. Any thread."""
+        self._is_stop_wanted = True
 
     def run(self) -> None:
         """Blocking; nothing else may change the undo meanwhile.
@@ -66,6 +71,8 @@ class ThinJob:
                 self.merge(group)
             except LimitExceededError:
                 group = group[: len(group) // 2]
+            except StoppedError:
+                return
             except IntegrityError:
                 for each in group:
                     self._undo.check(each)
@@ -93,6 +100,8 @@ class ThinJob:
         files = [self._store.open(each.name) for each in passes]
         try:
             for part in old_contents(index, files):
+                if self._is_stop_wanted:
+                    raise StoppedError
                 if part.contents is None:
                     writer.add_zero(part.volume, part.blocks[0], part.block_count)
                 else:

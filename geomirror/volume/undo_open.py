@@ -14,7 +14,8 @@ Deliberately not here: when a pass begins and ends (`engine_held`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -47,6 +48,8 @@ from geomirror.volume.undo_group import (
     read_group,
 )
 
+_GROUP_COST_BYTES = CHUNK_BYTES
+"""What a group counts at least: zeros have no bytes, but each run of them is a call."""
 _NO_BOUND = 1 << 62
 """The file is bounded as it is stored."""
 
@@ -239,6 +242,44 @@ class OpenPass:
         for image in images.values():
             image.fdatasync()
 
+    @property
+    def group_count(self) -> int:
+        """Groups that it has."""
+        return len(self._groups)
+
+    @property
+    def saved(self) -> SavedBlocks:
+        """The blocks whose before-images it has."""
+        return self._saved
+
+    def bytes_from(self, first: int) -> int:
+        """Old contents of the groups from `first` on."""
+        return sum(group.raw_bytes for group in self._groups[first:])
+
+    def restore_some(
+        self,
+        images: Mapping[int, RestoredImage],
+        first: int,
+        bytes_max: int,
+        superseded: SavedBlocks,
+    ) -> int:
+        """Write about `bytes_max` of before-images back, those of group `first` and the following;
+        durably. Blocking; may be repeated.
+
+        :param superseded: blocks that hold something newer: these stay as they are.
+        :returns: the first group that is left.
+        :raises StorageError: as `restore`.
+        """
+        done_bytes = 0
+        while first < len(self._groups) and done_bytes < bytes_max:
+            assert self._file is not None
+            _restore_group(self._file, self._groups[first], images, superseded)
+            done_bytes += max(self._groups[first].raw_bytes, _GROUP_COST_BYTES)
+            first += 1
+        for image in images.values():
+            image.fdatasync()
+        return first
+
     def stop(self) -> None:
         """Close the file; nothing is synced."""
         if self._file is not None:
@@ -246,15 +287,19 @@ class OpenPass:
             self._file = None
 
 
-def _restore_group(file: File, group: Group, images: Mapping[int, RestoredImage]) -> None:
+def _restore_group(
+    file: File,
+    group: Group,
+    images: Mapping[int, RestoredImage],
+    superseded: SavedBlocks | None = None,
+) -> None:
     held, raw = -1, b""
-    for entry in group.table:
-        image = images[int(entry["volume"])]
-        block, count = int(entry["block"]), int(entry["count"])
-        if entry["kind"] == KIND_ZERO:
+    for volume, kind, block, count, position in _wanted(group, superseded):
+        image = images[volume]
+        if kind == KIND_ZERO:
             image.zero(block, count, punch=True)
             continue
-        position, end = int(entry["position"]), int(entry["position"]) + count * BLOCK_BYTES
+        end = position + count * BLOCK_BYTES
         offset = block * BLOCK_BYTES
         while position < end:
             index, inside = divmod(position, CHUNK_BYTES)
@@ -265,6 +310,28 @@ def _restore_group(file: File, group: Group, images: Mapping[int, RestoredImage]
             part = part[: image.size_bytes - offset]
             image.write_runs([(offset, [part])])
             offset += len(part)
+
+
+def _wanted(
+    group: Group, superseded: SavedBlocks | None
+) -> Iterator[tuple[int, int, int, int, int]]:
+    """(volume, kind, block, count, position) of a group's runs, without superseded blocks."""
+    fields = ["volume", "kind", "block", "count", "position"]
+    runs = group.table[fields].tolist()
+    blocks = group.blocks()
+    if superseded is None or not superseded.has_near(blocks):
+        yield from runs
+        return
+    left = superseded.missing(blocks)
+    keys, counts, own = keys_of(left).tolist(), left["count"].tolist(), keys_of(blocks).tolist()
+    for (volume, kind, block, count, position), key in zip(runs, own, strict=True):
+        for at in range(max(bisect_right(keys, key) - 1, 0), len(keys)):
+            low, high = max(keys[at], key), min(keys[at] + counts[at], key + count)
+            if keys[at] >= key + count:
+                break
+            if low < high:
+                skipped = 0 if kind == KIND_ZERO else (low - key) * BLOCK_BYTES
+                yield volume, kind, block + low - key, high - low, position + skipped
 
 
 def open_pass_of(store: Store, undo: UndoStore, held: HeldRecord, limits: Limits) -> OpenPass:

@@ -138,7 +138,8 @@ class BlockStatus:
         primary = self._primary
         engine = primary.engine
         if name == BACKING:
-            return Lacking(engine.applied_epoch)
+            # While it goes back to a state from before a resync, anything may still have to.
+            return Lacking(None if engine.is_returning else engine.applied_epoch)
         sender, kept = primary.senders[name], primary.bitmaps.get(name)
         if sender.refusal:
             return Lacking(None)  # Of another history, or not able to say what it holds.

@@ -13,6 +13,7 @@ local disk, never for a peer. Deliberately not here: how bytes travel, who may b
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from geomirror.environment import MS, SECOND
 from geomirror.errors import (
@@ -279,6 +280,7 @@ class Primary(Verifying):
     # The machinery.
 
     def _pump_role(self) -> None:
+        self._pump_return()
         self._pump_seal()
         self._pump_modes()
         for sender in self.senders.values():
@@ -302,6 +304,7 @@ class Primary(Verifying):
         is_idle = self.now_ns >= self._wrote_ns + limits.destage_idle_ns
         is_due = (
             self._is_stopping
+            or engine.unapplied_promotion is not None
             or (is_idle and engine.dirty_bytes >= limits.destage_idle_bytes_min)
             or self._room_wanted
             or engine.dirty_bytes >= limits.dirty_bytes_max * limits.destage_fraction
@@ -310,6 +313,20 @@ class Primary(Verifying):
             or (oldest is not None and self.now_ns >= oldest + limits.destage_age_ns_max)
         )
         return self._pass_end() if is_due else None
+
+    def _pump_return(self) -> None:
+        """Promoted in the middle of a resync: bring the images to where readers see them."""
+        busy = any(map(self.is_running, ("return", "apply")))
+        if not self.engine.is_returning or busy:
+            return
+        # A pass that is due comes first: writers may wait for the room that it makes.
+        if self._apply_target() is None and self.engine.half_applied_through is None:
+            self._run("return", self.engine.return_step_job(), self._returned_some)
+
+    def _returned_some(self, job: Any) -> None:
+        if self.engine.complete_return_step(job):
+            self._checkpoint_wanted = True
+            self._decide(Emit("returned", {"epoch": self.engine.applied_epoch}))
 
     def _oldest_unapplied_ns(self) -> int | None:
         if self.engine.sealed_epoch <= self.engine.applied_epoch:

@@ -22,6 +22,7 @@ from typing import Any
 from geomirror.environment import SECOND
 from geomirror.errors import FencedError, GeomirrorError, NoSpaceError, StorageError
 from geomirror.limits import Limits
+from geomirror.volume.apply import ApplyJob
 from geomirror.volume.engine import Engine
 from geomirror.volume.undo_merge import ThinJob
 from geomirror.wan_protocol.decisions import Decision, Emit, FlushDone, Job, RoomAvailable, RunJob
@@ -126,6 +127,15 @@ class Replica:
         goes on with the same engine once nothing runs."""
         self.is_frozen = True
 
+    def hurry(self) -> None:
+        """Frozen: let what may take seconds end at once. What it leaves undone is repeated."""
+        assert self.is_frozen
+        for kind in ("apply", "thin"):
+            if kind in self._running:
+                job = self._running[kind].job
+                assert isinstance(job, ApplyJob | ThinJob)
+                job.stop()
+
     def is_running(self, kind: str) -> bool:
         """Whether a job of this kind runs."""
         return kind in self._running
@@ -229,7 +239,8 @@ class Replica:
             self._sealed_moved()
 
     def _pump_apply(self) -> None:
-        if any(map(self.is_running, ("apply", "checkpoint", "thin"))) or self._checkpoint_wanted:
+        busy = ("apply", "checkpoint", "thin", "return")
+        if any(map(self.is_running, busy)) or self._checkpoint_wanted:
             return
         half_done = self.engine.half_applied_through
         # Repeated as it was (I6), held or not: until then the image is at no epoch at all.
@@ -247,6 +258,8 @@ class Replica:
             self._checkpoint_wanted = True
 
     def _apply_done(self, job: Any) -> None:
+        if job.is_stopped:
+            return
         self.engine.complete_apply(job)
         self._checkpoint_wanted = True
 
@@ -283,7 +296,8 @@ class Replica:
     def _pump_thin(self) -> None:
         engine = self.engine
         busy = ("apply", "checkpoint", "thin")
-        if self.now_ns < self._thin_not_before_ns or any(map(self.is_running, busy)):
+        is_busy = any(map(self.is_running, busy)) or engine.undo.kept_after is not None
+        if self.now_ns < self._thin_not_before_ns or is_busy:
             return
         self._thin_not_before_ns = self.now_ns + THIN_INTERVAL_NS
         if engine.superblock.data_state == "consistent" and engine.half_applied_through is None:

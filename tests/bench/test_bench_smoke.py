@@ -90,6 +90,22 @@ def test_a_resync_of_scattered_blocks_sends_little_more_than_these(
 
 
 @pytest.mark.system
+@pytest.mark.parametrize("cell", ["first_write", "unapplied", "views", "rewind", "failback"])
+def test_a_short_failover_is_measured(
+    cell: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need_fio()
+    monkeypatch.chdir(ROOT)
+    result = bench(tmp_path, "--only", f"failover.{cell}")[f"failover.{cell}"]
+    assert result["verdict"] in ("ok", "not quiet"), result["invalid_because"]
+    figures = {figure["name"]: figure for figure in result["figures"]}
+    assert all(figure["value"] > 0 for figure in figures.values())
+    if cell == "failback":
+        assert figures["wire bytes / written at the promoted copy"]["is_met"]
+        assert result["rounds"][0]["branch"].startswith("orphan-")
+
+
+@pytest.mark.system
 def test_the_simulator_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     found = bench(tmp_path, "--only", "simulator")

@@ -249,9 +249,8 @@ class Marking:
         touched = {key for n in range(epoch, last + 1) for key in oracle.changes.get(n, [])}
         changed = sorted((v, block) for v, block in touched if block * BLOCK < sizes.get(v, 0))
         entries_max = engine.limits.view_entries_max
-        view = View(
-            epoch, engine.images, lambda: engine.undo.history, engine.store.open, entries_max
-        )
+        images, undo = engine.physical_images, engine.undo
+        view = View(epoch, images, lambda: undo.history, engine.store.open, entries_max)
         for volume, block in self._looks.sample(changed, min(BLOCKS_MAX, len(changed))):
             size = min(BLOCK, sizes[volume] - block * BLOCK)
             try:

@@ -26,6 +26,10 @@ OPERATIONS_MAX = 24
 """A cut comes within so many operations of one job."""
 
 
+CUT = "cut"
+"""Reason of a generation that only a copy of a disk has."""
+
+
 class _CutError(BaseException):
     """The power goes away."""
 
@@ -42,6 +46,8 @@ class CutCheck:
     cuts: int = 0
     returns: int = 0
     """Cuts after which the copy had to go back."""
+    promotions: int = 0
+    """Cuts after which it was promoted and went back behind its readers."""
 
     def watch(self, node: SimNode) -> None:
         """A job of this node runs next: perhaps look in the middle of it."""
@@ -85,7 +91,10 @@ class CutCheck:
                 epoch = engine.held.epoch
                 engine.close()
                 return epoch
-            if engine.held is not None:
+            if engine.held is not None and self.chance.random() < 0.5:
+                self.promotions += 1
+                engine = self._promoted(store, engine, name, where)
+            elif engine.held is not None:
                 self.returns += 1
                 engine = self._returned(store, engine)
             epoch = engine.state_epoch
@@ -127,8 +136,43 @@ class CutCheck:
             store.on_operation = None
         return engine
 
+    def _promoted(self, store: SimStore, engine: Engine, name: str, where: str) -> Engine:
+        """Make it the primary; readers see E0 at every moment, also after another cut."""
+        held = engine.superblock.held
+        assert held is not None
+        left = self.chance.randrange(40)
+
+        def count(operation: str, file_name: str) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise _CutError
+
+        store.on_operation = count
+        try:
+            engine.take_held()
+            identity = self.chance.randbytes(16)
+            job = engine.promote(engine.next_generation(identity, CUT, CUT, 1), [])
+            job.run()
+            engine.complete_checkpoint(job)
+            self._compare(engine, held.epoch, name, where)
+            engine.finish_return()
+        except _CutError:
+            store.on_operation = None
+            store.crash()
+            engine = self._opened(store)
+            if engine.held is not None:
+                return self._promoted(store, engine, name, where)
+            self._compare(engine, held.epoch, name, where)
+            engine.finish_return()
+        finally:
+            store.on_operation = None
+        return engine
+
     def _compare(self, engine: Engine, epoch: int, name: str, where: str) -> None:
-        oracle = self.placing.line_of(engine.superblock.chain)
+        # A generation that began here has nothing of its own.
+        chain = [g for g in engine.superblock.chain if g.reason != CUT]
+        oracle = self.placing.line_of(chain)
         rotten = oracle.rotten.get(name, ())
         for volume, image in engine.images.items():
             content = image.read(0, image.size_bytes)

@@ -31,7 +31,7 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=secrets.randbelow(1 << 31), help="first seed")
     parser.add_argument("--length", type=int, default=120, help="simulated seconds of each seed")
     arguments = parser.parse_args()
-    seed, cuts, returns, resyncs = arguments.first, 0, 0, 0
+    seed, cuts, returns, promotions, resyncs = arguments.first, 0, 0, 0, 0
     while cuts < arguments.cuts:
         simulation = Simulation(seed, arguments.length, **OVERFLOWS)
         simulation.cuts.part = PART
@@ -42,10 +42,12 @@ def main() -> int:
             return 1
         cuts += simulation.cuts.cuts
         returns += simulation.cuts.returns
+        promotions += simulation.cuts.promotions
         seed += 1
     print(
         f"{cuts} cuts in {resyncs} resyncs of {seed - arguments.first} seeds from "
-        f"{arguments.first}: S(E0) every time, {returns} times by going back"
+        f"{arguments.first}: S(E0) every time, {returns} times by going back, {promotions} times "
+        "at a primary before it had gone back"
     )
     return 0
 

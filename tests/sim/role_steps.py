@@ -1,7 +1,7 @@
 """The steps of a change of role, over an engine that no core runs any more.
 
 ```
- promotion  settle, or back to the state that a resync holds ─▶ superblock: primary, new generation
+ promotion  sync, or be at the state that a resync holds ─▶ superblock: primary, new generation
  demotion   settle ─▶ superblock: secondary
  claim      superblock: a higher token was seen
  following  no tail: settle; a tail: roll back, it is a branch ─▶ superblock: secondary, their chain
@@ -73,6 +73,10 @@ class Change(Generic[Result]):
 
 def settle(engine: Engine) -> Steps[None]:
     """Make everything durable that was received, and bring it into the images."""
+    while engine.is_returning:
+        step = engine.return_step_job()
+        yield step
+        engine.complete_return_step(step)
     while True:
         if engine.committed_epoch > engine.sealed_epoch:
             sync = engine.sync_job()
@@ -100,7 +104,7 @@ def checkpoint(engine: Engine) -> Steps[None]:
 
 
 def go_back(engine: Engine) -> Steps[None]:
-    """Return to the state from before a resync that is under way.
+    """Return to the state from before a resync that is under way, all the way.
 
     :raises RefusedError: a volume has grown since; nothing changed.
     """
@@ -140,12 +144,19 @@ def promotion(
     if superblock.role == "primary":
         # One that was outranked may have writes that no epoch holds.
         yield Call(partial(engine.seal_all, wall_ns))
+        yield from settle(engine)
     is_whole = engine.committed_epoch >= superblock.consistent_from >= 0
     if engine.held is not None and not is_whole:
-        yield from go_back(engine)
-    yield from settle(engine)
-    if engine.held is not None:
+        engine.take_held()
+    elif engine.held is not None:
+        yield from settle(engine)
         yield from end_resync(engine)
+    elif engine.has_growth_to_apply:
+        yield from settle(engine)
+    elif engine.committed_epoch > engine.sealed_epoch:
+        sync = engine.sync_job()
+        yield sync
+        engine.complete_sync(sync)
     generation = engine.next_generation(identity, reason, by, wall_ns)
     job = engine.promote(generation, peers)
     yield job

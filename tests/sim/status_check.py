@@ -73,7 +73,10 @@ class StatusCheck:
                 )
 
     def _check_backing(self, volume: int, told: set[int]) -> None:
-        image, content = self._node.engine.images[volume], self._node.oracle.content[volume]
+        image, content = (
+            self._node.engine.physical_images[volume],
+            self._node.oracle.content[volume],
+        )
         for block in self._changed(volume):
             # Where a volume has grown beyond the image, the backing may hold anything.
             now = bytes(content[block * BLOCK : (block + 1) * BLOCK])

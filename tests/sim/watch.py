@@ -31,6 +31,7 @@ class Watch:
         self._applied_seen = -1
         self._status: StatusCheck | None = None
         self._view: View | None = None
+        self._view_volumes: list[int] = []
 
     def begin(self) -> None:
         """A new life."""
@@ -99,7 +100,7 @@ class Watch:
             return
         sizes = oracle.epoch_sizes[view.epoch]
         try:
-            found = {index: view.size_of(index) for index in sorted(node.engine.images)}
+            found = {index: view.size_of(index) for index in self._view_volumes}
         except (NotFoundError, LimitExceededError):
             self._view = None
             return
@@ -133,6 +134,6 @@ class Watch:
         if chance.random() < PINNED_CHANCE:
             engine.undo.pin("view", epoch)
         entries_max = engine.limits.view_entries_max
-        self._view = View(
-            epoch, engine.images, lambda: engine.undo.history, engine.store.open, entries_max
-        )
+        images, undo = engine.physical_images, engine.undo
+        self._view_volumes = sorted(images)
+        self._view = View(epoch, images, lambda: undo.history, engine.store.open, entries_max)

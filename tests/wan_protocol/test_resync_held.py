@@ -15,10 +15,10 @@ from geomirror.wan_protocol.session import my_history, state_history
 from tests.wan_protocol.core_support import PEER, PRIMARY, Stage, different_blocks
 
 
-def held_stage() -> Stage:
-    """A resync of which two frames are written, over a copy at epoch 2."""
+def held_stage(blocks: int = 4) -> Stage:
+    """A resync of which two frames are written, over a copy at epoch 2 with two times `blocks`."""
     stage = Stage(journal_bytes=1024 * KIB)
-    stage.write_epochs(2)
+    stage.write_epochs(2, blocks=blocks)
     stage.overflow()
     stage.park_frames()
     stage.link_up()
