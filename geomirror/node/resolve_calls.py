@@ -248,7 +248,10 @@ class ResolveCalls:
             # Whatever it has by now, it goes on.
             other = history(chain, kept.epoch, bytes.fromhex(kept.chain_hash), has_unsealed=True)
             tail = service.tail_beyond(other)
-            if tail["relation"] in (EQUAL, ANCESTOR):
+            # While the kept history is written its copies are ahead of what was asked of it before.
+            own, newest = tail["own"], kept.chain[-1].identity if kept.chain else ""
+            is_copy = own["generation"] == newest and not own["is_primary"]
+            if is_copy or tail["relation"] in (EQUAL, ANCESTOR):
                 return nothing  # It follows by itself.
             if not request.is_dry_run:
                 self.rejoiner.forget(request.name)

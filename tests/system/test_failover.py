@@ -66,11 +66,12 @@ class Load(threading.Thread):
         super().__init__(daemon=True)
         self.site = site
         self.completed = 0
+        self.is_stopping = False
         self.error: BaseException | None = None
 
     def run(self) -> None:
         try:
-            while True:
+            while not self.is_stopping:
                 number = self.completed
                 body = number.to_bytes(4, "big") * (CHUNK // 4)
                 asyncio.run(self.site.write(number % 32 * CHUNK, body))
@@ -163,9 +164,15 @@ def test_the_primary_is_killed_under_load_and_replaced(sites: Sites) -> None:
     assert tail["branch_epoch"] == done["epoch"]
     assert tail["next"] == f"geomirror resolve pg --keep {name_of(heir)}"
 
-    # The operator chooses: the tail becomes a branch, and the node follows.
+    # The operator chooses: the tail becomes a branch, and the node follows. Writers go on.
+    load = Load(heir)
+    load.start()
+    until(lambda: load.completed >= 3)
     found = heir.json("resolve", "pg", "--keep", name_of(heir), "--yes")
-    assert found["is_resolved"]
+    assert found["is_resolved"], found
+    load.is_stopping = True
+    load.join(30)
+    assert load.error is None
     [given] = [member for member in found["members"] if member.get("tail")]
     assert given["node"] == "east-1"
     assert given["branch"].startswith("orphan-")
