@@ -66,8 +66,6 @@ FOCUS: dict[str, dict[str, Any]] = {
     "old_sizes_not_kept": GROWTHS,
     "name_after_epoch": {"promise_crash_chance": 0.1, "marks_mean_ns": SECOND * 3 // 10},
     "tables_not_looked_at": VERIFIES,
-    "newest_epoch_compared": VERIFIES,
-    "healed_with_what_the_image_holds": {**VERIFIES, "rot_mean_ns": SECOND // 10},
     "apply_while_held": {"hold_mean_ns": 2 * SECOND},
     "late_copy_wins": OVERFLOWS,
     "thinning_forgets_pins": {"marks_mean_ns": SECOND},

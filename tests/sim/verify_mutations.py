@@ -10,8 +10,6 @@ import numpy as np
 from geomirror.volume.epoch_content import EpochContent
 from geomirror.volume.view_index import IMAGE
 from geomirror.wan_protocol import verify_answering
-from geomirror.wan_protocol.verify_answering import Pinned, VerifyAnswering
-from geomirror.wan_protocol.verify_healing import HealJob
 from tests.sim.sync_mutations import Patch
 
 
@@ -22,18 +20,6 @@ def tables_not_looked_at() -> list[Patch]:
         return np.full(count, IMAGE, dtype=np.int64)
 
     return [(EpochContent, "_places", places)]
-
-
-def newest_epoch_compared() -> list[Patch]:
-    """The secondary compares what it has, at whatever epoch that is."""
-    real = VerifyAnswering._keep
-
-    def keep(self: VerifyAnswering, pinned: Pinned) -> None:
-        if self.engine.sealed_epoch >= pinned.epoch and pinned.asks:
-            pinned.epoch = self.engine.sealed_epoch
-            real(self, pinned)
-
-    return [(VerifyAnswering, "_keep", keep)]
 
 
 def last_region_not_compared() -> list[Patch]:
@@ -48,22 +34,7 @@ def last_region_not_compared() -> list[Patch]:
     return [(verify_answering, "different_regions", different)]
 
 
-def healed_with_what_the_image_holds() -> list[Patch]:
-    """Blocks are written again as the primary's image has them, whatever waits in the journal."""
-    real = HealJob.run
-
-    def run(self: HealJob) -> None:
-        real(self)
-        for each in self.blocks:
-            image = each.reading._image
-            each.reading.buffers = [image.read_block(each.block)]
-
-    return [(HealJob, "run", run)]
-
-
 VERIFY_MUTATIONS: tuple[Callable[[], list[Patch]], ...] = (
     tables_not_looked_at,
-    newest_epoch_compared,
     last_region_not_compared,
-    healed_with_what_the_image_holds,
 )
