@@ -213,7 +213,9 @@ class Oracle:
         """The primary ended an epoch after the last operation."""
         self.epoch_prefix[epoch] = len(self.log)
         self.epoch_sizes[epoch] = {v: len(content) for v, content in self.content.items()}
-        changed = sorted(self.touched)
+        # Of a growth that was refused nothing is there.
+        sizes = self.epoch_sizes[epoch]
+        changed = sorted(key for key in self.touched if key[1] * BLOCK < sizes.get(key[0], 0))
         self.touched.clear()
         self.changes[epoch] = changed
         for volume, block in changed:
