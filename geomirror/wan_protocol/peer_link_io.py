@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
+from functools import partial
 from typing import Any
 
 import structlog
@@ -44,6 +45,7 @@ from geomirror.wan_protocol.negotiation import CONTROL_INDEX, make_hello, read_h
 from geomirror.wan_protocol.pacing import data_connections
 from geomirror.wan_protocol.peer_calls_io import PeerCalls
 from geomirror.wan_protocol.stream_connection_io import LinkConnection
+from geomirror.wan_protocol.twins import Twins
 
 UNGREETED_MAX = 32
 """Accepted connections of one peer that have not said hello yet."""
@@ -69,13 +71,13 @@ class PeerLink:
             endpoints=[],
             now_ns=now_ns,
         )
-        self.calls = PeerCalls(peer, context.limits, self._send_link_message, self._serve)
+        self.calls = PeerCalls(peer, context.limits, partial(self.send_message, 0), self._serve)
         self.frames = FrameSender(context.limits, self._writable)
         self._sets: dict[bytes, LinkSet] = {}
         self._current: LinkSet | None = None
         self._since_ns = now_ns
         self._bytes_received = 0
-        self._peer_incarnation = b""
+        self._twins = Twins(peer)
         self._rate_bytes_per_second: int | None = None
         self._open = OpenConnections()
         self._stall = StallRecord()
@@ -108,7 +110,7 @@ class PeerLink:
             is_dialled=chosen is not None and chosen.is_dialled,
             trouble=self._stall.shown(self._clock.now_ns()) if is_up else self.core.last_error,
             queued_bytes=self.frames.queued_bytes,
-            incarnation=self._peer_incarnation,
+            incarnation=self._twins.last,
         )
 
     def set_rate(self, bytes_per_second: int | None) -> None:
@@ -233,6 +235,11 @@ class PeerLink:
 
     def _greet(self, connection: LinkConnection, packet: Packet) -> None:
         hello = read_hello(packet, self.peer, self._context.limits)
+        now_ns = self._clock.now_ns()
+        in_use = self.core.current.incarnation if self.core.current is not None else None
+        if twins := self._twins.heard(hello.incarnation, in_use, now_ns):
+            self._stalled(twins)
+            raise RemoteProtocolError(twins)
         if connection.is_dialled:
             if (hello.link, hello.index) != (connection.link, connection.index):
                 raise RemoteProtocolError("hello answers another connection")
@@ -245,8 +252,6 @@ class PeerLink:
             connection.tune()
             self._send_hello(connection)
         connection.greeted()
-        self._peer_incarnation = hello.incarnation
-        now_ns = self._clock.now_ns()
         item = self._sets.setdefault(connection.link, LinkSet())
         if connection.index == CONTROL_INDEX:
             item.control = connection
@@ -301,9 +306,6 @@ class PeerLink:
                 self.peer, packet.session, packet.epoch, packet.sequence, is_resync, packet.body
             )
 
-    def _send_link_message(self, message: Message) -> None:
-        self.send_message(0, message)
-
     def _serve(self, method: str, parameters: dict[str, Any]) -> Awaitable[dict[str, Any]]:
         return self._events.call(self.peer, method, parameters)
 
@@ -341,8 +343,7 @@ class PeerLink:
             case SendPing(link, now_ns) if link in self._sets:
                 self._ping(self._sets[link], link, now_ns)
             case SendUse(link, number) if link in self._sets:
-                control = self._sets[link].control
-                if control is not None:
+                if (control := self._sets[link].control) is not None:
                     control.send(0, Use(number))
             case Up(link) if link in self._sets:
                 self._current = self._sets[link]

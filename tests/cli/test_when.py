@@ -43,6 +43,14 @@ def utc(*parts: int) -> dict[str, Any]:
         ("2026-07-01T08:00:00+02:00", utc(2026, 7, 1, 6)),
         ("2026-01-31 12:00", utc(2026, 1, 31, 11)),
         ("2026-07-01", utc(2026, 6, 30, 22)),
+        ("2026-07-01t08:00:00z", utc(2026, 7, 1, 8)),
+        ("2026-07-01T08:00:00-05:30", utc(2026, 7, 1, 13, 30)),
+        ("2026-10-25T02:30:00+01:00", utc(2026, 10, 25, 1, 30)),
+        ("2026-10-25 03:00", utc(2026, 10, 25, 2)),
+        ("2026-03-29 01:59:59", utc(2026, 3, 29, 0, 59, 59)),
+        ("2026-03-29 03:00", utc(2026, 3, 29, 1)),
+        ("epoch:9223372036854775807", {"epoch": (1 << 63) - 1}),
+        ("-100000d", {"wall_ns": 0}),
     ],
 )
 def test_what_is_meant(text: str, expected: dict[str, Any]) -> None:
@@ -55,6 +63,35 @@ def test_what_is_meant(text: str, expected: dict[str, Any]) -> None:
 def test_what_is_no_point_in_time_is_refused(text: str) -> None:
     with pytest.raises(UsageError):
         parse_when(text, NOW.astimezone())
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "2026-10-25 02:30",
+            "is twice: clocks are set back then; write 2026-10-25T02:30:00+02:00 ",
+        ),
+        ("2026-03-29T02:30:00", "does not exist: clocks are set forward then; try 2026-03-29T"),
+        ("9999-12-31T00:00:00Z", "is out of the range of times"),
+        ("0001-01-01", "is out of the range of times"),
+        ("epoch:9223372036854775808", "is not an epoch"),
+        ("epoch:" + "9" * 400, "is not an epoch"),
+        ("2026-01-31T23:59:60Z", "is not RFC 3339"),
+        ("2026-01-31T12:00:00+25:00", "is not RFC 3339"),
+    ],
+)
+def test_a_moment_that_is_none_or_two_says_what_to_write(text: str, said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_when(text, NOW.astimezone())
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(("day", "text"), [((2026, 10, 25), "02:15"), ((2026, 3, 29), "2:15:30")])
+def test_a_time_of_today_is_refused_in_the_hour_that_clocks_are_changed(day, text) -> None:
+    now = datetime(*day, 12, 0, tzinfo=UTC).astimezone()
+    with pytest.raises(UsageError, match="clocks are set"):
+        parse_when(text, now)
 
 
 @given(st.text(max_size=30))
