@@ -82,6 +82,7 @@ class RoleChanges(ReturningPrimary):
         # Epochs that this copy adopted the generation of, but never had, are not its history.
         chain = [g for g in superblock.chain if g.parent_epoch <= self.sealed_epoch]
         superblock.chain = [*chain, generation]
+        self.marks.leave_others(superblock)
         superblock.role = "primary"
         superblock.superseded_by = []
         superblock.consistent_from = -1

@@ -158,6 +158,17 @@ class MarkLog:
         marks = [mark for mark in table.marks() if mark.epoch <= epoch]
         return MarkTable(marks, [each for each in table.boundaries() if each <= epoch])
 
+    def leave_others(self, superblock: Superblock) -> None:
+        """A new history begins here: marks of epochs that are not of it are forgotten. Saved by
+        the next checkpoint."""
+        for mark in self.table.marks():
+            if not _is_of(superblock, mark):
+                self.table.remove(mark.name)
+        self._changes = deque(
+            each for each in self._changes if each.mark is None or _is_of(superblock, each.mark)
+        )
+        self._names = {n: mark for n, mark in self._names.items() if _is_of(superblock, mark)}
+
     def reset(self, table: MarkTable) -> None:
         """`table` is what is durable, in the file: nothing else is known any more."""
         self.table = table
@@ -207,8 +218,17 @@ def replay_marks(
                 naming = mark
             elif record.flags & FLAG_REMOVED:
                 table.remove(mark.name)
-            else:
+            elif _is_of(superblock, mark):
                 table.put(mark)
+
+
+def _is_of(superblock: Superblock, mark: Mark) -> bool:
+    """Whether no generation of the chain began before the marked epoch, but for its own."""
+    return all(
+        entry.parent_epoch >= mark.epoch or bytes.fromhex(entry.identity) == mark.generation
+        for entry in superblock.chain[-1:]
+        if entry.parent
+    )
 
 
 def _decode(record: RecordInfo, payload: bytes) -> Mark:

@@ -30,6 +30,7 @@ SEEDS = [
 
 SUCCESSIONS = [
     (38, 400, "a fold of epochs of two generations"),
+    (3007, 400, "a promoted copy kept the names of marks whose epochs it never had"),
     (253, 400, "a session opened while an epoch that adds a volume was durable and not applied"),
     (215, 400, "a mark from between two resyncs of a copy that readers held counted as held"),
 ]
