@@ -218,9 +218,11 @@ def _open_undo(
     if held is not None:
         open_pass = open_pass_of(store, undo, held, limits)
         open_pass.load()
+        undo.image_is_at(held.epoch)
         return undo, open_pass
     if superblock.data_state != "consistent":
         undo.drop_all()
+    undo.image_is_at(superblock.applied_epoch)
     return undo, None
 
 

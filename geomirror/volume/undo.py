@@ -20,7 +20,7 @@ from geomirror.errors import FencedError, IntegrityError, NoSpaceError, NotFound
 from geomirror.limits import Limits
 from geomirror.volume.store import File, Store
 from geomirror.volume.undo_file import PassInfo, PassLabel, UndoReader, UndoWriter, read_header
-from geomirror.volume.undo_history import History
+from geomirror.volume.undo_history import History, covers
 
 DIRECTORY = "undo"
 _TEMPORARY = f"{DIRECTORY}/pass.new"
@@ -80,6 +80,10 @@ class UndoStore:
         """The passes kept, oldest first."""
         return list(self._passes)
 
+    def image_is_at(self, epoch: int) -> None:
+        """Where the images are when a resource is opened."""
+        self._history = self._history.reaching(epoch)
+
     def pin(self, owner: str, epoch: int) -> None:
         """Keep what is needed to restore the state at `epoch`, for as long as there is room."""
         self._pins[owner] = epoch
@@ -133,7 +137,7 @@ class UndoStore:
 
         Files stay until `drop_all`, since they may be what a crash has to repeat.
         """
-        self._history = History(self._passes, self._history.incarnation + 1)
+        self._history = replace(self._history, incarnation=self._history.incarnation + 1)
         self.is_void = True
 
     def stored_bytes(self) -> int:
@@ -247,7 +251,8 @@ class UndoStore:
             finally:
                 file.close()
         self._store.sync_directory(DIRECTORY)
-        self._history = History(passes, self._history.incarnation)
+        left = replace(self._history, passes=passes, newest_epoch=None, floor=0)
+        self._history = left.reaching(to_epoch)
 
     def drop_joint(self) -> None:
         """Forget a joint whose rollback was never begun."""
@@ -312,7 +317,7 @@ class UndoStore:
             finally:
                 file.close()
         merged = [each for each in found if _MERGED in each.name and not each.is_gap]
-        covered = {each.name for each in found if any(_covers(big, each) for big in merged)}
+        covered = {each.name for each in found if any(covers(big, each) for big in merged)}
         self._keep([each for each in found if each.name not in covered])
         for name in sorted(covered):
             self._store.unlink(name)
@@ -382,12 +387,6 @@ class UndoStore:
         self._keep([each for each in self._passes if each.name != name])
         self._damaged.pop(name, None)
         self._store.unlink(name)
-
-
-def _covers(merged: PassInfo, other: PassInfo) -> bool:
-    """Whether `other` is one of the passes that `merged` took the place of."""
-    is_within = merged.from_epoch <= other.from_epoch and other.to_epoch <= merged.to_epoch
-    return is_within and other.name != merged.name
 
 
 def _inspect(file: File, name: str) -> PassInfo:

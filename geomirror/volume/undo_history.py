@@ -9,7 +9,7 @@ Deliberately not here: files (`undo`).
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from geomirror.errors import NotFoundError
 from geomirror.volume.undo_file import PassInfo
@@ -25,6 +25,16 @@ class History:
     """One more each time that images were made anew: no state from before can be restored."""
     newest_epoch: int | None = None
     """While the images are rolled back: no state after this epoch can be restored."""
+    floor: int = 0
+    """No state before this epoch can be restored: the pass that led to it is lost."""
+
+    def reaching(self, epoch: int) -> History:
+        """The same for images at `epoch`, as they were found: the newest file may be missing.
+
+        What ends before `epoch` would be taken for the way back from a later state.
+        """
+        ends = [each.to_epoch for each in self.passes if not each.is_part]
+        return self if ends and ends[-1] >= epoch else replace(self, floor=epoch)
 
     def since(self, epoch: int) -> tuple[PassInfo, ...]:
         """The passes that lead from `epoch` to the image, which has to be one's boundary.
@@ -33,6 +43,8 @@ class History:
         """
         if self.newest_epoch is not None and epoch > self.newest_epoch:
             raise NotFoundError(f"the state at epoch {epoch} is being rolled back")
+        if epoch < self.floor:
+            raise _not_kept(epoch)
         at = bisect_right(self.passes, epoch, key=lambda each: each.to_epoch)
         whole = tuple(each for each in self.passes[at:] if not each.is_part)
         parts = self.passes[at + len(whole) :]
@@ -49,10 +61,7 @@ class History:
             expected = each.to_epoch
             reached.add(expected)
         if start not in reached or len(reached) <= len(whole):
-            raise NotFoundError(
-                f"the state at epoch {epoch} is not kept",
-                hint='"geomirror timeline" shows what is kept',
-            )
+            raise _not_kept(epoch)
         # Of a block that several hold the first one counts: the pass that is open comes after
         # those before its epoch, and is worth as much as those after it.
         split = bisect_right(whole, start, key=lambda each: each.to_epoch)
@@ -76,3 +85,16 @@ class History:
         """The oldest epoch whose state can be restored from an image at `applied_epoch`."""
         kept = self.kept(applied_epoch)
         return kept[0].from_epoch if kept else applied_epoch
+
+
+def _not_kept(epoch: int) -> NotFoundError:
+    return NotFoundError(
+        f"the state at epoch {epoch} is not kept",
+        hint='"geomirror timeline" shows what is kept',
+    )
+
+
+def covers(merged: PassInfo, other: PassInfo) -> bool:
+    """Whether `other` is one of the passes that `merged` took the place of."""
+    is_within = merged.from_epoch <= other.from_epoch and other.to_epoch <= merged.to_epoch
+    return is_within and other.name != merged.name

@@ -205,6 +205,27 @@ def test_what_is_gone_is_an_error_never_other_content() -> None:
         view.read(0, 0, 512)
 
 
+@pytest.mark.parametrize("lost", [1, 2, 4])
+def test_the_newest_undo_file_is_missing(lost: int) -> None:
+    world = random_world(9)
+    copy = Copy(world)
+    copy.apply(0, 2, 4, 6, 8)
+    for info in copy.undo.passes()[-lost:]:
+        copy.store.unlink(info.name)
+    copy.undo = UndoStore(copy.store, LIMITS)
+    copy.undo.image_is_at(8)
+    copy.check(copy.view(8), random.Random(1))
+    for epoch in (0, 2, 4, 6):
+        with pytest.raises(NotFoundError):
+            copy.view(epoch).read(0, 0, 100)
+    # Nor when there is a next one.
+    world.epoch([(0, 3, bytes(range(256)) * 16, 0)])
+    copy.apply(8, 9)
+    copy.check(copy.view(8), random.Random(2))
+    with pytest.raises(NotFoundError):
+        copy.view(6).read(0, 0, 100)
+
+
 def test_an_index_over_its_bound_is_refused() -> None:
     copy = Copy(random_world(96))
     copy.apply(0, 1, 2)
