@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from geomirror.errors import GeomirrorError
 from geomirror.node.activation_io import ActivatedSocket, close_all, take_activated_sockets
@@ -89,6 +89,16 @@ def keep_what_is_loaded() -> None:
     gc.freeze()
 
 
+def report_unless_hung_up(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """The loop's report of an exception that nobody took.
+
+    uvloop has one for each caller that hangs up during its TLS handshake, which anybody may do.
+    """
+    is_untaken = "never retrieved" in str(context.get("message"))
+    if not (is_untaken and isinstance(context.get("exception"), ConnectionError)):
+        loop.default_exception_handler(context)
+
+
 async def serve(
     data_dir: DataDir,
     config: Config,
@@ -103,6 +113,7 @@ async def serve(
     from geomirror.node.node import Node
 
     loop = asyncio.get_running_loop()
+    loop.set_exception_handler(report_unless_hung_up)
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)

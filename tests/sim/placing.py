@@ -55,8 +55,13 @@ class Placing:
         parent = self.lines[last.parent]
         if self.written.get(parent.generation) == node.name:
             # What was in no epoch was sealed just before.
+            kept = engine.epoch_numbers()
             for number in range(parent.sealed_epoch + 1, engine.sealed_epoch + 1):
-                parent.sealed(number, engine.epoch_info(number).chain_hash)
+                if number in kept:
+                    parent.sealed(number, engine.epoch_info(number).chain_hash)
+                elif number == last.parent_epoch:
+                    # Applied since then, and nobody needs it any more.
+                    parent.sealed(number, bytes.fromhex(last.parent_hash))
         line = parent.fork(last.identity, last.parent_epoch)
         known = parent.epoch_hash.get(last.parent_epoch)
         if last.parent_epoch and known not in (None, bytes.fromhex(last.parent_hash)):
