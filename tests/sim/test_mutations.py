@@ -59,7 +59,6 @@ FOCUS: dict[str, dict[str, Any]] = {
         "promise_crash_chance": 0.0,
     },
     "rules_given_up_untold": RULES,
-    "standing_acknowledged_early": {**RULES, "promise_crash_chance": 0.3},
     "sizes_not_applied": GROWTHS,
     "sizes_before_their_epoch": GROWTHS,
     "grown_bytes_not_zeroed": GROWTHS,
