@@ -94,7 +94,7 @@ class Store(Protocol):
         """Sorted names of the plain files in the directory (`""` is the top), relative to it."""
 
     def sync_directory(self, directory: str = "") -> None:
-        """Make creations, renames and removals in the directory durable."""
+        """Make creations, renames and removals in the directory durable; none where it is not."""
 
     def free_bytes(self) -> int:
         """Space left for this process on the file system."""

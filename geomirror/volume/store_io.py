@@ -99,8 +99,13 @@ class DirectoryStore:
             raise StorageError.from_os(error, operation="list", path=str(path)) from error
 
     def sync_directory(self, directory: str = "") -> None:
-        """Make creations, renames and removals in the directory durable."""
-        _sync_directory(self._path(directory) if directory else self.root)
+        """Make creations, renames and removals in the directory durable.
+
+        A directory that was never needed has none: what is not there is no error, as for `list`.
+        """
+        path = self._path(directory) if directory else self.root
+        if path == self.root or path.exists():
+            _sync_directory(path)
 
     def free_bytes(self) -> int:
         """Space left for this process on the file system."""

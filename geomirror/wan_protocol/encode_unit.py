@@ -48,6 +48,8 @@ class EncodeUnitJob:
         epochs: list[Epoch] = []
         total = 0
         for number in self.numbers:
+            if epochs and number <= epochs[-1].number:
+                continue  # In a fold, which this node received while it was a secondary.
             epoch = self.engine.load_epoch(number)
             total += epoch.raw_bytes()
             is_of_another = bool(epochs) and epoch.generation != epochs[0].generation

@@ -90,6 +90,8 @@ class Secondary(VerifyAnswering):
         if self.is_frozen or peer != self.primary or self.fenced is not None:
             return  # Of a session that is over: no other answer than to an offer is waited for.
         match message:
+            case SessionRefuse() if message.chain:
+                pass  # Of an offer that this node made as a primary: its own session goes on.
             case SessionRefuse():
                 self.close_session()
                 self.refusal = message.error_text

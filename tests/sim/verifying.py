@@ -194,7 +194,6 @@ class Verifying:
                     peer, bytes_per_second=8 << 20, is_healing=True, now_ns=primary.now_ns()
                 )
             )
-            written = self._written_since(rotten_at)
             run = core.verifies[peer]
             deadline = self._world.now_ns + END_NS
             while not run.is_over:
@@ -204,6 +203,8 @@ class Verifying:
             simulation.converge()
             if not blocks:
                 continue
+            # Healed by the stream, before the verify came to it or after.
+            written = self._written_since(rotten_at)
             found, rotten = run.found.different_blocks, blocks[peer] - healed
             healed |= blocks[peer]
             is_found = len(rotten - written) <= found <= len(rotten)
@@ -213,8 +214,8 @@ class Verifying:
                 )
 
     def _written_since(self, epoch: int) -> set[tuple[int, int]]:
-        """Blocks in epochs that were open when others rotted: the stream may have healed them."""
-        changes = self._oracle.changes
+        """Blocks that the client wrote in later epochs."""
+        changes = self._simulation.primary.oracle.changes
         return {key for number in changes if number > epoch for key in changes[number]}
 
     def _check_equal(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from geomirror.errors import RemoteProtocolError
+from geomirror.errors import RemoteProtocolError, SupersededError
 from geomirror.limits import KIB
 from geomirror.wan_protocol.messages import (
     ResyncBegin,
@@ -114,6 +114,21 @@ def test_a_copy_that_is_ahead_of_a_promoted_one_stops_its_old_primary_too() -> N
     stage.secondary.receive(PRIMARY, offer, stage.now_ns)
     stage.settle()
     assert stage.west.sent(SessionRefuse)[-1].chain == promoted.chain
+    assert not stage.secondary.is_open
+
+
+def test_a_late_refusal_of_its_own_old_offer_ends_no_session_of_a_follower() -> None:
+    """It offered as a primary, followed the offer that crossed it, and then has the answer."""
+    stage = Stage()
+    stage.write_epochs(1)
+    chain = stage.east.sent(SessionOpen)[-1].chain
+    late = SessionRefuse(stage.secondary.session, SupersededError.wire_code, "token 1", chain)
+    stage.secondary.receive(PRIMARY, late, stage.now_ns)
+    assert stage.secondary.is_open
+    assert "primary_refused" not in stage.west.event_kinds()
+    stage.write_epochs(1)
+    stage.check_in_sync()
+    stage.secondary.receive(PRIMARY, msgspec.structs.replace(late, chain=[]), stage.now_ns)
     assert not stage.secondary.is_open
 
 
