@@ -30,6 +30,7 @@ def _listed(result: dict[str, Any]) -> str:
         [
             found["node"],
             found["site"],
+            found["address"],
             "up" if found["is_established"] else "down",
             f"{found['rtt_seconds'] * 1000:.1f} ms" if found["rtt_seconds"] else "-",
             format_seconds(found["since_seconds"]),
@@ -42,6 +43,5 @@ def _listed(result: dict[str, Any]) -> str:
     ]
     if not rows:
         return "no other node is known"
-    return table(
-        ["NODE", "SITE", "STATE", "RTT", "SINCE", "SENT", "RECEIVED", "ENDPOINT", "ERROR"], rows
-    )
+    head = ["NODE", "SITE", "ADDRESS", "STATE", "RTT", "SINCE", "SENT", "RECEIVED", "ENDPOINT"]
+    return table([*head, "ERROR"], rows)

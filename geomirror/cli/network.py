@@ -21,7 +21,12 @@ def network() -> None:
 @click.option(
     "--listen", metavar="HOST:PORT", help="Where other nodes reach it. Default: port 7701."
 )
-@click.option("--range", "cidr", metavar="CIDR", help="Virtual addresses. Default: 10.203.0.0/16.")
+@click.option(
+    "--range",
+    "cidr",
+    metavar="CIDR",
+    help="IPv4 range of the virtual addresses. Default: 10.203.0.0/16.",
+)
 @json_option
 @pass_app
 def create(
@@ -35,6 +40,8 @@ def create(
     """
     from geomirror.environment import SystemClock, SystemEntropy
     from geomirror.node.network_view import network_object
+    from geomirror.tunnel.addresses import find_overlaps
+    from geomirror.tunnel.host_routes_io import host_routes
     from geomirror.tunnel.network_io import create_network
 
     app.data_dir.create()
@@ -48,9 +55,16 @@ def create(
         clock=SystemClock(),
         entropy=SystemEntropy(),
     )
+    overlaps = [str(overlap) for overlap in find_overlaps(state.range, host_routes())]
+    if overlaps:
+        app.progress(
+            f"warning: this host has routes that overlap the virtual addresses {state.range}: "
+            f"{', '.join(overlaps)}. Replication does not use them; to use them yourself, create "
+            "the network with another --range."
+        )
     text = f'network "{state.network}" is created; this is node "{state.node}" at "{state.site}"\n'
     text += f'next: "geomirror --data-dir {app.data_dir.root} node run"'
-    app.show(network_object(state), text)
+    app.show({**network_object(state), "range_overlaps": overlaps}, text)
 
 
 @network.command()
@@ -70,7 +84,7 @@ def show(app: App) -> None:
 
 def _shown(result: dict[str, Any]) -> str:
     head = [
-        f"network    {result['network']}  range {result['range']}",
+        f"network    {result['network']}  range {result['range']} and {result['range_ipv6']}",
         f"authority  {result['authority'][:32]}  on {', '.join(result['authority_nodes'])}",
         f"this node  {result['node']} at {result['site']}",
         "",
@@ -85,5 +99,7 @@ def nodes_table(nodes: list[dict[str, Any]]) -> str:
         state = "self" if found.get("is_self") else "up" if found.get("is_connected") else "-"
         endpoints = ",".join(found["endpoints"]) or "(dials out)"
         roles = ",".join(found["roles"])
-        rows.append([found["node"], found["site"], state, found["address"], roles, endpoints])
-    return table(["NODE", "SITE", "LINK", "ADDRESS", "ROLES", "ENDPOINTS"], rows)
+        addresses = [found["address"], found["address_ipv6"]]
+        rows.append([found["node"], found["site"], state, *addresses, roles, endpoints])
+    head = ["NODE", "SITE", "LINK", "ADDRESS", "IPV6 ADDRESS", "ROLES", "ENDPOINTS"]
+    return table(head, rows)

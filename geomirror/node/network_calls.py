@@ -15,7 +15,12 @@ from geomirror.environment import SECOND
 from geomirror.errors import GeomirrorError
 from geomirror.node.calls import Caller, MethodRegistry, Parameters, Result
 from geomirror.node.context import NodeContext
-from geomirror.node.network_view import network_object, node_object, own_object
+from geomirror.node.network_view import (
+    address_fields,
+    network_object,
+    node_object,
+    own_object,
+)
 from geomirror.tunnel.authority_io import install_renewal, renew, renew_own, renewal_request
 from geomirror.tunnel.join_io import renew_by_join
 from geomirror.tunnel.network_state_io import NetworkState
@@ -76,7 +81,7 @@ class NetworkCalls:
         """Every node, with the state of our link to it."""
         nodes = []
         for member in self.state.membership.active():
-            found = node_object(member)
+            found = node_object(self.state, member)
             found["is_self"] = member.name == self.context.name
             link = None if found["is_self"] else self.context.links.state(member.name)
             found["is_connected"] = bool(link and link.is_established)
@@ -95,6 +100,7 @@ class NetworkCalls:
                 {
                     "node": member.name,
                     "site": member.site,
+                    **address_fields(self.state, member),
                     "is_established": link.is_established,
                     "rtt_seconds": link.rtt_ns / SECOND if link.rtt_ns else None,
                     "since_seconds": (now_ns - link.since_ns) / SECOND if link.since_ns else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from geomirror.tunnel.addresses import dns_name, ipv6_address, ipv6_range
 from geomirror.tunnel.membership import Member
 from geomirror.tunnel.network_state_io import NetworkState
 
@@ -13,23 +14,33 @@ def network_object(state: NetworkState) -> dict[str, Any]:
     return {
         "network": state.network,
         "range": state.range,
+        "range_ipv6": str(ipv6_range(state.authority_hash)),
         "authority": state.authority_hash.hex(),
         "authority_nodes": state.authority_names(),
         "node": state.node,
         "site": state.site,
-        "nodes": [node_object(member) for member in state.membership.active()],
+        "nodes": [node_object(state, member) for member in state.membership.active()],
     }
 
 
-def node_object(member: Member) -> dict[str, Any]:
+def node_object(state: NetworkState, member: Member) -> dict[str, Any]:
     """One node of `node list`"""
     return {
         "node": member.name,
         "node_id": member.node_id,
         "site": member.site,
         "roles": list(member.roles),
-        "address": member.address,
+        **address_fields(state, member),
         "endpoints": list(member.endpoints),
+    }
+
+
+def address_fields(state: NetworkState, member: Member) -> dict[str, Any]:
+    """Where a node is on the virtual network."""
+    return {
+        "address": member.address,
+        "address_ipv6": ipv6_address(state.authority_hash, member.node_id),
+        "dns_name": dns_name(member.name, state.network),
     }
 
 
@@ -38,7 +49,7 @@ def own_object(state: NetworkState) -> dict[str, Any]:
     member = state.membership.by_id(state.identity.node_id)
     found: dict[str, Any] = {"node": state.node, "site": state.site}
     if member is not None:
-        found = node_object(member)
+        found = node_object(state, member)
     found["network"] = state.network
     found["listen"] = state.listen
     found["certificate_expires_at"] = state.certificate.not_valid_after_utc.isoformat()

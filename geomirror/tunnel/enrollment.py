@@ -35,6 +35,7 @@ from geomirror.errors import (
     from_wire,
 )
 from geomirror.limits import Limits
+from geomirror.tunnel.addresses import has_same_ipv6
 from geomirror.tunnel.authority import (
     CERTIFICATE_SKEW_NS,
     Authority,
@@ -298,7 +299,7 @@ class Desk:
         if name is None:
             raise TokenError("neither the token nor the joiner names the node", hint="give --node")
         check_name(name, "node", error=RefusedError)
-        self._check_free(name)
+        self._check_free(name, node_id)
         member = Member(
             network=self.authority.network,
             node_id=node_id,
@@ -335,7 +336,7 @@ class Desk:
             )
         return member
 
-    def _check_free(self, name: str) -> None:
+    def _check_free(self, name: str, node_id: str) -> None:
         similar = self.membership.find_similar(name)
         if similar is not None:
             raise RefusedError(
@@ -344,6 +345,12 @@ class Desk:
             )
         if len(self.membership.active()) >= self.limits.peers_max:
             raise RefusedError(f"the network is full ({self.limits.peers_max} nodes)")
+        twin = has_same_ipv6(node_id, self.membership.members())
+        if twin is not None:
+            raise RefusedError(
+                f'this key would have the IPv6 address of "{twin.name}"',
+                hint="join with a new data directory: it gets another key",
+            )
 
     def _taken(self) -> frozenset[str]:
         return frozenset(member.address for member in self.membership.members())
