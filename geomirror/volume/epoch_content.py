@@ -21,7 +21,6 @@ import xxhash
 
 from geomirror.errors import LimitExceededError, NotFoundError, RefusedError
 from geomirror.limits import BLOCK_BYTES
-from geomirror.volume.arrays import run_heads
 from geomirror.volume.digest import ZERO_DIGEST, Halves, digests_of
 from geomirror.volume.engine_base import EngineBase
 from geomirror.volume.engine_recovery import read_epoch
@@ -101,12 +100,15 @@ class EpochContent:
             return
         first = blocks[0]
         places = self._places(volume, first, blocks[-1] - first + 1)
-        numbers = np.array(blocks, dtype=np.int64)
-        sources = places[numbers - first]
-        is_joined = (numbers[1:] == numbers[:-1] + 1) & (sources[1:] == IMAGE)
-        heads = run_heads(~(is_joined & (sources[:-1] == IMAGE))).tolist()
-        for head, end in zip(heads, [*heads[1:], len(blocks)], strict=True):
-            source, block = int(sources[head]), blocks[head]
+        sources = places[np.array(blocks, dtype=np.int64) - first].tolist()
+        end = 0
+        while end < len(blocks):
+            head, source, block = end, sources[end], blocks[end]
+            end += 1
+            while source == IMAGE and end < len(blocks) and sources[end] == IMAGE:
+                if blocks[end] != blocks[end - 1] + 1:
+                    break
+                end += 1
             length = self._block_bytes(volume, blocks[end - 1]) + (end - head - 1) * BLOCK_BYTES
             if source == ZERO:
                 yield bytes(length)
@@ -125,7 +127,8 @@ class EpochContent:
         if self._overlay is None:
             tables = [read_epoch(self._journal, self._limits, lsn)[0].table for lsn in self._lsns]
             self._overlay = Layer.of(tables)
-        places = np.full(count, IMAGE, dtype=np.int64)
+        places = np.empty(count, dtype=np.int64)
+        places.fill(IMAGE)
         self._overlay.enter(places, volume, first)
         return places
 
@@ -192,16 +195,13 @@ class RangeDigests:
         blocks = (numbers + self.first).tolist()
         contents = list(self.content.read(self.volume, blocks))
         self.read_bytes += sum(map(len, contents))
-        low, high = digests_of(contents)
-        is_zero = np.fromiter(map(_is_zero, contents, low.tolist()), np.bool_, len(contents))
-        self.low[numbers] = np.where(is_zero, np.uint64(0), low)
-        self.high[numbers] = np.where(is_zero, np.uint64(0), high)
-
-
-def _is_zero(content: bytes, low: int) -> bool:
-    if len(content) == BLOCK_BYTES:
-        return low == ZERO_DIGEST[0] and content == ZERO_BLOCK
-    return not any(content)
+        self.low[numbers], self.high[numbers] = digests_of(contents)
+        # The digest is a hint only: equal contents are compared really.
+        zeros = (self.low[numbers] == ZERO_DIGEST[0]).nonzero()[0].tolist()
+        zeros = [at for at in zeros if contents[at] == ZERO_BLOCK]
+        if len(contents[-1]) < BLOCK_BYTES and not any(contents[-1]):
+            zeros.append(len(contents) - 1)
+        self.low[numbers[zeros]] = self.high[numbers[zeros]] = 0
 
 
 def digest_pairs(low: Halves, high: Halves) -> bytes:

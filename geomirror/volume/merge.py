@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -38,8 +38,7 @@ RUN_BLOCKS_MAX = (1 << 32) - 1
 Keys = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class _Runs:
+class _Runs(NamedTuple):
     """Disjoint ascending zero runs [start, end) with their age (index of the table) and flags."""
 
     start: Keys
@@ -47,7 +46,7 @@ class _Runs:
     age: Keys
     flags: npt.NDArray[np.uint8]
 
-    def take(self, chosen: npt.NDArray[np.int64] | npt.NDArray[np.bool_]) -> _Runs:
+    def take(self, chosen: slice) -> _Runs:
         return _Runs(self.start[chosen], self.end[chosen], self.age[chosen], self.flags[chosen])
 
 
@@ -76,30 +75,39 @@ def merge_tables(tables: Sequence[Table]) -> Table:
     singles = entries[single][newest]
     single_age = age[single][newest]
     # A single block stands if no newer run covers it; then it splits the run, if there is one.
-    at = np.searchsorted(runs.start, single_keys, side="right") - 1
-    inside = (at >= 0) & (single_keys < runs.end[np.maximum(at, 0)])
-    stands = ~inside | (single_age > runs.age[np.maximum(at, 0)])
+    at = runs.start.searchsorted(single_keys, "right") - 1
+    owner = np.maximum(at, 0)
+    inside = (at >= 0) & (single_keys < runs.end[owner])
+    stands = ~inside | (single_age > runs.age[owner])
     singles, single_keys, inside = singles[stands], single_keys[stands], inside[stands]
     runs = _split(runs, single_keys[inside])
 
     merged = joined([singles, _run_entries(runs)], ENTRY)
     merged_keys = np.concatenate([single_keys, runs.start])
-    order = np.argsort(merged_keys, kind="stable")
+    order = merged_keys.argsort(kind="stable")
     return _join_zero_runs(merged[order], merged_keys[order])
 
 
+def key_of(volume: int, block: int) -> int:
+    """volume << 46 | block: one sortable integer."""
+    return volume << _VOLUME_SHIFT | block
+
+
 def keys_of(entries: Table) -> Keys:
-    """volume << 46 | block of each entry: one sortable integer."""
-    keys = entries["volume"].astype(np.int64) << _VOLUME_SHIFT
-    return keys | entries["block"].astype(np.int64)
+    """The `key_of` each entry."""
+    keys: Keys = entries["volume"].astype(np.int64)
+    keys <<= _VOLUME_SHIFT
+    keys |= entries["block"].view(np.int64)
+    return keys
 
 
 def _newest(keys: Keys) -> tuple[Keys, Keys]:
     """Indices of the last occurrence of each key, by ascending key, and those keys."""
-    order = np.argsort(keys, kind="stable")
+    order = keys.argsort(kind="stable")
     ordered = keys[order]
-    is_last = np.ones(len(keys), dtype=bool)
-    is_last[:-1] = ordered[1:] != ordered[:-1]
+    is_last = np.empty(len(keys), dtype=bool)
+    is_last[-1:] = True
+    np.not_equal(ordered[1:], ordered[:-1], out=is_last[:-1])
     return order[is_last], ordered[is_last]
 
 
@@ -107,15 +115,13 @@ def _overlay_all(
     entries: Table, keys: Keys, age: Keys, single: npt.NDArray[np.bool_], tables: int
 ) -> _Runs:
     """The newest run at each point, over the runs of all tables; overlaid as a binary tree."""
-    chosen = np.flatnonzero(~single)
+    chosen = (~single).nonzero()[0]
     start = keys[chosen]
     end = start + entries["count"][chosen].astype(np.int64)
     everything = _Runs(start, end, age[chosen], entries["flags"][chosen])
-    bounds = np.searchsorted(everything.age, np.arange(tables + 1))
+    bounds = everything.age.searchsorted(np.arange(tables + 1)).tolist()
     layers = [
-        everything.take(np.arange(low, high))
-        for low, high in itertools.pairwise(bounds)
-        if high > low
+        everything.take(slice(low, high)) for low, high in itertools.pairwise(bounds) if high > low
     ]
     while len(layers) > 1:
         pairs = [_overlay(*layers[i : i + 2]) for i in range(0, len(layers) - 1, 2)]
@@ -125,11 +131,13 @@ def _overlay_all(
 
 def _overlay(older: _Runs, newer: _Runs) -> _Runs:
     """The runs of both, older ones only where no newer one is."""
-    points = np.unique(np.concatenate([older.start, older.end, newer.start, newer.end]))
+    points = np.concatenate([older.start, older.end, newer.start, newer.end])
+    points.sort()
+    points = points[run_heads(points[1:] != points[:-1])]
     left = points[:-1]
     owner = np.full(len(left), -1, dtype=np.int64)
     for layer, first in ((older, 0), (newer, len(older.start))):
-        at = np.searchsorted(layer.start, left, side="right") - 1
+        at = layer.start.searchsorted(left, "right") - 1
         covered = (at >= 0) & (left < layer.end[np.maximum(at, 0)])
         owner[covered] = at[covered] + first
     heads = run_heads(owner[1:] != owner[:-1])
@@ -145,11 +153,12 @@ def _overlay(older: _Runs, newer: _Runs) -> _Runs:
 def _split(runs: _Runs, holes: Keys) -> _Runs:
     """Cut one block out of the runs at each hole; every hole lies in a run."""
     # The k-th smallest start belongs to the k-th smallest end, empty pieces included.
-    start = np.sort(np.concatenate([runs.start, holes + 1]))
-    end = np.sort(np.concatenate([runs.end, holes]))
+    start, end = np.concatenate([runs.start, holes + 1]), np.concatenate([runs.end, holes])
+    start.sort()
+    end.sort()
     kept = start < end
     start, end = start[kept], end[kept]
-    origin = np.searchsorted(runs.start, start, side="right") - 1
+    origin = runs.start.searchsorted(start, "right") - 1
     return _Runs(start, end, runs.age[origin], runs.flags[origin])
 
 
@@ -169,7 +178,7 @@ def _join_zero_runs(entries: Table, keys: Keys) -> Table:
     end = keys + entries["count"].astype(np.int64)
     joins = zero[1:] & zero[:-1] & (keys[1:] == end[:-1])
     joins &= entries["flags"][1:] == entries["flags"][:-1]
-    if not bool(joins.any()):
+    if not joins.any():
         assert is_canonical(entries)
         return entries
     heads = run_heads(~joins)

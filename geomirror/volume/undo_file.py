@@ -25,7 +25,7 @@ from geomirror.errors import IntegrityError
 from geomirror.limits import BLOCK_BYTES
 from geomirror.volume.arrays import joined, run_heads
 from geomirror.volume.epoch_table import Table, empty_table
-from geomirror.volume.merge import Keys, keys_of
+from geomirror.volume.merge import Keys, key_of, keys_of
 from geomirror.volume.store import Buffer, File
 from geomirror.volume.undo_chunks import CHUNK, CHUNK_BYTES, ChunkMap, damage
 from geomirror.volume.zero_blocks import ZERO_BLOCK, zero_mask
@@ -330,10 +330,8 @@ class UndoReader:
         """
         if not len(self._keys):
             return None
-        wanted = np.zeros(1, dtype=ENTRY)
-        wanted["volume"], wanted["block"] = volume, block
-        key = int(keys_of(wanted)[0])
-        at = int(np.searchsorted(self._keys, key, side="right")) - 1
+        key = key_of(volume, block)
+        at = int(self._keys.searchsorted(key, "right")) - 1
         if at < 0 or key >= int(self._keys[at]) + int(self._table[at]["count"]):
             return None
         entry = self._table[at]

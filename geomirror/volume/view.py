@@ -74,6 +74,8 @@ class View:
         self._entries_max = entries_max
         self._incarnation = history().incarnation
         self._index = ViewIndex(epoch)
+        self._latest: tuple[History, ViewIndex] | None = None
+        """The history that was looked at last, and its index."""
         history().since(epoch)
 
     def prepare(self) -> None:
@@ -129,18 +131,23 @@ class View:
 
     def _current(self, history: History) -> ViewIndex:
         """The index of `history`."""
+        latest = self._latest
+        if latest is not None and latest[0] is history:
+            return latest[1]
         if history.incarnation != self._incarnation:
             raise NotFoundError(
                 f"the state at epoch {self.epoch} is gone: this copy was made anew since"
             )
         index, passes = self._index, history.since(self.epoch)
         if index.passes == passes:
+            self._latest = history, index
             return index
         if passes[: len(index.passes)] != index.passes:
             index = ViewIndex(self.epoch)  # Some were merged.
         added = passes[len(index.passes) :]
         # Two threads may make the same one: it is never changed, so either will do.
         self._index = index = index.extended(added, self._open_reader, self._entries_max)
+        self._latest = history, index
         return index
 
     def _open_reader(self, info: PassInfo) -> PassReader:
@@ -151,15 +158,17 @@ class View:
         """The contents of blocks from `first` on; a short last block is padded."""
         content = bytearray(len(places) * BLOCK_BYTES)
         self._read_image(content, volume, first, places)
-        numbers = np.flatnonzero(places > ZERO)
-        for file_number in np.unique(file_of(places[numbers])).tolist():
-            chosen = numbers[file_of(places[numbers]) == file_number]
-            self._read_file(content, index, file_number, chosen, block_of(places[chosen]))
+        chosen: dict[int, list[tuple[int, int]]] = {}
+        numbers = (places > ZERO).nonzero()[0]
+        for block, place in zip(numbers.tolist(), places[numbers].tolist(), strict=True):
+            chosen.setdefault(file_of(place), []).append((block, block_of(place)))
+        for file_number in sorted(chosen):
+            self._read_file(content, index, file_number, chosen[file_number])
         return content
 
     def _read_image(self, content: bytearray, volume: int, first: int, places: Places) -> None:
         image = self._images[volume]
-        unchanged = np.flatnonzero(places == IMAGE)
+        unchanged = (places == IMAGE).nonzero()[0]
         if not len(unchanged):
             return
         heads = run_heads(unchanged[1:] - unchanged[:-1] != 1)
@@ -170,14 +179,14 @@ class View:
             content[at * BLOCK_BYTES : at * BLOCK_BYTES + length] = image.read(offset, length)
 
     def _read_file(
-        self, content: bytearray, index: ViewIndex, number: int, blocks: Places, at: Places
+        self, content: bytearray, index: ViewIndex, number: int, blocks: list[tuple[int, int]]
     ) -> None:
-        """Copy `blocks` of the range from one undo file, where they lie `at`, in blocks."""
+        """Copy blocks from one undo file: (number in the range, where it lies, in blocks)."""
         chunks = index.files[number]
         file = reading(self._open_file, chunks.name)
         try:
             held, raw = -1, b""
-            for block, place in zip(blocks.tolist(), at.tolist(), strict=True):
+            for block, place in blocks:
                 chunk, inside = divmod(place, BLOCKS_PER_CHUNK)
                 if chunk != held:
                     held, raw = chunk, chunks.read(file, chunk)

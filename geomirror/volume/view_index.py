@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from geomirror.errors import LimitExceededError
 from geomirror.volume.epoch_table import KIND_ZERO, Table, empty_table
-from geomirror.volume.merge import Keys, keys_of, merge_tables
+from geomirror.volume.merge import Keys, key_of, keys_of, merge_tables
 from geomirror.volume.undo_chunks import ChunkMap
 from geomirror.volume.undo_file import PLACE_BITS, PassInfo
 
@@ -68,17 +68,19 @@ class Layer:
 
     def enter(self, places: Places, volume: int, block: int) -> None:
         """Enter what is known of the range from `block` on."""
-        wanted = empty_table(2)
-        wanted["volume"], wanted["block"] = volume, (block, block + len(places))
-        low, high = keys_of(wanted).tolist()
-        first = max(int(np.searchsorted(self.keys, low, side="right")) - 1, 0)
-        last = int(np.searchsorted(self.keys, high, side="left"))
+        low = key_of(volume, block)
+        first = max(int(self.keys.searchsorted(low, "right")) - 1, 0)
+        last = int(self.keys.searchsorted(low + len(places), "left"))
+        if first >= last:
+            return
         part, starts = self.table[first:last], self.keys[first:last] - low
-        is_zero = part["kind"] == KIND_ZERO
-        ends = starts + part["count"].astype(np.int64)
-        for start, end in zip(starts[is_zero].tolist(), ends[is_zero].tolist(), strict=True):
-            places[max(start, 0) : max(end, 0)] = ZERO
-        is_data = ~is_zero & (starts >= 0)
+        is_data = part["kind"] != KIND_ZERO
+        if not is_data.all():
+            zeros, counts = starts[~is_data].tolist(), part["count"][~is_data].tolist()
+            for start, count in zip(zeros, counts, strict=True):
+                places[max(start, 0) : max(start + count, 0)] = ZERO
+        if starts[0] < 0:
+            is_data[0] = False  # Only the first one may begin before the range.
         places[starts[is_data]] = part["address"][is_data].astype(np.int64)
 
 
@@ -141,7 +143,8 @@ class ViewIndex:
 
     def places(self, volume: int, block: int, count: int) -> Places:
         """Where each block of a range lies: `IMAGE`, `ZERO`, or file << 40 | place in blocks."""
-        places = np.full(count, IMAGE, dtype=np.int64)
+        places = np.empty(count, dtype=np.int64)
+        places.fill(IMAGE)
         for layer in (self.recent, self.base):  # What is older wins, so it comes last.
             layer.enter(places, volume, block)
         return places
