@@ -12,7 +12,9 @@ size.
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 from bench import busy_failover
@@ -38,9 +40,21 @@ from geomirror.limits import BLOCK_BYTES, GIB, MIB, TIB
 from geomirror.nbd.client_io import NbdClient
 
 LINK = "rtt=40ms,rate=unlimited"
+SPARSE_BYTES = 4 * TIB
 VIEW_S_MAX = 1.0
 WIRE_RATIO_MAX = 3.0
 TAIL_BYTES_PER_SECOND = 5_000_000
+
+
+@contextlib.asynccontextmanager
+async def _with_history(options: Options, bursts: int) -> AsyncIterator[Rig]:
+    """A large sparse volume with the history of so many bursts of writes."""
+    journal = options.choose(2 * GIB, GIB)
+    require_free(options.directory, 2 * journal + GIB)
+    async with rig(options.directory / "lab", LINK) as lab:
+        await lab.create(str(SPARSE_BYTES), str(journal))
+        await write_history(lab, SPARSE_BYTES, bursts)
+        yield lab
 
 
 # First write.
@@ -49,17 +63,13 @@ TAIL_BYTES_PER_SECOND = 5_000_000
 async def first_write(options: Options) -> Result:
     """Kill, promote, write; the places change every round."""
     result = Result(NAME, "Failover to the first write accepted, 4 TiB sparse, with history")
-    size, journal = 4 * TIB, options.choose(2 * GIB, GIB)
-    require_free(options.directory, 2 * journal + GIB)
     rounds = options.choose_rounds(40, 2)
-    result.settings = {"rounds": rounds, "volume_bytes": size}
-    async with rig(options.directory / "lab", LINK) as lab:
-        await lab.create(str(size), str(journal))
-        await write_history(lab, size, options.choose(20, 2))
+    result.settings = {"rounds": rounds, "volume_bytes": SPARSE_BYTES}
+    async with _with_history(options, options.choose(20, 2)) as lab:
         primary, heir = lab.primary, lab.secondary
         for number in range(rounds):
             # Not waited for: what is durable at the heir and not in its image is a part of it.
-            await scatter(await uri(primary), size, 1000 + number)
+            await scatter(await uri(primary), SPARSE_BYTES, 1000 + number)
             by = ("call", "command")[number % 2]
             found = await fail_over(primary, heir, number, by=by)
             result.rounds.append(found)
@@ -83,13 +93,9 @@ async def first_write(options: Options) -> Result:
 async def views(options: Options) -> Result:
     """Views of a copy at points all over its history."""
     result = Result(NAME, "Views: time to make one, and to its first read, 4 TiB sparse")
-    size, journal = 4 * TIB, options.choose(2 * GIB, GIB)
-    require_free(options.directory, 2 * journal + GIB)
     rounds = options.choose_rounds(20, 2)
-    result.settings = {"rounds": rounds, "volume_bytes": size}
-    async with rig(options.directory / "lab", LINK) as lab:
-        await lab.create(str(size), str(journal))
-        await write_history(lab, size, options.choose(60, 4))
+    result.settings = {"rounds": rounds, "volume_bytes": SPARSE_BYTES}
+    async with _with_history(options, options.choose(60, 4)) as lab:
         node = lab.secondary
         points = (await node.call("resource.timeline", {"name": RESOURCE}))["points"]
         result.settings["points"] = len(points)

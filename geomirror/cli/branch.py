@@ -9,7 +9,7 @@ from typing import Any
 
 import rich_click as click
 
-from geomirror.cli.common import App, json_option, pass_app, table
+from geomirror.cli.common import App, json_option, pass_app, table, yes_option
 from geomirror.cli.timeline import local
 from geomirror.cli.units import format_bytes, parse_duration
 from geomirror.errors import RefusedError, StorageError
@@ -94,7 +94,7 @@ def export(app: App, name: str, branch_name: str, file: Path, volume: str) -> No
 @click.argument("name", metavar="RES")
 @click.argument("branch_name", metavar="NAME")
 @click.option("--node", metavar="NODE", help="On this member. Default: the one here.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@yes_option
 @json_option
 @pass_app
 def drop(app: App, name: str, branch_name: str, node: str | None, yes: bool) -> None:

@@ -89,6 +89,10 @@ def report_error(error: GeomirrorError, *, is_json: bool) -> int:
 pass_app = click.make_pass_decorator(App)
 
 
+yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
+"""Of a command that asks before it does something that cannot be taken back."""
+
+
 def json_option(function: F) -> F:
     """Add `--json`."""
 

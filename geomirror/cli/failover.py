@@ -6,7 +6,7 @@ from typing import Any
 
 import rich_click as click
 
-from geomirror.cli.common import App, json_option, pass_app, table
+from geomirror.cli.common import App, json_option, pass_app, table, yes_option
 from geomirror.cli.units import format_bytes, format_seconds
 from geomirror.errors import RefusedError
 
@@ -14,7 +14,7 @@ from geomirror.errors import RefusedError
 @click.command()
 @click.argument("name", metavar="RES")
 @click.option("--to", metavar="NODE", required=True, help="The secondary whose copy is promoted.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@yes_option
 @click.option("--dry-run", is_flag=True, help="Only say what would be lost; nothing is changed.")
 @json_option
 @pass_app

@@ -6,14 +6,14 @@ from typing import Any
 
 import rich_click as click
 
-from geomirror.cli.common import App, json_option, pass_app, table
+from geomirror.cli.common import App, json_option, pass_app, table, yes_option
 from geomirror.errors import RefusedError
 
 
 @click.command()
 @click.argument("name", metavar="RES")
 @click.option("--keep", metavar="NODE", required=True, help="The node whose history goes on.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@yes_option
 @click.option("--dry-run", is_flag=True, help="Only show the tails; nothing is changed.")
 @json_option
 @pass_app

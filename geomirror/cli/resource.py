@@ -6,7 +6,7 @@ from typing import Any
 
 import rich_click as click
 
-from geomirror.cli.common import App, json_option, pass_app, table
+from geomirror.cli.common import App, json_option, pass_app, table, yes_option
 from geomirror.cli.units import parse_size
 from geomirror.errors import UsageError
 
@@ -142,7 +142,7 @@ def show(app: App, name: str) -> None:
 @resource.command()
 @click.argument("name", metavar="RES")
 @click.option("--keep-data", is_flag=True, help="Leave the volumes as plain raw images.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@yes_option
 @json_option
 @pass_app
 def delete(app: App, name: str, keep_data: bool, yes: bool) -> None:

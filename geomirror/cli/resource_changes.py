@@ -6,7 +6,7 @@ from typing import Any
 
 import rich_click as click
 
-from geomirror.cli.common import App, json_option, pass_app
+from geomirror.cli.common import App, json_option, pass_app, yes_option
 from geomirror.cli.resource import parse_backings, resource
 from geomirror.errors import UsageError
 
@@ -76,7 +76,7 @@ def add_secondary(app: App, name: str, node: str, backings: tuple[str, ...], for
 @click.argument("name", metavar="RES")
 @click.argument("node", metavar="NODE")
 @click.option("--keep-data", is_flag=True, help="Leave its volumes there as plain raw images.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@yes_option
 @json_option
 @pass_app
 def remove_secondary(app: App, name: str, node: str, keep_data: bool, yes: bool) -> None:

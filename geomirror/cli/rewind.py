@@ -7,7 +7,7 @@ from typing import Any
 
 import rich_click as click
 
-from geomirror.cli.common import App, json_option, pass_app
+from geomirror.cli.common import App, json_option, pass_app, yes_option
 from geomirror.cli.timeline import local
 from geomirror.cli.units import format_seconds
 from geomirror.cli.when import WHEN_HELP, parse_when
@@ -22,7 +22,7 @@ _ENDS = ("commit", "rollback")
 @click.argument("words", metavar="[commit|rollback] RES", nargs=-1, required=True)
 @click.option("--to", "when", metavar="T", help=WHEN_HELP)
 @click.option("--dry-run", is_flag=True, help="Only say whether it is possible, and what it costs.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@yes_option
 @json_option
 @pass_app
 def rewind(app: App, words: tuple[str, ...], when: str | None, dry_run: bool, yes: bool) -> int:

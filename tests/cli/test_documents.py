@@ -13,6 +13,14 @@ from tests.cli.documents import DOCS, cli_document, commands, exit_codes
 ROOT = Path(__file__).parent.parent.parent
 
 
+def unit_of(name: str) -> configparser.ConfigParser:
+    """A unit file as systemd reads it: keys have case, and may come more than once."""
+    unit = configparser.ConfigParser(strict=False, interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment, method-assign]
+    assert unit.read(ROOT / "deploy/systemd" / name)
+    return unit
+
+
 def test_the_exit_codes_are_those_of_the_table():
     assert (DOCS / "exit_codes.md").read_text() == exit_codes()
 
@@ -30,9 +38,7 @@ def test_every_command_is_explained_and_takes_json(words, command):
 
 
 def test_the_unit_starts_the_daemon_as_the_node_expects():
-    unit = configparser.ConfigParser(strict=False, interpolation=None)
-    unit.optionxform = str  # type: ignore[assignment, method-assign]
-    unit.read(ROOT / "deploy/systemd/geomirror.service")
+    unit = unit_of("geomirror.service")
     service = unit["Service"]
     assert service["Type"] == "notify"
     assert service["ExecStart"].endswith("node run")
@@ -41,9 +47,7 @@ def test_the_unit_starts_the_daemon_as_the_node_expects():
 
 
 def test_the_socket_unit_names_its_socket_as_the_daemon_knows_it():
-    unit = configparser.ConfigParser(strict=False, interpolation=None)
-    unit.optionxform = str  # type: ignore[assignment, method-assign]
-    unit.read(ROOT / "deploy/systemd/geomirror-nbd.socket")
+    unit = unit_of("geomirror-nbd.socket")
     found = unit["Socket"]
     assert found["FileDescriptorName"] in SOCKET_NAMES
     assert found["Service"] == "geomirror.service"
@@ -51,9 +55,7 @@ def test_the_socket_unit_names_its_socket_as_the_daemon_knows_it():
 
 
 def test_a_drills_unit_fails_with_its_drill_and_may_mount():
-    unit = configparser.ConfigParser(strict=False, interpolation=None)
-    unit.optionxform = str  # type: ignore[assignment, method-assign]
-    unit.read(ROOT / "deploy/systemd/geomirror-drill@.service")
+    unit = unit_of("geomirror-drill@.service")
     service = unit["Service"]
     assert service["Type"] == "oneshot"
     assert "drill %I --check ${CHECK} $OPTIONS" in service["ExecStart"]
@@ -63,22 +65,17 @@ def test_a_drills_unit_fails_with_its_drill_and_may_mount():
 
 
 def test_a_verifys_unit_fails_with_what_it_finds_and_is_never_cut_short():
-    unit = configparser.ConfigParser(strict=False, interpolation=None)
-    unit.optionxform = str  # type: ignore[assignment, method-assign]
-    unit.read(ROOT / "deploy/systemd/geomirror-verify@.service")
+    unit = unit_of("geomirror-verify@.service")
     service = unit["Service"]
     assert service["Type"] == "oneshot"
     assert "verify %I --wait $OPTIONS" in service["ExecStart"]
     assert not service["ExecStart"].startswith("-")
     assert service["TimeoutStartSec"] == "infinity"
-    unit.read(ROOT / "deploy/systemd/geomirror-verify@.timer")
-    assert unit["Timer"]["Persistent"] == "true"
+    assert unit_of("geomirror-verify@.timer")["Timer"]["Persistent"] == "true"
 
 
 def test_the_attachments_unit_is_seen_by_everybody_and_outlives_the_daemon():
-    unit = configparser.ConfigParser(strict=False, interpolation=None)
-    unit.optionxform = str  # type: ignore[assignment, method-assign]
-    unit.read(ROOT / "deploy/systemd/geomirror-attach@.service")
+    unit = unit_of("geomirror-attach@.service")
     service = unit["Service"]
     assert service["Type"] == "notify"
     assert "attach %I ${TARGET} --foreground" in service["ExecStart"]

@@ -69,6 +69,15 @@ FOCUS: dict[str, dict[str, Any]] = {
     "late_copy_wins": OVERFLOWS,
     "thinning_forgets_pins": {"marks_mean_ns": SECOND},
 }
+FOUND_WITH = {
+    "status_of_what_was_received": 21,
+    "claim_not_durable": 22,
+    "rules_given_up_untold": 16,
+    "status_without_the_draft": 7,
+    "flush_before_sync": 5,
+    "fold_swallows_mark": 5,
+}
+"""Seeds that found what takes long to find, tried first: it may be others when the code changes."""
 IN_SUCCESSIONS = {make.__name__ for make in SUCCESSION_MUTATIONS}
 
 
@@ -80,7 +89,8 @@ def focus_of(name: str, seed: int) -> dict[str, Any]:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", sorted(MUTATIONS))
 def test_a_mutation_is_found(name: str) -> None:
-    for seed in range(1, SEEDS_MAX + 1):
+    first = FOUND_WITH.get(name, 1)
+    for seed in [*range(first, SEEDS_MAX + 1), *range(1, first)]:
         with mutated(name):
             try:
                 Simulation(seed, **focus_of(name, seed)).run()

@@ -17,8 +17,9 @@ from pathlib import Path
 
 from tests.system.attach import Attached
 from tests.system.database import Cluster, require_postgres
-from tests.system.power import run
-from tests.system.support import Site
+from tests.system.power import require_power, run
+from tests.system.private_mounts import own_mounts
+from tests.system.support import Site, create, make_network, some_sites
 
 BALANCES = (
     "select (select sum(abalance) from pgbench_accounts) = (select sum(delta) from pgbench_history)"
@@ -27,6 +28,20 @@ BALANCES = (
 )
 HISTORY = "select count(*) from pgbench_history"
 AMCHECK = ("pg_amcheck", "--heapallindexed", "--parent-check", "postgres")
+
+
+@contextlib.contextmanager
+def database_sites(root: Path, *options: str) -> Iterator[tuple[Site, Site]]:
+    """Two linked sites with the resource "pg" of half a GiB, in mounts of their own.
+
+    :param options: of `resource create`, further ones.
+    """
+    require_power()
+    require_postgres()
+    with own_mounts(), some_sites(root, "a", "b") as (a, b):
+        make_network(a, b)
+        create(a, "pg", *options, size="512M")
+        yield a, b
 
 
 @contextlib.contextmanager
@@ -116,6 +131,10 @@ def check_image(image: Path, directory: Path) -> int:
         return check(cluster)
 
 
+PACE_S = 0.005
+"""Between commits of a `Ticker`: it tells the time, the load is pgbench's."""
+
+
 class Ticker(threading.Thread):
     """Commits numbers, one after another, and knows when each was confirmed."""
 
@@ -138,7 +157,7 @@ class Ticker(threading.Thread):
             text=True,
             cwd="/",
         )
-        self._is_stopping = False
+        self._stopping = threading.Event()
         self.start()
 
     def run(self) -> None:
@@ -146,7 +165,7 @@ class Ticker(threading.Thread):
         assert asked is not None
         assert answers is not None
         with contextlib.suppress(OSError, ValueError):
-            while not self._is_stopping:
+            while not self._stopping.wait(PACE_S):
                 number = self._next
                 asked.write(f"insert into ticks values ({number}) returning n;\n")
                 asked.flush()
@@ -154,11 +173,10 @@ class Ticker(threading.Thread):
                     return
                 self.confirmed[number] = time.time()
                 self._next += 1
-                time.sleep(0.005)
 
     def end(self) -> None:
         """No more commits; safe also when the server is gone."""
-        self._is_stopping = True
+        self._stopping.set()
         self._psql.kill()
         self._psql.wait()
         self.join(10)

@@ -278,6 +278,15 @@ def wait_applied(site: Site, name: str = "pg", timeout_s: float = 60) -> None:
     site.call("resource.wait", name=name, kind="applied", timeout_s=timeout_s)
 
 
+def is_running(pid: int) -> bool:
+    """Whether a process is there and not dead; one that nobody has waited for yet is."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"
+
+
 def is_root() -> bool:
     """Whether mounts and loop devices can be made."""
     return os.geteuid() == 0

@@ -10,7 +10,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from tests.system.support import (
     count_links,
     create,
     free_port,
+    is_running,
     make_network,
     some_sites,
     until,
@@ -56,6 +56,15 @@ def pair(tmp_path: Path) -> Iterator[tuple[MountSite, MountSite]]:
     finally:
         a.end()
         b.end()
+
+
+def runs(word: str) -> bool:
+    """Whether a process has this argument: numbers are other ones in a namespace of its own."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if word.encode() in path.read_bytes().split(b"\0"):
+                return True
+    return False
 
 
 def traces(site: Site) -> list[str]:
@@ -135,11 +144,18 @@ def test_failures_are_remembered_over_a_restart(
         "bad luck\n",
     )
     # It leaves something running, in a session of its own and with files open.
-    stays = tmp_path / "stays"
-    check = f'cd "$GEOMIRROR_MOUNT"; setsid sh -c "sleep 5; touch {stays}" & sleep 60'
-    done = b.json("drill", "pg", "--check", check, "--timeout", "1s", expected=6)["drill"]
-    assert done["result"] == "timeout"
+    stays = f"100.{b.port}"
+    check = f'cd "$GEOMIRROR_MOUNT"; setsid sleep {stays} & sleep 60'
+    begun = subprocess.Popen(
+        b.command("drill", "pg", "--check", check, "--timeout", "4s", "--json"),
+        stdout=subprocess.PIPE,
+    )
+    until(lambda: runs(stays), 30, "what it leaves")
+    answer = begun.communicate(timeout=60)[0]
+    assert begun.returncode == 6
+    assert json.loads(answer)["drill"]["result"] == "timeout"
     assert traces(b) == []
+    assert not runs(stays)
     b.error("drill", "pg", "--check", "true", "--at", "nosuch", expected=4, code="not_found")
     b.kill()
     b.restart()
@@ -149,8 +165,6 @@ def test_failures_are_remembered_over_a_restart(
     assert [each["number"] for each in found] == [1, 2, 3, 4]
     assert (last(b)["result"], last(b)["last_passed_at"]) == ("error", passed_at)
     assert "last passed" in b.run("status", "pg")
-    time.sleep(4)
-    assert not stays.exists()
     assert b.call("view.list", name="pg")["views"] == []
 
 
@@ -241,11 +255,15 @@ def test_without_root_the_check_has_the_uri_and_is_told_why_there_is_no_mount(
         assert last(b)["result"] == "passed"
 
         # A daemon that is away when a drill ends is waited for.
-        begun = tmp_path / "started"
-        running = subprocess.Popen([*command, f"touch {begun}; sleep 2"], stdout=subprocess.PIPE)
+        begun, pid_file = tmp_path / "started", tmp_path / "check.pid"
+        go_on = tmp_path / "go-on"
+        check = f"echo $$ >{pid_file}; touch {begun}; while ! test -e {go_on}; do sleep 0.1; done"
+        running = subprocess.Popen([*command, check], stdout=subprocess.PIPE)
         until(begun.exists, 60, "the check")
         b.kill()
-        time.sleep(4)
+        go_on.touch()
+        pid = int(pid_file.read_text())
+        until(lambda: not is_running(pid), 10, "the end of the check")
         b.restart()
         assert json.loads(running.communicate(timeout=90)[0])["drill"]["result"] == "passed"
         assert b.call("drill.list", name="pg")["drills"][-1]["result"] == "passed"
@@ -260,5 +278,5 @@ def test_without_root_the_check_has_the_uri_and_is_told_why_there_is_no_mount(
         pid = int(begun.read_text())
         running.kill()
         running.wait()
-        until(lambda: not Path(f"/proc/{pid}").exists(), 10, "the check to be killed too")
+        until(lambda: not is_running(pid), 10, "the check to be killed too")
         assert not a.crashes() + b.crashes()

@@ -15,16 +15,15 @@ from tests.system.pgbench import (
     HISTORY,
     check_image,
     confirmed_commits,
+    database_sites,
     end,
     fill,
-    public_directory,
     pull_the_plug,
     restart,
     start_load,
 )
-from tests.system.power import require_power, run
-from tests.system.private_mounts import own_mounts
-from tests.system.support import Site, create, make_network, some_sites, wait_applied
+from tests.system.power import run
+from tests.system.support import Site, wait_applied
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]
 LOAD_S = 4
@@ -32,18 +31,8 @@ LOAD_S = 4
 
 @pytest.fixture
 def sites(tmp_path: Path) -> Iterator[tuple[Site, Site]]:
-    require_power()
-    require_postgres()
-    with own_mounts(), some_sites(tmp_path, "a", "b") as (a, b):
-        make_network(a, b)
-        create(a, "pg", size="512M")
-        yield a, b
-
-
-@pytest.fixture
-def public() -> Iterator[Path]:
-    with public_directory() as path:
-        yield path
+    with database_sites(tmp_path) as found:
+        yield found
 
 
 def test_every_confirmed_commit_is_there_and_the_mirror_is_sound(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -17,37 +16,26 @@ from tests.system.pgbench import (
     check,
     check_image,
     database_of,
+    database_sites,
     end,
     fill,
-    public_directory,
     pull_the_plug,
     restart,
     start_load,
     ticks,
 )
-from tests.system.power import require_power, run
-from tests.system.private_mounts import own_mounts
-from tests.system.support import Site, create, make_network, some_sites, until, wait_applied
+from tests.system.power import run
+from tests.system.support import Site, until, wait_applied
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]
-ALONE_S = 1.5
-"""Nothing is shipped so long before the primary is lost: it leaves a tail."""
+ALONE_COMMITS = 50
+"""So many are not shipped before the primary is lost: it leaves a tail."""
 
 
 @pytest.fixture
 def sites(tmp_path: Path) -> Iterator[tuple[Site, Site]]:
-    require_power()
-    require_postgres()
-    with own_mounts(), some_sites(tmp_path, "a", "b") as (a, b):
-        make_network(a, b)
-        create(a, "pg", "--journal-size", "1G", size="512M")
-        yield a, b
-
-
-@pytest.fixture
-def public() -> Iterator[Path]:
-    with public_directory() as path:
-        yield path
+    with database_sites(tmp_path, "--journal-size", "1G") as found:
+        yield found
 
 
 def is_gone(site: Site) -> bool:
@@ -72,7 +60,8 @@ def lose_the_primary(a: Site, public: Path) -> dict[int, float]:
         until(lambda: len(ticker.confirmed) > 100, what="commits")
         wait_applied(a)
         a.run("pause", "pg")
-        time.sleep(ALONE_S)
+        alone = len(ticker.confirmed) + ALONE_COMMITS
+        until(lambda: len(ticker.confirmed) > alone, what="commits that nobody else has")
         pull_the_plug(a, attached, cluster, load)
         ticker.end()
     finally:

@@ -16,19 +16,16 @@ from tests.system.pgbench import (
     HISTORY,
     check_image,
     confirmed_commits,
+    database_sites,
     end,
     fill,
-    public_directory,
     start_load,
 )
-from tests.system.power import require_power, run
-from tests.system.private_mounts import own_mounts, require_attach
+from tests.system.power import run
+from tests.system.private_mounts import require_attach
 from tests.system.support import (
     Site,
-    create,
     free_port,
-    make_network,
-    some_sites,
     until,
     wait_applied,
 )
@@ -38,19 +35,9 @@ pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]
 
 @pytest.fixture
 def sites(tmp_path: Path) -> Iterator[tuple[Site, Site]]:
-    require_power()
     require_attach()
-    require_postgres()
-    with own_mounts(), some_sites(tmp_path, "a", "b") as (a, b):
-        make_network(a, b)
-        create(a, "pg", size="512M")
-        yield a, b
-
-
-@pytest.fixture
-def public() -> Iterator[Path]:
-    with public_directory() as path:
-        yield path
+    with database_sites(tmp_path) as found:
+        yield found
 
 
 def write_check(public: Path) -> Path:

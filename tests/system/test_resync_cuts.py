@@ -275,11 +275,11 @@ def test_a_copy_that_is_cut_off_in_a_resync_is_promoted_whole(
     wait_applied(primary.site)
     until(lambda: is_whole(primary), 60, "the copy is whole")
     load.begin()
-    time.sleep(chance.uniform(1, 4))
+    time.sleep(chance.uniform(1, 4))  # By the seed: how much history the copy has, …
     try:
         overflow_and_resync(places, load)
         held = copy.site.peer()["resync"]["held_epoch"]
-        time.sleep(chance.uniform(0.2, CUT_S_MAX))
+        time.sleep(chance.uniform(0.2, CUT_S_MAX))  # … and where in the resync it is cut off.
         assert copy.site.peer()["resync"], "the resync is over: make the link slower"
         places.kill(primary)
     finally:

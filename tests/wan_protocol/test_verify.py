@@ -236,7 +236,8 @@ def test_a_volume_that_grows_meanwhile_is_compared_with_its_new_blocks() -> None
 # Healing never takes anything back.
 
 
-def test_a_write_that_comes_while_a_block_is_being_healed_stands() -> None:
+def overwritten_while_healing() -> tuple[Stage, VerifyRun]:
+    """Block 65 is read to be healed, and written before that is done."""
     stage = written_stage()
     rot(stage, 65)
     stage.hold(PRIMARY, "heal")
@@ -244,6 +245,11 @@ def test_a_write_that_comes_while_a_block_is_being_healed_stands() -> None:
     stage.pass_time(2000)
     assert stage.run_held(PRIMARY, "heal", is_done=False) == 1
     stage.write_blocks(65, 1, seed=4321)
+    return stage, run
+
+
+def test_a_write_that_comes_while_a_block_is_being_healed_stands() -> None:
+    stage, run = overwritten_while_healing()
     stage.release(PRIMARY)
     stage.pass_time(8000)
     assert (run.state, run.result) == (DONE, HEALED)
@@ -252,13 +258,7 @@ def test_a_write_that_comes_while_a_block_is_being_healed_stands() -> None:
 
 
 def test_a_write_that_is_destaged_while_a_block_is_being_healed_stands() -> None:
-    stage = written_stage()
-    rot(stage, 65)
-    stage.hold(PRIMARY, "heal")
-    run = start(stage)
-    stage.pass_time(2000)
-    assert stage.run_held(PRIMARY, "heal", is_done=False) == 1
-    stage.write_blocks(65, 1, seed=4321)
+    stage, run = overwritten_while_healing()
     stage.seal()
     stage.pass_time(8000)
     assert stage.primary.engine.applied_epoch == stage.primary.engine.sealed_epoch
