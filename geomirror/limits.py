@@ -213,6 +213,27 @@ class Limits:
     endpoints_max: int = 8
     """Endpoints of one node."""
 
+    services_max: int = 256
+    """Services that a node exposes, and ports that it forwards: as many of each."""
+    circuits_max: int = 512
+    """Forwarded TCP connections of a node. Each holds two sockets and at most about 0.7 MiB."""
+    circuits_peer_max: int = 256
+    """The same with one peer, so that one does not shut out the others."""
+    circuits_opening_max: int = 16
+    """Circuits asked for at once at one peer: calls of other kinds must get through."""
+    circuits_ungreeted_max: int = 32
+    """Accepted connections of one peer that have not said which circuit they are for."""
+    circuit_buffer_bytes: int = 128 * KIB
+    """Bytes of a circuit that wait for a socket to take them, in each direction, before the other
+    side is not read any more; the kernel's buffers come on top."""
+    circuit_open_ns_max: int = 10 * SECOND
+    """Opening a circuit: the question, the service's answer to the connection, the handshake."""
+    circuit_connect_ns_max: int = 4 * SECOND
+    """Of that, connecting to the service. Asserted: it leaves time to say so."""
+    circuit_orphan_ns_max: int = 5 * SECOND
+    """How long circuits outlive their link. A change of connections takes less than a second, and
+    TCP repairs shorter outages of the path by itself."""
+
     peers_max: int = 64
     """Nodes in a network."""
     resources_max: int = 256
@@ -244,6 +265,8 @@ class Limits:
         assert self.window_bytes_min >= FRAME_RAW_BYTES_MAX
         assert self.hello_misses_max >= 3
         assert self.data_connections <= self.data_connections_max
+        assert self.circuit_connect_ns_max * 2 <= self.circuit_open_ns_max
+        assert self.circuits_opening_max < self.circuits_ungreeted_max <= self.circuits_peer_max
         # The largest member entry is under 1 KiB: endpoints_max names of at most 64 bytes.
         assert self.peers_max * KIB <= self.join_line_bytes_max
 

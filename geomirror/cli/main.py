@@ -28,6 +28,13 @@ PANELS: dict[str, dict[str, str]] = {
         "node": "geomirror.cli.node",
         "link": "geomirror.cli.link",
     },
+    "Services": {
+        "expose": "geomirror.cli.expose",
+        "unexpose": "geomirror.cli.expose",
+        "forward": "geomirror.cli.forward",
+        "unforward": "geomirror.cli.forward",
+        "service": "geomirror.cli.service",
+    },
     "Replication": {
         "resource": "geomirror.cli.resource_changes",
         "pause": "geomirror.cli.replication",

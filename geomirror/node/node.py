@@ -47,6 +47,7 @@ from geomirror.node.resource_host import ResourceHost, remove_tree
 from geomirror.node.rewind_calls import RewindCalls
 from geomirror.node.rfc3339 import rfc3339
 from geomirror.node.service import Service, ServiceFactory
+from geomirror.node.service_calls import ServiceCalls
 from geomirror.node.status import StatusReport
 from geomirror.node.verify_calls import VerifyCalls
 from geomirror.node.view_calls import ViewCalls
@@ -114,6 +115,7 @@ class Node:
             self._host, self._store, self._push.refusals, self._site_of, self._links.state
         )
         self._network = NetworkCalls(state, context, self._members_changed)
+        self._services = ServiceCalls(context, state, self._driver, data_dir.services_file)
         self._nbd = NbdServer(self._host.exports, limits=limits)
         self._nbd_addresses: NbdAddresses | None = None
         self._control = ControlServer(self._methods, self._events)
@@ -130,7 +132,7 @@ class Node:
         """
         self._host.on_started = self._service_started
         self._host.definition_of = self._definition_now
-        self._router.on_link_up = self._network.link_up
+        self._router.on_link_up = self._link_up
         sockets = self._data_dir.prepare_socket_dir()
         self._status.nbd_socket = str(sockets / "nbd.sock")
         self._nbd.tls = load_nbd_tls(self._config.nbd, self._data_dir.root)
@@ -141,7 +143,10 @@ class Node:
         await self._links.start(self._config.node.listen or self._state.listen)
         # After the links: a token that it makes can be used at once.
         await self._control.start(str(sockets / "control.sock"))
+        await self._services.start()
         await self._open_resources()
+        self._run_for_ever("circuits", self._services.desk.watch())
+        self._run_for_ever("forwards", self._services.listeners.keep())
         self._run_for_ever("certificate", self._network.keep_certificate())
         self._run_for_ever("enforcement", self._enforce())
         self._run_for_ever("notifications", self._keep_notified())
@@ -219,8 +224,13 @@ class Node:
         self._rejoiner = Rejoiner(calls)
         ResolveCalls(calls, self._promotion, self._rejoiner).register(self._methods)
         self._network.register(self._methods)
+        self._services.register(self._methods)
         self._calls = calls
         self._methods.add("status", StatusRequest, self._show_status)
+
+    def _link_up(self, peer: str) -> None:
+        self._network.link_up(peer)
+        self._services.directory.link_up(peer)
 
     def _service_started(self, service: Service) -> None:
         self._rejoiner.watch(service)
@@ -253,6 +263,7 @@ class Node:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._nbd.stop()
         self._rejoiner.stop()
+        await self._services.stop()
         await self._push.stop()
         await self._network.stop()
         await self._host.close_all()

@@ -49,6 +49,11 @@ class DataDir:
         return self.root / "resources.json"
 
     @property
+    def services_file(self) -> Path:
+        """What this node exposes and forwards."""
+        return self.root / "services.json"
+
+    @property
     def resources(self) -> Path:
         """One directory per resource."""
         return self.root / "resources"

@@ -16,6 +16,8 @@ LINK_PROTOCOL = "geomirror/1"
 """ALPN of a link; both sides show a certificate of the network."""
 JOIN_PROTOCOL = "geomirror-join/1"
 """ALPN of the join exchange; the joiner has no certificate yet."""
+CIRCUIT_PROTOCOL = "geomirror-circuit/1"
+"""ALPN of one forwarded TCP connection; otherwise as a link's."""
 
 
 class Listener(Protocol):

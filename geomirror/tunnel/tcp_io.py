@@ -91,7 +91,8 @@ async def bind_tcp(host: str, port: int, segment_bytes: int) -> list[socket.sock
             raise InUseError(
                 f"cannot listen on {where}: {cause}", hint="another process listens there"
             ) from None
-        raise ConfigError(
-            f"cannot listen on {where}: {cause}", hint="give an address of this machine"
-        ) from None
+        hint = "give an address of this machine"
+        if error.errno in (errno.EACCES, errno.EPERM):
+            hint = "ports below 1024 are for root; choose another one"
+        raise ConfigError(f"cannot listen on {where}: {cause}", hint=hint) from None
     return sockets

@@ -19,7 +19,7 @@ from cryptography.x509.oid import NameOID
 from geomirror.environment import Entropy
 from geomirror.errors import AuthError, GeomirrorError, IntegrityError, LinkError
 from geomirror.tunnel.authority import certificate_pem
-from geomirror.tunnel.driver import JOIN_PROTOCOL, LINK_PROTOCOL
+from geomirror.tunnel.driver import CIRCUIT_PROTOCOL, JOIN_PROTOCOL, LINK_PROTOCOL
 from geomirror.tunnel.identity import key_to_pem, new_key
 from geomirror.tunnel.network_state_io import NetworkState
 
@@ -43,19 +43,19 @@ def server_context(state: NetworkState, entropy: Entropy) -> ssl.SSLContext:
     label = network_label(state.authority_hash)
     context = _base(ssl.PROTOCOL_TLS_SERVER)
     context.verify_mode = ssl.CERT_OPTIONAL
-    context.set_alpn_protocols([LINK_PROTOCOL, JOIN_PROTOCOL])
+    context.set_alpn_protocols([LINK_PROTOCOL, CIRCUIT_PROTOCOL, JOIN_PROTOCOL])
     context.num_tickets = 0
     context.sni_callback = _require_label(label, _decoy_context(state, entropy))
     _trust(context, state)
     return context
 
 
-def client_context(state: NetworkState) -> ssl.SSLContext:
-    """For dialling links."""
+def client_context(state: NetworkState, protocol: str) -> ssl.SSLContext:
+    """For dialling connections of this ALPN."""
     context = _base(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False  # the URI name is checked by the driver
     context.verify_mode = ssl.CERT_REQUIRED
-    context.set_alpn_protocols([LINK_PROTOCOL])
+    context.set_alpn_protocols([protocol])
     _trust(context, state)
     return context
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from geomirror.environment import SECOND, Clock, Entropy
-from geomirror.errors import AuthError, LinkError, RemoteProtocolError
+from geomirror.errors import AuthError, LinkError, RefusedError, RemoteProtocolError
 from geomirror.tunnel.certificates import Claims, check_dates, load_certificate, read_claims
+from geomirror.tunnel.driver import CIRCUIT_PROTOCOL, LINK_PROTOCOL
 from geomirror.tunnel.join_server_io import Joined, JoinService, Refused
 from geomirror.tunnel.names import join_endpoint, split_endpoint
 from geomirror.tunnel.network_state_io import NetworkState
@@ -31,6 +32,11 @@ from geomirror.tunnel.tls_preface_io import AcceptPreface, DialPreface
 
 SHUTDOWN_SECONDS = 1.0
 """How long a closing connection waits for the other side's close."""
+
+
+def no_circuits(peer: str) -> asyncio.BaseProtocol:
+    """What a driver says that nobody has told what to do with circuits."""
+    raise RefusedError("circuits are not served here")
 
 
 @dataclass
@@ -57,7 +63,13 @@ class TlsDriver:
         self.clock = clock
         self.refused = refused
         self.join_service = JoinService(state, clock, entropy, refused=refused, joined=joined)
-        self._client = client_context(state)
+        self.accept_circuit: Callable[[str], asyncio.BaseProtocol] = no_circuits
+        """Called with the name of a peer that opens a circuit; makes its protocol, as the
+        listener's factory does for links."""
+        self._clients = {
+            protocol: client_context(state, protocol)
+            for protocol in (LINK_PROTOCOL, CIRCUIT_PROTOCOL)
+        }
         self._server = server_context(state, entropy)
         self._loaded = state.certificate
         self._live: list[_Live] = []
@@ -75,8 +87,8 @@ class TlsDriver:
 
     def _reload(self) -> None:
         if self._loaded is not self.state.certificate:
-            load_own(self._client, self.state)
-            load_own(self._server, self.state)
+            for context in (*self._clients.values(), self._server):
+                load_own(context, self.state)
             self._loaded = self.state.certificate
 
     def admit(self, transport: asyncio.Transport) -> Claims:
@@ -133,13 +145,14 @@ class TlsDriver:
         endpoint: str,
         factory: Callable[[], asyncio.BaseProtocol],
         connected: Callable[[], None] = lambda: None,
+        protocol: str = LINK_PROTOCOL,
     ) -> tuple[asyncio.Transport, asyncio.BaseProtocol]:
-        """See `LinkDriver.dial`."""
+        """See `LinkDriver.dial`; `protocol`: LINK_PROTOCOL or CIRCUIT_PROTOCOL."""
         host, port = split_endpoint(endpoint)
         self._reload()
         loop = asyncio.get_running_loop()
         who = f'"{peer}" at {endpoint}'
-        preface = DialPreface(self, peer, who, factory, loop.create_future())
+        preface = DialPreface(self, peer, who, protocol, factory, loop.create_future())
         limits = self.state.limits
         link = None
         try:
@@ -149,7 +162,7 @@ class TlsDriver:
                 await loop.create_connection(
                     lambda: preface,
                     sock=sock,
-                    ssl=self._client,
+                    ssl=self._clients[protocol],
                     server_hostname=network_label(self.state.authority_hash),
                     ssl_handshake_timeout=limits.dial_ns_max / SECOND,
                     ssl_shutdown_timeout=SHUTDOWN_SECONDS,

@@ -20,7 +20,7 @@ from typing import Protocol, cast
 
 from geomirror.errors import AuthError, GeomirrorError, LinkError
 from geomirror.tunnel.certificates import Claims
-from geomirror.tunnel.driver import JOIN_PROTOCOL, LINK_PROTOCOL
+from geomirror.tunnel.driver import CIRCUIT_PROTOCOL, JOIN_PROTOCOL, LINK_PROTOCOL
 from geomirror.tunnel.join_server_io import JoinService, Refused
 from geomirror.tunnel.tls_context_io import explain
 
@@ -36,6 +36,7 @@ class Judge(Protocol):
 
     join_service: JoinService
     refused: Refused
+    accept_circuit: Callable[[str], asyncio.BaseProtocol]
 
     @property
     def own_der(self) -> bytes:
@@ -66,15 +67,19 @@ class AcceptPreface(asyncio.Protocol):
         if chosen == JOIN_PROTOCOL:
             self._driver.join_service.serve(transport, self._source, self._own_der)
         elif chosen == LINK_PROTOCOL:
-            self._take(transport)
+            self._take(transport, self._factory)
+        elif chosen == CIRCUIT_PROTOCOL:
+            self._take(transport, self._driver.accept_circuit)
         else:
             self._driver.refused(self._source, AuthError("a stranger asked for no known protocol"))
             transport.abort()
 
-    def _take(self, transport: asyncio.Transport) -> None:
+    def _take(
+        self, transport: asyncio.Transport, factory: Callable[[str], asyncio.BaseProtocol]
+    ) -> None:
         try:
             claims = self._driver.admit(transport)
-            protocol = self._factory(claims.name)
+            protocol = factory(claims.name)
         except GeomirrorError as error:
             self._driver.refused(self._source, error)
             if not transport.get_extra_info("ssl_object").getpeercert(binary_form=True):
@@ -96,6 +101,7 @@ class DialPreface(asyncio.BufferedProtocol):
         driver: Judge,
         peer: str,
         who: str,
+        protocol: str,
         factory: Callable[[], asyncio.BaseProtocol],
         ready: asyncio.Future[Link],
     ) -> None:
@@ -103,6 +109,7 @@ class DialPreface(asyncio.BufferedProtocol):
         self._driver = driver
         self._peer = peer
         self._who = who
+        self._protocol = protocol
         self._factory = factory
         self._transport: asyncio.Transport | None = None
         self._buffer = bytearray(REASON_BYTES_MAX)
@@ -113,8 +120,8 @@ class DialPreface(asyncio.BufferedProtocol):
         self._transport = cast(asyncio.Transport, transport)
         try:
             chosen = transport.get_extra_info("ssl_object").selected_alpn_protocol()
-            if chosen != LINK_PROTOCOL:
-                raise LinkError(f"{self._who} does not speak {LINK_PROTOCOL}")
+            if chosen != self._protocol:
+                raise LinkError(f"{self._who} does not speak {self._protocol}")
             claims = self._driver.admit(self._transport)
             if claims.name != self._peer:
                 raise AuthError(
@@ -141,7 +148,7 @@ class DialPreface(asyncio.BufferedProtocol):
         elif data == REFUSED:
             self._reason = b""
         else:
-            self._fail(LinkError(f"{self._who} does not speak {LINK_PROTOCOL}"))
+            self._fail(LinkError(f"{self._who} does not speak {self._protocol}"))
 
     def _hand_over(self) -> None:
         assert self._transport is not None

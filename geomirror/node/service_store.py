@@ -1,0 +1,60 @@
+"""`services.json`: what this node exposes and forwards (docs/disk_format.md)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from geomirror.errors import IntegrityError, StorageError
+from geomirror.limits import Limits
+from geomirror.node.paths import write_file_atomic
+from geomirror.tunnel.service_rules import Exposure, Forward, ServiceRules
+
+FORMAT = 1
+
+
+class _File(msgspec.Struct, forbid_unknown_fields=True):
+    format: int
+    exposures: list[Exposure] = []
+    forwards: list[Forward] = []
+
+
+class ServiceStore:
+    """The rules in force; a change is durable before it returns."""
+
+    def __init__(self, path: Path, limits: Limits) -> None:
+        """Load the file; an absent one is empty.
+
+        :raises IntegrityError: it is not what this version writes.
+        """
+        self._path = path
+        self.rules = ServiceRules(limits)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise StorageError.from_os(error, operation="read", path=str(path)) from error
+        try:
+            found = msgspec.json.decode(data, type=_File)
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            raise IntegrityError(
+                f"{path} is damaged: {error}",
+                hint="restore it, or move it away and expose and forward anew",
+            ) from error
+        if found.format != FORMAT:
+            raise IntegrityError(
+                f"{path} has format {found.format}, this version knows {FORMAT}",
+                hint="install the version of geomirror that wrote it",
+            )
+        self.rules = ServiceRules(limits, found.exposures, found.forwards)
+
+    def save(self, rules: ServiceRules) -> None:
+        """These rules are in force from now on; durable at return.
+
+        :raises StorageError: nothing changed, neither on disk nor here.
+        """
+        file = _File(FORMAT, list(rules.exposures.values()), list(rules.forwards.values()))
+        write_file_atomic(self._path, msgspec.json.format(msgspec.json.encode(file), indent=1))
+        self.rules = rules
