@@ -37,7 +37,7 @@ class OpenCircuit(Parameters, frozen=True):
     """`circuit.open`"""
 
     service: str
-    number: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+    number: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
     is_dialling: bool
 
 

@@ -137,6 +137,7 @@ def test_only_who_may_gets_through_and_only_to_what_is_exposed(pair: Pair) -> No
         assert sock.recv(4) == b"once"
         a.run("expose", "mine", "--port", str(server.port), "--allow", "east-1")
         assert is_reset(sock), "who may not any more is cut off"
+        sock.close()
         assert is_turned_away(refused)
         with socket.create_server(("127.0.0.1", 0)) as other:
             taken = str(other.getsockname()[1])
