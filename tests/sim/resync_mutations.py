@@ -107,10 +107,20 @@ def zeros_there_are_equal() -> list[Patch]:
     return [(CompareJob, "run", run)]
 
 
+def unsealed_copied() -> list[Patch]:
+    """A resync copies writes of the epoch that is open, and the copy is consistent without it."""
+
+    def unsealed_blocks(self: Engine, volume: int, first_block: int, count: int) -> list[int]:
+        return []
+
+    return [(Engine, "unsealed_blocks", unsealed_blocks)]
+
+
 RESYNC_MUTATIONS: tuple[Callable[[], list[Patch]], ...] = (
     saved_after_the_overwrite,
     before_images_not_synced,
     late_copy_wins,
     answered_from_memory,
     zeros_there_are_equal,
+    unsealed_copied,
 )

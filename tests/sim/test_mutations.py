@@ -49,6 +49,7 @@ FOCUS: dict[str, dict[str, Any]] = {
     "before_images_not_synced": OVERFLOWS,
     "answered_from_memory": OVERFLOWS,
     "zeros_there_are_equal": OVERFLOWS,
+    "unsealed_copied": OVERFLOWS,
     "frames_not_asked_for": {
         "break_mean_ns": SECOND,
         "crash_mean_ns": NEVER,
@@ -75,6 +76,7 @@ FOUND_WITH = {
     "rules_given_up_untold": 16,
     "status_without_the_draft": 7,
     "flush_before_sync": 5,
+    "unsealed_copied": 32,
     "fold_swallows_mark": 5,
 }
 """Seeds that found what takes long to find, tried first: it may be others when the code changes."""
