@@ -33,6 +33,8 @@ def circuits(app: App) -> None:
 
 
 def _listed(found: dict[str, Any]) -> str:
+    from geomirror.cli.units import format_bytes
+
     parts = []
     if found["services"]:
         parts.append(table(["SERVICE", "STATE", "NODES"], [_row(s) for s in found["services"]]))
@@ -44,6 +46,9 @@ def _listed(found: dict[str, Any]) -> str:
         parts.append(table(["EXPOSED", "TARGET", "TO", *_COUNTS], rows))
     if found["forwards"]:
         parts.append(table(["FORWARDED", "LISTENS AT", "TO", *_COUNTS], _forwards(found)))
+    for each in found["held_back"]:
+        rate = format_bytes(each["bytes_per_second"])
+        parts.append(f"circuits to {each['node']} get {rate}/s: replication waits for the link")
     if found["older_nodes"]:
         nodes = ", ".join(found["older_nodes"])
         parts.append(f"{nodes}: a version without services; update it")

@@ -78,6 +78,13 @@ class CircuitDesk:
             entry.bytes_received = splice.circuit.bytes_received
         return self.table.entries()
 
+    def by_peer(self) -> dict[str, list[Splice]]:
+        """The circuits that carry bytes."""
+        found: dict[str, list[Splice]] = {}
+        for entry, splice in self._splices.items():
+            found.setdefault(entry.peer, []).append(splice)
+        return found
+
     # The side of the application.
 
     async def carry(self, forward: Forward, holder: Holder, sock: socket.socket) -> None:

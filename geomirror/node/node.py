@@ -145,8 +145,8 @@ class Node:
         await self._control.start(str(sockets / "control.sock"))
         await self._services.start()
         await self._open_resources()
-        self._run_for_ever("circuits", self._services.desk.watch())
-        self._run_for_ever("forwards", self._services.listeners.keep())
+        for name, work in self._services.upkeep().items():
+            self._run_for_ever(name, work)
         self._run_for_ever("certificate", self._network.keep_certificate())
         self._run_for_ever("enforcement", self._enforce())
         self._run_for_ever("notifications", self._keep_notified())

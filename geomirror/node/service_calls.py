@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from geomirror.environment import SECOND
 from geomirror.errors import GeomirrorError, NotFoundError, RefusedError, UsageError
 from geomirror.node.calls import Caller, MethodRegistry, Parameters, Result
 from geomirror.node.circuit_desk import CircuitDesk, OpenCircuit
+from geomirror.node.circuit_pacer import CircuitPacer
 from geomirror.node.context import NodeContext
 from geomirror.node.error_json import error_object
 from geomirror.node.forward_listeners import ForwardListeners
@@ -73,6 +75,7 @@ class ServiceCalls:
         self.desk = CircuitDesk(context, driver, self._exposed)
         driver.accept_circuit = self.desk.accept
         self.listeners = ForwardListeners(context, self.desk, self.directory)
+        self.pacer = CircuitPacer(context, self.desk)
         self._allowance = RefusalAllowance()
         self._changing = asyncio.Lock()
 
@@ -91,6 +94,14 @@ class ServiceCalls:
         """Listen on every port that is forwarded."""
         for forward in self._store.rules.forwards.values():
             await self.listeners.restore(forward)
+
+    def upkeep(self) -> dict[str, Coroutine[Any, Any, None]]:
+        """What has to run for ever, by name."""
+        return {
+            "circuits": self.desk.watch(),
+            "forwards": self.listeners.keep(),
+            "circuit pace": self.pacer.keep(),
+        }
 
     async def stop(self) -> None:
         """Reset every circuit and close every port."""
@@ -173,6 +184,10 @@ class ServiceCalls:
             "exposures": [self._exposure(item) for item in rules.exposures.values()],
             "forwards": [self._forward(item) for item in rules.forwards.values()],
             "circuits_open": len(self.desk.live()),
+            "held_back": [
+                {"node": node, "bytes_per_second": limit}
+                for node, limit in self.pacer.limits().items()
+            ],
             "older_nodes": self.directory.strangers(),
         }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -53,6 +54,7 @@ class Links:
         self.dials = True
         self.incarnation = b"first"
         self.is_up = True
+        self.queued_bytes = 0
 
     async def call(
         self, peer: str, method: str, parameters: dict[str, Any], timeout_s: float
@@ -71,6 +73,8 @@ class Links:
             endpoint=self.endpoints.get(peer, ""),
             incarnation=self.incarnation,
             last_error="cut",
+            bytes_sent=0,
+            queued_bytes=self.queued_bytes,
         )
 
 
@@ -387,3 +391,25 @@ async def test_rules_and_ports_are_there_after_a_restart(tmp_path: Path) -> None
         assert await ask(port, b"back") == b"back"
         keeping.cancel()
         await again.calls.stop()
+
+
+async def test_circuits_are_held_back_while_frames_wait(tmp_path: Path) -> None:
+    async with two(tmp_path) as (_, west):
+        port = await west.forward()
+        pacing = asyncio.ensure_future(west.calls.pacer.keep())
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        west.links.queued_bytes = 1
+        writer.write(b"x")
+        assert await reader.read(1) == b"x"
+        await until(west.calls.pacer.limits)
+        (side,) = west.calls.desk.by_peer()["east-1"]
+        listed = await west.ask("service.list")
+        (limit,) = listed["held_back"]
+        assert limit["node"] == "east-1"
+        pace = side.peer.socket.getsockopt(socket.SOL_SOCKET, 47)
+        assert 0 < pace <= limit["bytes_per_second"]
+        west.links.queued_bytes = 0
+        await until(lambda: not west.calls.pacer.limits())
+        assert side.peer.socket.getsockopt(socket.SOL_SOCKET, 47) in (-1, 2**32 - 1)
+        writer.close()
+        pacing.cancel()
