@@ -8,6 +8,9 @@ SEEDS ?= 100
 SECONDS ?=
 ROUNDS ?=
 TARGET ?= all
+# Bytecode is kept, whatever the environment says: else each of thousands of processes compiles all
+# modules again, which is most of a daemon's start.
+unexport PYTHONDONTWRITEBYTECODE
 
 help:  ## show the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import os
 import subprocess
 import sys
 import tempfile
@@ -111,6 +112,8 @@ def main(
         for cell in found
         if not names or name in names or cell.label in names
     ]
+    # As installed packages are: no daemon that is measured compiles its modules first.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     code, is_good = code_digest(), True
     for cell in cells:
         options = Options(work, is_short, rounds, seconds)
