@@ -1,13 +1,14 @@
 #!/bin/sh
 # Real NBD clients for the interop tests, a compiler and ip for the packet-level emulator, PostgreSQL
-# for the database story, mounts and namespaces for attached volumes, and what the benchmarks compare
+# for the database story, mounts and namespaces for attached volumes, WireGuard for tunnels, and what the benchmarks compare
 # with. Without root the tests that need a missing one are skipped with its name as
 # the reason.
 set -eu
 missing=
 for pair in nbdinfo:libnbd-bin nbdcopy:libnbd-bin qemu-io:qemu-utils fio:fio nbdkit:nbdkit \
             mke2fs:e2fsprogs nbd-client:nbd-client nbdsh:python3-libnbd cc:gcc ip:iproute2 \
-            qemu-storage-daemon:qemu-system-common rsync:rsync losetup:mount nsenter:util-linux; do
+            qemu-storage-daemon:qemu-system-common wg:wireguard-tools \
+            wireguard-go:wireguard-go rsync:rsync losetup:mount nsenter:util-linux; do
     PATH=$PATH:/usr/sbin:/sbin command -v "${pair%%:*}" >/dev/null 2>&1 || missing="$missing ${pair#*:}"
 done
 # The compiler alone has no headers.

@@ -75,6 +75,16 @@ class LinksConfig(_Section, frozen=True):
             raise ValueError("tcp_segment_bytes is 0 or from 88 to 32767, as the kernel takes it")
 
 
+class TunnelConfig(_Section, frozen=True):
+    """`[tunnel]`"""
+
+    driver: Literal["none", "wireguard"] = "none"
+    port: Annotated[int, Meta(ge=1, le=65_535)] = 7710
+    mtu: Annotated[int, Meta(ge=1280, le=65_455)] = 1280
+    """IPv6 has no smaller one, and every path takes 80 bytes more than this."""
+    hosts_file: Annotated[str, Meta(pattern=r"^/.*[^/]\Z")] | None = None
+
+
 class PeerConfig(_Section, frozen=True):
     """`[peers.NAME]`"""
 
@@ -114,6 +124,7 @@ class Config(_Section, frozen=True):
     node: NodeConfig = NodeConfig()
     nbd: NbdConfig = NbdConfig()
     links: LinksConfig = LinksConfig()
+    tunnel: TunnelConfig = TunnelConfig()
     peers: dict[str, PeerConfig] = {}
     replication: ReplicationConfig = ReplicationConfig()
     storage: StorageConfig = StorageConfig()

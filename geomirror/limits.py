@@ -212,6 +212,8 @@ class Limits:
     """Tokens kept at the authority, used ones included, for the audit."""
     endpoints_max: int = 8
     """Endpoints of one node."""
+    tunnel_ports_max: int = 256
+    """UDP ports from `[tunnel] port` on: one for each neighbour, also of those that left."""
 
     services_max: int = 256
     """Services that a node exposes, and ports that it forwards: as many of each."""
@@ -269,6 +271,7 @@ class Limits:
         assert self.circuits_opening_max < self.circuits_ungreeted_max <= self.circuits_peer_max
         # The largest member entry is under 1 KiB: endpoints_max names of at most 64 bytes.
         assert self.peers_max * KIB <= self.join_line_bytes_max
+        assert self.peers_max <= self.tunnel_ports_max
 
     def way_back_bytes(self, journal_bytes: int) -> int:
         """Bytes of a journal of this size that are kept for rollbacks, at most."""

@@ -27,6 +27,7 @@ PANELS: dict[str, dict[str, str]] = {
         "join": "geomirror.cli.join",
         "node": "geomirror.cli.node",
         "link": "geomirror.cli.link",
+        "tunnel": "geomirror.cli.tunnel",
     },
     "Services": {
         "expose": "geomirror.cli.expose",

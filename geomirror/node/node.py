@@ -49,9 +49,12 @@ from geomirror.node.rfc3339 import rfc3339
 from geomirror.node.service import Service, ServiceFactory
 from geomirror.node.service_calls import ServiceCalls
 from geomirror.node.status import StatusReport
+from geomirror.node.tunnel_calls import TunnelCalls
+from geomirror.node.tunnel_service import TunnelService
 from geomirror.node.verify_calls import VerifyCalls
 from geomirror.node.view_calls import ViewCalls
 from geomirror.node.volume_changes import VolumeChanges
+from geomirror.tunnel.membership import Member
 from geomirror.tunnel.network_state_io import NetworkState
 from geomirror.tunnel.tls_io import TlsDriver
 from geomirror.wan_protocol.streams_io import PeerAddress, PeerLinks
@@ -150,6 +153,7 @@ class Node:
         self._run_for_ever("certificate", self._network.keep_certificate())
         self._run_for_ever("enforcement", self._enforce())
         self._run_for_ever("notifications", self._keep_notified())
+        self._run_for_ever("tunnels", self._tunnels.keep())
         self.notifier.ready(self._summary())
         self._emit("node_started", {"version": __version__})
 
@@ -225,12 +229,17 @@ class Node:
         ResolveCalls(calls, self._promotion, self._rejoiner).register(self._methods)
         self._network.register(self._methods)
         self._services.register(self._methods)
+        self._tunnels = TunnelService(
+            self._state, self._host.context, self._config.tunnel, self._endpoints_of
+        )
+        TunnelCalls(self._tunnels).register(self._methods)
         self._calls = calls
         self._methods.add("status", StatusRequest, self._show_status)
 
     def _link_up(self, peer: str) -> None:
         self._network.link_up(peer)
         self._services.directory.link_up(peer)
+        self._tunnels.link_up(peer)
 
     def _service_started(self, service: Service) -> None:
         self._rejoiner.watch(service)
@@ -266,6 +275,7 @@ class Node:
         await self._services.stop()
         await self._push.stop()
         await self._network.stop()
+        await self._tunnels.stop()
         await self._host.close_all()
         await self._links.stop()
         await self._control.stop()
@@ -304,16 +314,19 @@ class Node:
         for member in self._state.membership.active():
             if member.name == self._state.node:
                 continue
-            override = self._config.peers.get(member.name)
-            endpoints = override.endpoints if override and override.endpoints else member.endpoints
-            peers.append(PeerAddress(member.name, list(endpoints)))
+            peers.append(PeerAddress(member.name, list(self._endpoints_of(member))))
         self._links.set_peers(peers)
         rate = self._config.links.rate_bits_per_second
         for peer in peers:
             self._links.set_rate(peer.name, rate // 8 or None)
 
+    def _endpoints_of(self, member: Member) -> Sequence[str]:
+        override = self._config.peers.get(member.name)
+        return override.endpoints if override and override.endpoints else member.endpoints
+
     def _members_changed(self) -> None:
         self._set_peers()
+        self._tunnels.members_changed()
         self._network.look_at_certificate()
         self._emit("members_changed", {"nodes": len(self._state.membership.active())})
 

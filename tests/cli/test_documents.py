@@ -74,6 +74,17 @@ def test_a_verifys_unit_fails_with_what_it_finds_and_is_never_cut_short():
     assert unit_of("geomirror-verify@.timer")["Timer"]["Persistent"] == "true"
 
 
+def test_the_tunnels_drop_in_opens_what_the_unit_closes():
+    unit = configparser.ConfigParser(strict=False, interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment, method-assign]
+    unit.read(ROOT / "deploy/systemd/geomirror.service")
+    assert "AF_NETLINK" not in unit["Service"]["RestrictAddressFamilies"]
+    assert unit["Service"]["ProtectSystem"] == "strict"
+    unit.read(ROOT / "deploy/systemd/geomirror-tunnel.conf")
+    assert unit["Service"]["RestrictAddressFamilies"] == "AF_NETLINK"
+    assert {"/run", "-/etc"} <= set(unit["Service"]["ReadWritePaths"].split())
+
+
 def test_the_attachments_unit_is_seen_by_everybody_and_outlives_the_daemon():
     unit = unit_of("geomirror-attach@.service")
     service = unit["Service"]
