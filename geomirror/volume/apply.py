@@ -172,10 +172,12 @@ class ApplyJob:
             writer.add_size(change.index, change.old_size_bytes)
 
     def _write_zeros(self) -> None:
-        for entry in self.table[self.table["kind"] != KIND_DATA]:
-            punch = bool(entry["flags"] & FLAG_PUNCH)
-            image = self._target(int(entry["volume"]))
-            image.zero(int(entry["block"]), int(entry["count"]), punch=punch)
+        zeros = self.table[self.table["kind"] != KIND_DATA]
+        if not len(zeros):
+            return
+        fields = ["volume", "flags", "count", "block"]
+        for volume, flags, count, block in zeros[fields].tolist():
+            self._target(volume).zero(block, count, punch=bool(flags & FLAG_PUNCH))
 
     def _write_data(self) -> None:
         """Write the new contents, some of them at a time as they lie in the journal."""
@@ -219,6 +221,9 @@ def _by_volume(table: Table) -> Iterator[tuple[int, Table]]:
 def _parts(volumes: npt.NDArray[np.integer[Any]]) -> Iterator[tuple[int, slice]]:
     """Each volume of an ascending column, and its rows."""
     if not len(volumes):
+        return
+    if volumes[0] == volumes[-1]:
+        yield int(volumes[0]), slice(0, len(volumes))
         return
     heads = run_heads(volumes[1:] != volumes[:-1]).tolist()
     for start, end in zip(heads, [*heads[1:], len(volumes)], strict=True):

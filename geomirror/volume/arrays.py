@@ -44,6 +44,8 @@ def joined(arrays: Sequence[npt.NDArray[np.void]], dtype: np.dtype[Any]) -> npt.
     """A new array of all records; `arrays` are of `dtype` and may be none."""
     if not arrays:
         return np.empty(0, dtype=dtype)
+    if len(arrays) == 1:
+        return arrays[0].copy()
     # Compared and joined as plain bytes: NumPy looks at every field of every array otherwise.
     plain = np.dtype((np.void, dtype.itemsize))
     return np.concatenate([array.view(plain) for array in arrays]).view(dtype)

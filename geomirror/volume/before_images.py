@@ -98,7 +98,7 @@ class BeforeImages:
     def _save(self, entries: Table) -> None:
         is_long = (entries["kind"] == KIND_ZERO) & (entries["count"] >= _LONG_RUN_BLOCKS_MIN)
         ranges = self._data_ranges(entries[~is_long])
-        bounds = [*np.flatnonzero(is_long).tolist(), len(entries)]
+        bounds = [*is_long.nonzero()[0].tolist(), len(entries)]
         start = 0
         for bound in bounds:
             for first in range(start, bound, _EXPAND_ENTRIES_MAX):
@@ -193,10 +193,13 @@ def data_blocks(
 
 def _expand(entries: Table) -> npt.NDArray[np.int64]:
     """The single blocks of entries whose runs are short."""
-    counts = entries["count"].astype(np.int64)
-    first = np.repeat(np.cumsum(counts) - counts, counts)
-    blocks: npt.NDArray[np.int64] = np.repeat(entries["block"].astype(np.int64), counts)
-    return blocks + np.arange(len(blocks)) - first
+    counts, blocks = entries["count"].astype(np.int64), entries["block"].astype(np.int64)
+    ends: Keys = counts.cumsum()
+    if not len(ends) or int(ends[-1]) == len(blocks):
+        return blocks
+    starts: Keys = ends - counts
+    expanded: Keys = (blocks - starts).repeat(counts)
+    return expanded + np.arange(len(expanded))
 
 
 def _are_holes(blocks: Keys, ranges: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
@@ -205,7 +208,9 @@ def _are_holes(blocks: Keys, ranges: npt.NDArray[np.int64]) -> npt.NDArray[np.bo
     if not len(ranges):
         return np.ones(len(blocks), dtype=bool)
     # A block is touched by the first range that ends behind its start, or by none.
-    at = np.searchsorted(ranges[:, 1], starts, side="right")
-    next_start = np.append(ranges[:, 0], np.iinfo(np.int64).max)[at]
+    at = ranges[:, 1].searchsorted(starts, "right")
+    next_starts = np.empty(len(ranges) + 1, dtype=np.int64)
+    next_starts[:-1], next_starts[-1] = ranges[:, 0], np.iinfo(np.int64).max
+    next_start = next_starts[at]
     holes: npt.NDArray[np.bool_] = next_start >= starts + BLOCK_BYTES
     return holes

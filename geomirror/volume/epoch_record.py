@@ -94,5 +94,8 @@ def decode_epoch(
 
 def _are_zeros_bare(table: Table) -> bool:
     """ZERO entries carry neither an address nor a digest."""
-    zeros = table[table["kind"] == KIND_ZERO]
-    return not any(bool(np.any(zeros[name])) for name in ("address", "digest_low", "digest_high"))
+    is_zero = table["kind"] == KIND_ZERO
+    if not is_zero.any():
+        return True
+    zeros = table[is_zero]
+    return not any(zeros[name].any() for name in ("address", "digest_low", "digest_high"))

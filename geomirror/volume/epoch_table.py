@@ -123,8 +123,11 @@ def is_canonical(table: Table) -> bool:
     kind, count, start = table["kind"], table["count"], table["block"]
     if int(kind.max()) > KIND_ZERO or int(count.min()) == 0 or int(start.max()) > BLOCK_MAX:
         return False
-    if bool(((kind == KIND_DATA) & (count != 1)).any()):
+    # Of the two kinds DATA is 0, and 1 is the least that a count can be.
+    if ((count > 1) > kind).any():
         return False
     before, after = table["volume"][:-1], table["volume"][1:]
-    follows = (after == before) & (start[1:] >= start[:-1] + count[:-1])
-    return bool(((after > before) | follows).all())
+    follows = start[1:] >= start[:-1] + count[:-1]
+    follows &= after == before
+    follows |= after > before
+    return bool(follows.all())

@@ -78,6 +78,8 @@ class Journal:
         self._entropy = entropy
         self._segment_bytes = limits.segment_bytes
         self._payload_bytes_max = limits.record_payload_bytes_max
+        self._waste_bytes = record_bytes(limits.record_payload_bytes_max)
+        """What may stay empty at the end of a segment."""
         self._segments_max = journal_bytes // limits.segment_bytes
         # Replaced, never changed: readers on other threads look segments up without a lock.
         self._segments = {segment.number: segment for segment in segments}
@@ -163,10 +165,13 @@ class Journal:
 
     def room_bytes(self) -> int:
         """Payload and header bytes that `append` surely takes now, in any split into records."""
-        waste = record_bytes(self._payload_bytes_max)
-        current = self._segment_limit() - self.end_lsn - waste
-        fresh = self._segment_bytes - SEGMENT_HEADER_BYTES - waste
-        return max(0, current) + max(0, self._segments_free(is_data=True)) * fresh
+        waste = self._waste_bytes
+        current = self._segment_limit() - self._end.end_lsn - waste
+        free = self._segments_free(is_data=True)
+        room = current if current > 0 else 0
+        if free > 0:
+            room += free * (self._segment_bytes - SEGMENT_HEADER_BYTES - waste)
+        return room
 
     def append(self, writes: Sequence[Write], wall_ns: int, *, flags: int = 0) -> list[int]:
         """Append a batch and return its LSNs. Not durable before a sync past the last of them.
@@ -281,7 +286,9 @@ class Journal:
             return None
         surplus = self._spares.take_surplus(len(self._segments) - self._segments_max)
         items: list[tuple[Segment, str]] = []
-        lowest = min((pin.lsn for pin in self._pins.values()), default=0)
+        lowest = min([pin.lsn for pin in self._pins.values()], default=0)
+        if not surplus and (self.first_segment + 1) * self._segment_bytes > lowest:
+            return None  # As nearly always when it is asked.
         for number in sorted(self._segments):
             segment = self._segments[number]
             is_needed = (number + 1) * self._segment_bytes > lowest or segment is self._current

@@ -50,7 +50,7 @@ def plan_chunks(addresses: Keys, sizes: Keys, segment_bytes: int, bytes_max: int
     :param addresses: in the journal; at least one.
     :param sizes: of the contents, at most 4096 bytes each.
     """
-    order = np.argsort(addresses, kind="stable")
+    order = addresses.argsort(kind="stable")
     ordered, lengths = addresses[order], sizes[order]
     segment = ordered // segment_bytes
     steps = ordered[1:] - ordered[:-1]
@@ -67,12 +67,12 @@ def plan_chunks(addresses: Keys, sizes: Keys, segment_bytes: int, bytes_max: int
     ends = np.maximum.reduceat(ordered + lengths, heads)
     chunk_heads = run_heads(is_next_chunk)
     bounds = [*chunk_heads.tolist(), len(ordered)]
-    read_bounds = np.searchsorted(heads, bounds).tolist()
+    read_bounds = heads.searchsorted(bounds).tolist()
     chunks = []
     for index, low in enumerate(bounds[:-1]):
         base = int(offsets[low])
         rows, positions = order[low : bounds[index + 1]], offsets[low : bounds[index + 1]] - base
-        ascending = np.argsort(rows)
+        ascending = rows.argsort()
         reads = slice(read_bounds[index], read_bounds[index + 1])
         columns = (starts[reads], offsets[heads[reads]] - base, ends[reads])
         chunks.append(

@@ -14,7 +14,7 @@ Deliberately not here: the format of a file (`undo_file`) and reading the old co
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from geomirror.errors import FencedError, IntegrityError, NoSpaceError, NotFoundError
 from geomirror.limits import Limits
@@ -359,7 +359,7 @@ class UndoStore:
             file.close()
         self._store.rename(_TEMPORARY, name)
         return PassInfo(
-            **asdict(label),
+            **vars(label),
             name=name,
             is_gap=is_gap,
             raw_bytes=writer.raw_bytes,

@@ -115,6 +115,7 @@ class UndoWriter:
         self._chunks: list[tuple[int, int, int]] = []
         self._end = _HEADER.size
         self._tables: list[_Array] = []
+        self._sizes: list[_Array] = []
         self.raw_bytes = 0
 
     def add_blocks(
@@ -133,15 +134,15 @@ class UndoWriter:
             data = bytes(data) + bytes(-len(data) % BLOCK_BYTES)
         zero = zero_mask(data)
         are_zero = zero
-        if are_holes is not None and bool(are_holes.any()):
+        if are_holes is not None and are_holes.any():
             are_zero = are_holes.copy()
             are_zero[~are_holes] = zero
         assert len(blocks) == len(are_zero)
         entries = np.zeros(len(blocks), dtype=ENTRY)
         entries["volume"], entries["block"], entries["count"] = volume, blocks, 1
-        entries["kind"] = np.where(are_zero, KIND_ZERO, KIND_DATA)
+        entries["kind"] = are_zero  # KIND_ZERO is 1, KIND_DATA is 0.
         self._tables.append(_joined(entries))
-        if bool(zero.any()):
+        if zero.any():
             rows = np.frombuffer(data, dtype=np.uint8).reshape(len(zero), BLOCK_BYTES)
             data = rows[~zero].tobytes()
         self._pending += data
@@ -159,7 +160,7 @@ class UndoWriter:
 
     def add_size(self, volume: int, size_bytes: int) -> None:
         """Note the size of a volume before the pass; at any time."""
-        self._tables.append(size_entries({volume: size_bytes}))
+        self._sizes.append(size_entries({volume: size_bytes}))
 
     def _write_chunks(self, data: memoryview) -> None:
         for position in range(0, len(data), CHUNK_BYTES):
@@ -174,13 +175,15 @@ class UndoWriter:
 
     def _take_table(self) -> _Array:
         """All entries, joined, with their positions."""
-        table = _joined(joined(self._tables, ENTRY))
-        # Blocks are ascending; only sizes have to find their place behind them.
-        table = table[np.argsort(keys_of(table), kind="stable")]
-        held = np.where(table["kind"] == KIND_DATA, table["count"].astype(np.uint64), 0)
-        held *= np.uint64(BLOCK_BYTES)
-        places = np.where(held > 0, np.cumsum(held) - held, 0)
-        table["position"] = np.where(table["kind"] == KIND_SIZE, table["position"], places)
+        sizes = joined(self._sizes, ENTRY)
+        table = self._tables[0] if len(self._tables) == 1 else _joined(joined(self._tables, ENTRY))
+        is_data = table["kind"] == KIND_DATA
+        held = table["count"][is_data].astype(np.uint64) * np.uint64(BLOCK_BYTES)
+        table["position"][is_data] = held.cumsum() - held
+        if len(sizes):
+            # Blocks are ascending; only sizes have to find their place behind them.
+            table = joined([table, sizes], ENTRY)
+            table = table[keys_of(table).argsort(kind="stable")]
         return table
 
     def finish(self, label: PassLabel, *, is_gap: bool = False) -> int:
@@ -231,18 +234,15 @@ def _joined(entries: _Array) -> _Array:
     """Join adjacent entries of one kind (positions are not set yet); counts stay below 2**32."""
     if len(entries) < 2:
         return entries
-    keys = keys_of(entries)
-    end = keys + entries["count"].astype(np.int64)
-    breaks = (keys[1:] != end[:-1]) | (entries["kind"][1:] != entries["kind"][:-1])
-    # Entries of 2**31 blocks (8 TiB) and more come from runs alone; they are left as they are.
-    long = entries["count"] >= 1 << 31
-    breaks |= long[1:] | long[:-1]
+    keys, kinds, counts = keys_of(entries), entries["kind"], entries["count"].astype(np.int64)
+    breaks = keys[1:] != (keys + counts)[:-1]
+    breaks |= kinds[1:] != kinds[:-1]
     heads = run_heads(breaks)
-    runs = entries[heads]
-    counts = np.add.reduceat(entries["count"].astype(np.int64), heads)
-    if int(counts.max()) >= 1 << 32:
+    # With 2**32 blocks (16 TiB) in them, nearly all in runs, they are left as they are.
+    if len(heads) == len(entries) or int(counts.sum()) >= 1 << 32:
         return entries
-    runs["count"] = counts
+    runs = entries[heads]
+    runs["count"] = np.add.reduceat(counts, heads)
     return runs
 
 
@@ -289,11 +289,12 @@ class UndoReader:
             return False
         if self._version == VERSION_GROUPS:
             raw_bytes = len(raw) * CHUNK_BYTES
-        elif bool(np.any(raw[:-1] != CHUNK_BYTES)):
+        elif (raw[:-1] != CHUNK_BYTES).any():
             return False
-        data = self._table[self._table["kind"] == KIND_DATA]
-        end = data["position"] + data["count"].astype(np.uint64) * np.uint64(BLOCK_BYTES)
-        return not len(data) or int(end.max()) <= raw_bytes
+        is_data = self._table["kind"] == KIND_DATA
+        start = self._table["position"][is_data]
+        end = start + self._table["count"][is_data].astype(np.uint64) * np.uint64(BLOCK_BYTES)
+        return not len(end) or int(end.max()) <= raw_bytes
 
     def verify(self) -> None:
         """Read and check every chunk.
@@ -305,10 +306,9 @@ class UndoReader:
 
     def entries(self) -> list[tuple[int, int, int, int]]:
         """(volume, kind, first block, count) of each run, ascending."""
-        return [
-            (int(e["volume"]), int(e["kind"]), int(e["block"]), int(e["count"]))
-            for e in self._table
-        ]
+        found: list[tuple[int, int, int, int]]
+        found = self._table[["volume", "kind", "block", "count"]].tolist()
+        return found
 
     def located(self, number: int) -> Table:
         """The runs as a table for merging: DATA of one block each, ZERO as it is, sizes left out.
@@ -363,19 +363,22 @@ def size_entries(sizes: Mapping[int, int]) -> _Array:
 
 def located(runs: _Array, number: int) -> Table:
     """See `UndoReader.located`, of the entries `runs`."""
-    runs = runs[runs["kind"] != KIND_SIZE]
-    counts = np.where(runs["kind"] == KIND_DATA, runs["count"], 1).astype(np.int64)
-    first = np.repeat(np.cumsum(counts) - counts, counts)
-    step = (np.arange(len(first)) - first).astype(np.uint64)
-    source = np.repeat(runs, counts)
-    table = empty_table(len(source))
-    is_data = source["kind"] == KIND_DATA
-    for name in ("volume", "kind"):
-        table[name] = source[name]
-    table["count"] = np.where(is_data, 1, source["count"])
-    table["block"] = source["block"] + step
-    place = source["position"] // np.uint64(BLOCK_BYTES) + step
-    table["address"] = np.where(is_data, place + np.uint64(number << PLACE_BITS), 0)
+    is_size = runs["kind"] == KIND_SIZE
+    if is_size.any():
+        runs = runs[~is_size]
+    is_data = runs["kind"] == KIND_DATA
+    counts = np.where(is_data, runs["count"], 1).astype(np.int64)
+    rows = np.arange(len(runs)).repeat(counts)
+    # Of a row its first block, so that what follows is the distance from it.
+    step = (np.arange(len(rows)) - (counts.cumsum() - counts)[rows]).astype(np.uint64)
+    table = empty_table(len(rows))
+    for name in ("volume", "kind", "count", "block"):
+        table[name] = runs[name][rows]
+    table["block"] += step
+    data = is_data[rows].nonzero()[0]
+    table["count"][data] = 1
+    place = runs["position"][rows[data]] // np.uint64(BLOCK_BYTES) + step[data]
+    table["address"][data] = place + np.uint64(number << PLACE_BITS)
     return table
 
 

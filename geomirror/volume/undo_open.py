@@ -196,7 +196,7 @@ class OpenPass:
         file = self._opened()
         tables = [group.moved(at) for group, at in zip(self._groups, self._places(), strict=True)]
         table = np.concatenate([*tables, size_entries(grown)])
-        table = table[np.argsort(keys_of(table), kind="stable")]
+        table = table[keys_of(table).argsort(kind="stable")]
         skipped = np.zeros(1, dtype=CHUNK)
         chunks = []
         for group in self._groups:

@@ -139,7 +139,7 @@ class EpochIntake(Replica):
     def commit_complete(self) -> None:
         """Commit every complete epoch that is next in order."""
         engine = self.engine
-        while True:
+        while self.incoming:
             ready = [
                 i
                 for i in self.incoming.values()
@@ -230,8 +230,7 @@ class EpochIntake(Replica):
     @property
     def awaited(self) -> Incoming | None:
         """The epoch that is next in order, when its commit is here and frames are missing."""
-        first = min(self.incoming, default=None)
-        if first is None:
+        if not self.incoming:
             return None
-        incoming = self.incoming[first]
+        incoming = self.incoming[min(self.incoming)]
         return incoming if incoming.commit is not None and not incoming.is_complete else None

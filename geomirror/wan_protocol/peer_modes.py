@@ -330,18 +330,21 @@ class PeerModes(PeerRecords):
         sender.add_unit(job.encoded, commit_message(job.encoded, self.session))
 
     def _peer_timers(self) -> list[int]:
-        stuck = [resync.stuck_at() for resync in self.resyncs.values()]
-        stuck += [sender.hung_at() for sender in self.senders.values()]
-        stuck += [sender.reopen_at_ns for sender in self.senders.values()]
-        folding = [s.mode_since_ns for s in self.senders.values() if s.mode == FOLD]
-        dwelt = [since_ns + self.limits.mode_dwell_ns_min for since_ns in folding]
-        dwelt += [self._dwelt_at(name) for name in self.bitmaps]
-        stuck += [at_ns for at_ns in dwelt if at_ns > self.now_ns]
-        times = [at_ns for at_ns in stuck if at_ns is not None]
+        looks: list[int | None] = []
+        dwelt: list[int] = []
+        for sender in self.senders.values():
+            looks += (sender.hung_at(), sender.reopen_at_ns)
+            if sender.mode == FOLD:
+                dwelt.append(sender.mode_since_ns + self.limits.mode_dwell_ns_min)
+        for resync in self.resyncs.values():
+            looks.append(resync.stuck_at())
+        times = [at_ns for at_ns in looks if at_ns is not None]
         for name, kept in self.bitmaps.items():
+            dwelt.append(self._dwelt_at(name))
             mode = self.senders[name].mode
             is_behind = mode == BITMAP and kept.through_epoch < self.engine.sealed_epoch
             is_waiting = is_behind or (mode == RESYNC and kept.bitmap.is_changed)
             if is_waiting and not self.is_running(f"bitmap:{name}"):
                 times.append(max(kept.updated_ns + BITMAP_INTERVAL_NS, self.now_ns + 10 * MS))
+        times += [at_ns for at_ns in dwelt if at_ns > self.now_ns]
         return times

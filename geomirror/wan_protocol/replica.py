@@ -33,6 +33,8 @@ THIN_INTERVAL_NS = 10 * SECOND
 """Between looks at whether history is due to get coarser."""
 SPARE_RETRY_NS = 10 * SECOND
 """A spare segment that found no space is tried again after this time."""
+_NO_PASS_BESIDE = frozenset(("apply", "checkpoint", "thin", "return"))
+_NO_THINNING_BESIDE = frozenset(("apply", "checkpoint", "thin"))
 
 
 class Replica:
@@ -239,8 +241,7 @@ class Replica:
             self._sealed_moved()
 
     def _pump_apply(self) -> None:
-        busy = ("apply", "checkpoint", "thin", "return")
-        if any(map(self.is_running, busy)) or self._checkpoint_wanted:
+        if self._checkpoint_wanted or not _NO_PASS_BESIDE.isdisjoint(self._running):
             return
         half_done = self.engine.half_applied_through
         # Repeated as it was (I6), held or not: until then the image is at no epoch at all.
@@ -264,9 +265,11 @@ class Replica:
         self._checkpoint_wanted = True
 
     def _pump_checkpoint(self) -> None:
+        if not self._checkpoint_wanted:
+            return
         is_busy = self.is_running("checkpoint") or self.is_running("apply")
         is_busy |= self.engine.undo.is_void and self.is_running("thin")  # It drops the undo.
-        if not self._checkpoint_wanted or is_busy:
+        if is_busy:
             return
         self._checkpoint_wanted = False
         job = self.engine.checkpoint_job()
@@ -295,9 +298,9 @@ class Replica:
 
     def _pump_thin(self) -> None:
         engine = self.engine
-        busy = ("apply", "checkpoint", "thin")
-        is_busy = any(map(self.is_running, busy)) or engine.undo.kept_after is not None
-        if self.now_ns < self._thin_not_before_ns or is_busy:
+        if self.now_ns < self._thin_not_before_ns or engine.undo.kept_after is not None:
+            return
+        if not _NO_THINNING_BESIDE.isdisjoint(self._running):
             return
         self._thin_not_before_ns = self.now_ns + THIN_INTERVAL_NS
         if engine.superblock.data_state == "consistent" and engine.half_applied_through is None:

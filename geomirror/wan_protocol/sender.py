@@ -278,7 +278,7 @@ class Sender:
 
     def hung_at(self) -> int | None:
         """When `next_sends` has to look whether frames were lost, None for not at all."""
-        if not self.is_open or self.mode not in (STREAM, FOLD):
+        if not self.units or not self.is_open or self.mode not in (STREAM, FOLD):
             return None
         waiting = next((unit for unit in self.units if unit.to_send), None)
         is_hung = waiting is not None and self._is_hung(waiting)

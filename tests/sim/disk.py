@@ -191,6 +191,10 @@ class SimStore:
         finally:
             self.on_operation, self.faults = hook, faults
 
+    def inode(self, name: str) -> Inode | None:
+        """A file as it is, None if there is none."""
+        return self._names.get(name)
+
     def inodes(self) -> list[Inode]:
         """All files."""
         return list(self._names.values())
@@ -230,6 +234,7 @@ class SimStore:
     def flip_bit(self, name: str, bit: int) -> None:
         """Flip one bit of a file, in the cache and on the disk: silent corruption."""
         inode = self._names[name]
+        inode.changes += 1
         page, rest = divmod(bit // 8, PAGE)
         for pages in (inode.cache, inode.durable):
             data = bytearray(pages.get(page, ZERO_PAGE))
@@ -346,6 +351,7 @@ class SimStore:
             inode.durable[last] = inode.durable[last][:rest].ljust(PAGE, b"\0")
         inode.dirty.clear()
         inode.cache = dict(inode.durable)
+        inode.changes += 1
 
     def _is_virgin(self, inode: Inode, page: int, sector: int) -> bool:
         if inode.synced.get(page, 0) >> sector & 1:

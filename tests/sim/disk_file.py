@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import TYPE_CHECKING
 
 from geomirror.errors import StorageError
@@ -32,6 +33,8 @@ class Inode:
     synced: dict[int, int] = field(default_factory=dict)
     """Page → mask of the sectors that any sync has made durable, zeros included."""
     reserved_bytes: int = 0
+    changes: int = 0
+    """How often what a reader sees may have changed."""
 
     def used_bytes(self) -> int:
         """Bytes that it takes on the disk."""
@@ -69,11 +72,10 @@ class SimFile:
         get = inode.cache.get
         if last - first == 1:
             data = get(first, ZERO_PAGE)
-            if length != PAGE:
-                data = data[start : start + length]
         else:
-            joined = b"".join([get(page, ZERO_PAGE) for page in range(first, last)])
-            data = joined[start : start + length]
+            data = b"".join(map(get, range(first, last), repeat(ZERO_PAGE)))
+        if length != len(data):
+            data = data[start : start + length]
         if offset + length > inode.size:
             data = data[: max(0, inode.size - offset)].ljust(length, b"\0")
         return data
@@ -131,6 +133,7 @@ class SimFile:
         """Zeros; whole pages are dropped."""
         self._check("zero")
         inode = self._inode
+        inode.changes += 1
         length = min(length, max(0, inode.size - offset))
         end = offset + length
         first, last = -(-offset // PAGE), end // PAGE
@@ -178,6 +181,7 @@ class SimFile:
         if size < old:
             self.zero(old - size, size, punch=True)
         self._inode.size = size
+        self._inode.changes += 1
 
     def close(self) -> None:
         """Release; twice is once."""
@@ -208,14 +212,16 @@ class SimFile:
         position, size = 0, len(data)
         if size == 0:
             return
+        inode.changes += 1
         if store.is_limited:
             store.require_space(inode, page, -(-(offset + size) // PAGE), self.name)
         while position < size:
-            count = min(PAGE - start, size - position)
-            if count == PAGE:
+            if not start and size - position >= PAGE:
                 cache[page] = data[position : position + PAGE]
                 dirty[page] = ALL_SECTORS
+                count = PAGE
             else:
+                count = min(PAGE - start, size - position)
                 old = cache.get(page, ZERO_PAGE)
                 end = start + count
                 cache[page] = old[:start] + data[position : position + count] + old[end:]

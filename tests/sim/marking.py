@@ -15,12 +15,12 @@ from geomirror.errors import GeomirrorError, LimitExceededError, RefusedError
 from geomirror.volume.mark_log import holds_state
 from geomirror.volume.marks import Mark
 from geomirror.volume.undo import History
-from geomirror.volume.view import View
 from geomirror.wan_protocol.mark_making import MarkRequest
 from geomirror.wan_protocol.primary import Primary
 from tests.sim.node import SimNode
 from tests.sim.options import NEVER
 from tests.sim.oracle import BLOCK, OracleError
+from tests.sim.viewing import CheckedView
 from tests.sim.world import MS, SECOND
 
 if TYPE_CHECKING:
@@ -248,9 +248,7 @@ class Marking:
         sizes = oracle.epoch_sizes[epoch]
         touched = {key for n in range(epoch, last + 1) for key in oracle.changes.get(n, [])}
         changed = sorted((v, block) for v, block in touched if block * BLOCK < sizes.get(v, 0))
-        entries_max = engine.limits.view_entries_max
-        images, undo = engine.physical_images, engine.undo
-        view = View(epoch, images, lambda: undo.history, engine.store.open, entries_max)
+        view = CheckedView(node, epoch)
         for volume, block in self._looks.sample(changed, min(BLOCKS_MAX, len(changed))):
             size = min(BLOCK, sizes[volume] - block * BLOCK)
             try:

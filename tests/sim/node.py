@@ -49,6 +49,7 @@ from tests.sim.promotable import CutCheck
 from tests.sim.roles import Roles
 from tests.sim.sync_check import SyncCheck
 from tests.sim.verdict_check import VerdictCheck
+from tests.sim.viewing import UndoMemory
 from tests.sim.watch import Watch
 from tests.sim.world import MS, SECOND, WALL_OFFSET_NS, World
 
@@ -119,6 +120,7 @@ class SimNode:
         self.entropy = SeededEntropy(f"{seed}/{name}")
         self.watch = Watch(self)
         self.roles = Roles(self)
+        self.undo_memory = UndoMemory()
         self.readings = 0
         """Reads of a client that are under way."""
         self.is_alive = False
@@ -301,6 +303,7 @@ class SimNode:
         self.world.note(f"{self.name}: {'killed' if is_kill else 'power cut'}")
         self.is_alive = False
         self.life += 1
+        self.undo_memory = UndoMemory()
         self.readings = 0
         self.links.clear()
         self.stop_at_operation(0)

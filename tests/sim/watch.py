@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from geomirror.errors import LimitExceededError, NotFoundError
-from geomirror.volume.view import View
 from geomirror.wan_protocol.resync_intake import CONSISTENT
 from geomirror.wan_protocol.secondary import Secondary
 from tests.sim.oracle import BLOCK
 from tests.sim.status_check import StatusCheck
+from tests.sim.viewing import CheckedView
 
 if TYPE_CHECKING:
     from tests.sim.node import SimNode
@@ -30,7 +30,7 @@ class Watch:
         self._sealed_seen = 0
         self._applied_seen = -1
         self._status: StatusCheck | None = None
-        self._view: View | None = None
+        self._view: CheckedView | None = None
         self._view_volumes: list[int] = []
 
     def begin(self) -> None:
@@ -133,7 +133,5 @@ class Watch:
         epoch = epochs[int(chance.random() * len(epochs))]
         if chance.random() < PINNED_CHANCE:
             engine.undo.pin("view", epoch)
-        entries_max = engine.limits.view_entries_max
-        images, undo = engine.physical_images, engine.undo
-        self._view_volumes = sorted(images)
-        self._view = View(epoch, images, lambda: undo.history, engine.store.open, entries_max)
+        self._view_volumes = sorted(engine.physical_images)
+        self._view = CheckedView(self._node, epoch)
