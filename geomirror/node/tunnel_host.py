@@ -56,6 +56,7 @@ class TunnelHost:
         self._tag = tag
         self._ended = ended
         self._children: dict[str, asyncio.subprocess.Process] = {}
+        self._starting: set[str] = set()
         self._watchers: set[asyncio.Task[None]] = set()
         self.is_kernel: bool | None = None
         """Whether the kernel makes the interfaces; None: not tried yet."""
@@ -182,6 +183,13 @@ class TunnelHost:
             cwd="/",
         )
         self._children[name] = child
+        self._starting.add(name)
+        try:
+            await self._until_ready(name, child)
+        finally:
+            self._starting.discard(name)
+
+    async def _until_ready(self, name: str, child: asyncio.subprocess.Process) -> None:
         watcher = asyncio.get_running_loop().create_task(self._watch(name, child))
         self._watchers.add(watcher)
         watcher.add_done_callback(self._watchers.discard)
@@ -202,7 +210,9 @@ class TunnelHost:
         if self._children.get(name) is child:
             del self._children[name]
             _log.warning("wireguard_go_ended", interface=name, code=code)
-            self._ended(name)
+            # While it is being started, whoever starts it is told.
+            if name not in self._starting:
+                self._ended(name)
 
     async def _remove(self, name: str) -> None:
         if name in self._children:

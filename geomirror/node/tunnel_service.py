@@ -43,7 +43,10 @@ LOOK_S = 15.0
 RETRY_S = 5.0
 """After a pass that failed."""
 RESTART_S = 0.3
-"""Least time between two passes: a process that always dies is not started in a loop."""
+"""Least time between two passes, and before a process that died is started again."""
+CALM_S = 60.0
+"""A process that lived for so long is started again as fast as the first time; else the pause
+doubles, up to the one between two looks."""
 TELL_S = 3600.0
 """Between two confirmations of a key: much less than the day for which it is used without."""
 CALL_S = 20.0
@@ -81,6 +84,8 @@ class TunnelService:
         self._wake = asyncio.Event()
         self._busy = asyncio.Lock()
         self._told_ns: dict[str, int] = {}
+        self._ends: dict[str, tuple[int, float]] = {}
+        """Interface → when its process died last, and the pause after that."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_bare = False
         """Nothing of ours is on the host: looked since the last time that something was."""
@@ -280,7 +285,11 @@ class TunnelService:
         steps = plan(desired, actual, owned, wall_ns // SECOND) or self._kick(now_ns, wall_ns)
         failures = await self.host.run(steps)
         self._say(failures)
-        await self._keep_names(members)
+        try:
+            await self._keep_names(members)
+        except GeomirrorError as error:
+            # Without names there still are addresses.
+            self.warnings.append(str(error))
         if self.reason or not self.is_up:
             self.reason, self.is_up = "", True
             self._context.emit("tunnel_up", {"address": state.claims.address})
@@ -370,7 +379,12 @@ class TunnelService:
 
     def _ended(self, interface: str) -> None:
         self._context.emit("tunnel_process_ended", {"interface": interface})
-        self._wake.set()
+        now_ns = self.clock.now_ns()
+        ended_ns, pause_s = self._ends.get(interface, (0, 0.0))
+        is_calm = now_ns - ended_ns > CALM_S * SECOND
+        pause_s = RESTART_S if is_calm or not pause_s else min(2 * pause_s, LOOK_S)
+        self._ends[interface] = now_ns, pause_s
+        asyncio.get_running_loop().call_later(pause_s, self._wake.set)
 
     def _begin(self, work: Any) -> None:
         task: asyncio.Task[None] = asyncio.ensure_future(work)
