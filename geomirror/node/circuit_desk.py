@@ -62,6 +62,8 @@ class CircuitDesk:
 
     def __post_init__(self) -> None:
         self.table = CircuitTable(self.context.limits)
+        self.circuits_max: Callable[[], int] = lambda: self.context.limits.circuits_max
+        """How many there may be now: sockets must not take the files of journals."""
 
     def tally(self, key: str) -> Tally:
         """Of an exposure (by its name) or a forward (by its endpoint)."""
@@ -94,7 +96,7 @@ class CircuitDesk:
         """
         status = self.context.links.state(holder.node)
         entry = self._entry(holder.node, forward.name, forward.listen, is_forwarded=True)
-        self.table.open(entry)
+        self.table.open(entry, self.circuits_max())
         seconds = self.context.limits.circuit_open_ns_max / SECOND
         try:
             async with asyncio.timeout(seconds), self._turn(holder.node):
@@ -155,7 +157,7 @@ class CircuitDesk:
         entry = self._entry(
             caller.peer, exposure.name, exposure.target, is_forwarded=False, number=number
         )
-        self.table.open(entry)
+        self.table.open(entry, self.circuits_max())
         try:
             await self._serve(entry, exposure, request)
         except BaseException as error:

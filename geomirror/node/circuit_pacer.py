@@ -12,6 +12,9 @@ from geomirror.tunnel.circuit_pace import CircuitPace
 from geomirror.wan_protocol.stream_socket_io import UNPACED, set_pace
 
 SAMPLE_S = 0.25
+BUSY_SAMPLES = 8
+"""A circuit counts as busy for so long after it took bytes: one that is paced takes them in lumps
+of a socket's buffer. Counting it out in between gave the others twice what they may have."""
 
 
 @dataclass
@@ -21,6 +24,8 @@ class _Peer:
     limit: int | None = None
     seen: dict[Splice, int] = field(default_factory=dict)
     """Bytes that each circuit had sent at the last sample."""
+    idle: dict[Splice, int] = field(default_factory=dict)
+    """Samples since it last took any."""
 
 
 class CircuitPacer:
@@ -52,11 +57,13 @@ class CircuitPacer:
             peer = self._peers[name] = _Peer(CircuitPace(now_ns), status.bytes_sent)
         sent = {splice: splice.circuit.bytes_sent for splice in splices}
         news = {splice: count - peer.seen.get(splice, 0) for splice, count in sent.items()}
+        idle = {s: 0 if count else peer.idle.get(s, 0) + 1 for s, count in news.items()}
         carried = sum(news.values()) + max(0, status.bytes_sent - peer.link_bytes)
         limit = peer.pace.sample(now_ns, carried, is_waiting=status.queued_bytes > 0)
         if limit is not None or peer.limit is not None:
-            busy = sum(1 for count in news.values() if count)
+            busy = sum(1 for samples in idle.values() if samples < BUSY_SAMPLES)
             rate = UNPACED if limit is None else max(1, limit // max(1, busy))
             for splice in splices:
                 set_pace(splice.peer.socket, rate)
-        peer.limit, peer.seen, peer.link_bytes = limit, sent, status.bytes_sent
+        peer.limit, peer.seen, peer.idle = limit, sent, idle
+        peer.link_bytes = status.bytes_sent

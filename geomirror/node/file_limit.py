@@ -27,13 +27,28 @@ def file_limit() -> int:
     return sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
 
+CIRCUIT_FILES_ASIDE = FILES_ASIDE // 2
+"""Of these, what circuits may have."""
+
+
+def circuits_that_fit(journals_bytes: Iterable[int], limits: Limits, files_max: int) -> int:
+    """Forwarded connections, of two sockets each, that leave the journals all files that they may
+    need one day: at most `circuits_max`."""
+    spare = files_max - FILES_ASIDE - _segments(journals_bytes, limits)
+    return max(0, min(limits.circuits_max, (spare + CIRCUIT_FILES_ASIDE) // 2))
+
+
+def _segments(journals_bytes: Iterable[int], limits: Limits) -> int:
+    # Bookkeeping may go one segment over a journal's bound.
+    return sum(size // limits.segment_bytes + 1 for size in journals_bytes)
+
+
 def require_files(journals_bytes: Iterable[int], limits: Limits, files_max: int) -> None:
     """Refuse journals that could not be kept open when they are full.
 
     :raises RefusedError: they need more files than `files_max`.
     """
-    # Bookkeeping may go one segment over a journal's bound.
-    segments = sum(size // limits.segment_bytes + 1 for size in journals_bytes)
+    segments = _segments(journals_bytes, limits)
     if segments + FILES_ASIDE > files_max:
         raise RefusedError(
             f"{segments} journal segments are too many for {files_max} open files",

@@ -136,6 +136,7 @@ class Node:
         self._host.on_started = self._service_started
         self._host.definition_of = self._definition_now
         self._router.on_link_up = self._link_up
+        self._services.desk.circuits_max = self._host.circuits_max
         sockets = self._data_dir.prepare_socket_dir()
         self._status.nbd_socket = str(sockets / "nbd.sock")
         self._nbd.tls = load_nbd_tls(self._config.nbd, self._data_dir.root)

@@ -21,7 +21,7 @@ from geomirror.errors import (
     StorageError,
 )
 from geomirror.node.context import NodeContext
-from geomirror.node.file_limit import file_limit, require_files
+from geomirror.node.file_limit import circuits_that_fit, file_limit, require_files
 from geomirror.node.resource_definition import ResourceDefinition, default_journal_bytes
 from geomirror.node.service import Service, ServiceFactory
 
@@ -235,9 +235,15 @@ class ResourceHost:
         return msgspec.structs.replace(definition, journal_bytes=size)
 
     def _require_files(self, wanted: ResourceDefinition) -> None:
-        definitions = [wanted, *(service.definition for service in self.services.values())]
-        journals = [definition.journal_bytes or 0 for definition in definitions]
+        journals = [wanted.journal_bytes or 0, *self._journals_bytes()]
         require_files(journals, self.context.limits, file_limit())
+
+    def circuits_max(self) -> int:
+        """Forwarded connections for which there are files beside those of the journals."""
+        return circuits_that_fit(self._journals_bytes(), self.context.limits, file_limit())
+
+    def _journals_bytes(self) -> list[int]:
+        return [service.definition.journal_bytes or 0 for service in self.services.values()]
 
     def _keep_images(self, name: str) -> list[str]:
         source = self.context.resource_dir(name) / "volumes"

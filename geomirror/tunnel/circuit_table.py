@@ -57,14 +57,15 @@ class CircuitTable:
     limits: Limits
     _entries: dict[tuple[str, bytes], CircuitEntry] = field(default_factory=dict)
 
-    def open(self, entry: CircuitEntry) -> None:
+    def open(self, entry: CircuitEntry, node_max: int) -> None:
         """Add one that is being opened.
 
+        :param node_max: as many as there may be now, at most `circuits_max`.
         :raises RefusedError: too many, or the peer uses a number twice.
         """
-        node_max, peer_max = self.limits.circuits_max, self.limits.circuits_peer_max
+        peer_max = self.limits.circuits_peer_max
         if len(self._entries) >= node_max:
-            raise RefusedError(f"{node_max} circuits are open already, as many as a node has")
+            raise RefusedError(f"{node_max} circuits are open already, as many as this node has")
         if self.count(entry.peer) >= peer_max:
             raise RefusedError(f'{peer_max} circuits with "{entry.peer}" are open already')
         if (entry.peer, entry.number) in self._entries:

@@ -30,6 +30,9 @@ from geomirror.tunnel.tls_context_io import (
 )
 from geomirror.tunnel.tls_preface_io import AcceptPreface, DialPreface
 
+CIRCUIT_GRACE_NS = 60 * SECOND
+"""A renewed certificate is learnt from the link, which is cut when the old one ends and is made
+anew; so long circuits outlive it meanwhile."""
 SHUTDOWN_SECONDS = 1.0
 """How long a closing connection waits for the other side's close."""
 
@@ -43,6 +46,9 @@ def no_circuits(peer: str) -> asyncio.BaseProtocol:
 class _Live:
     transport: asyncio.Transport
     claims: Claims
+    is_circuit: bool
+    """Lasts for as long as its key has a certificate, not for as long as that certificate: an
+    application cannot be made to connect anew every day."""
 
 
 class TlsDriver:
@@ -73,6 +79,8 @@ class TlsDriver:
         self._server = server_context(state, entropy)
         self._loaded = state.certificate
         self._live: list[_Live] = []
+        self._newest: dict[str, Claims] = {}
+        """Node id -> its certificate that lasts longest; of members, so there are few."""
 
     @property
     def own_der(self) -> bytes:
@@ -109,7 +117,11 @@ class TlsDriver:
                 hint="it is this node itself, or a copy of its data directory; join the copy anew",
             )
         self._live = [live for live in self._live if not live.transport.is_closing()]
-        self._live.append(_Live(transport, claims))
+        chosen = transport.get_extra_info("ssl_object").selected_alpn_protocol()
+        self._live.append(_Live(transport, claims, is_circuit=chosen == CIRCUIT_PROTOCOL))
+        known = self._newest.setdefault(claims.node_id, claims)
+        if known.not_after_ns < claims.not_after_ns:
+            self._newest[claims.node_id] = claims
         return claims
 
     def _judge(self, claims: Claims) -> None:
@@ -117,10 +129,19 @@ class TlsDriver:
             raise AuthError(f'the node "{claims.name}" is revoked')
         check_dates(claims, self.clock.wall_ns())
 
+    def _judge_again(self, live: _Live) -> None:
+        claims = live.claims
+        if live.is_circuit and not self.state.membership.is_revoked(claims.node_id):
+            ends_ns = self._newest[claims.node_id].not_after_ns + CIRCUIT_GRACE_NS
+            if self.clock.wall_ns() < ends_ns:
+                return
+        self._judge(claims)
+
     def enforce(self) -> list[str]:
         """Cut live links of revoked keys and of expired certificates; call it each second.
 
-        A peer whose certificate only ran out reconnects at once with its renewed one.
+        A peer whose certificate only ran out reconnects at once with its renewed one; its circuits
+        stay if it has one.
 
         :returns: the names cut, for the log.
         """
@@ -130,7 +151,7 @@ class TlsDriver:
             if live.transport.is_closing():
                 continue
             try:
-                self._judge(live.claims)
+                self._judge_again(live)
             except AuthError:
                 live.transport.abort()
                 cut.append(live.claims.name)

@@ -28,11 +28,12 @@ from geomirror.errors import (
 from geomirror.limits import PRODUCTION
 from geomirror.node.calls import Caller, MethodRegistry
 from geomirror.node.service_calls import ServiceCalls
-from geomirror.tunnel.authority_io import revoke_node
+from geomirror.tunnel.authority_io import renew_own, revoke_node
 from geomirror.tunnel.circuit_pieces import DATA, pack
 from geomirror.tunnel.driver import CIRCUIT_PROTOCOL, JOIN_PROTOCOL, LINK_PROTOCOL
+from geomirror.tunnel.join_io import renew_by_join
 from geomirror.tunnel.tls_context_io import network_label
-from tests.tunnel.network_kit import Collect, Site, pair
+from tests.tunnel.network_kit import HOUR, Collect, Site, pair
 
 LIMITS = replace(
     PRODUCTION,
@@ -356,6 +357,38 @@ async def test_a_node_that_is_revoked_is_cut_off(tmp_path: Path) -> None:
             await open_circuit(west, east, b"m" * 16)
         with pytest.raises(AuthError):
             await dial(west, east)
+
+
+async def test_a_circuit_outlives_a_certificate_that_is_renewed_and_no_other(
+    tmp_path: Path,
+) -> None:
+    async with two(tmp_path) as (east, west):
+        port = await west.forward()
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+
+        async def is_alive() -> bool:
+            for member in (east, west):
+                member.site.driver.enforce()
+            with contextlib.suppress(ConnectionError):
+                writer.write(b"x")
+                return await reader.read(1) == b"x"
+            return False
+
+        clock, entropy = east.site.clock, east.site.entropy
+        clock.shift_ns = 13 * HOUR
+        renew_own(east.site.state, wall_ns=clock.wall_ns(), entropy=entropy)
+        await renew_by_join(west.site.state, clock=clock, entropy=west.site.entropy)
+        clock.shift_ns = 24 * HOUR + 30 * SECOND
+        assert await is_alive(), "the link may still be made anew"
+        # The link, as it is made with the new certificates.
+        transport, protocol = await west.site.driver.dial("east-1", east.site.endpoint, Collect)
+        transport.abort()
+        await protocol.lost
+        clock.shift_ns = 30 * HOUR
+        assert await is_alive()
+        clock.shift_ns = 40 * HOUR
+        assert not await is_alive()
+        writer.close()
 
 
 async def test_the_next_holder_is_asked_when_the_nearest_has_it_no_more(tmp_path: Path) -> None:

@@ -8,7 +8,12 @@ import pytest
 
 from geomirror.errors import RefusedError
 from geomirror.limits import GIB, PRODUCTION
-from geomirror.node.file_limit import FILES_ASIDE, raise_file_limit, require_files
+from geomirror.node.file_limit import (
+    FILES_ASIDE,
+    circuits_that_fit,
+    raise_file_limit,
+    require_files,
+)
 
 
 def test_the_soft_limit_becomes_the_hard_one() -> None:
@@ -27,3 +32,10 @@ def test_all_journals_together_have_to_fit() -> None:
         require_files([64 * GIB], PRODUCTION, 1024 + FILES_ASIDE)
     with pytest.raises(RefusedError, match="open files"):
         require_files([GIB] * 10, PRODUCTION, 300)
+
+
+def test_circuits_take_no_file_that_a_journal_may_need() -> None:
+    assert circuits_that_fit([64 * GIB], PRODUCTION, 1 << 20) == PRODUCTION.circuits_max
+    assert circuits_that_fit([64 * GIB], PRODUCTION, 1025 + FILES_ASIDE) == 64
+    assert circuits_that_fit([], PRODUCTION, 1024) == 448
+    assert circuits_that_fit([64 * GIB], PRODUCTION, 512) == 0

@@ -97,13 +97,13 @@ def entry(peer: str, number: bytes) -> CircuitEntry:
 def test_a_number_is_good_once_and_for_one_peer() -> None:
     table = CircuitTable(PRODUCTION)
     mine = entry("a", b"1" * 16)
-    table.open(mine)
+    table.open(mine, 80)
     assert table.claim("b", mine.number) is None
     assert table.claim("a", b"2" * 16) is None
     assert table.claim("a", mine.number) is mine
     assert table.claim("a", mine.number) is None
     with pytest.raises(RefusedError):
-        table.open(entry("a", mine.number))
+        table.open(entry("a", mine.number), 80)
     assert table.close(mine)
     assert not table.close(mine)
     assert not table.has(mine)
@@ -111,14 +111,14 @@ def test_a_number_is_good_once_and_for_one_peer() -> None:
 
 
 def test_one_peer_cannot_take_all_circuits_and_all_cannot_take_more() -> None:
-    table = CircuitTable(replace(LIMITS, circuits_max=80, circuits_peer_max=50))
+    table = CircuitTable(replace(LIMITS, circuits_peer_max=50))
     for i in range(50):
-        table.open(entry("a", i.to_bytes(16)))
+        table.open(entry("a", i.to_bytes(16)), 80)
     with pytest.raises(RefusedError, match='50 circuits with "a"'):
-        table.open(entry("a", b"x" * 16))
+        table.open(entry("a", b"x" * 16), 80)
     for i in range(30):
-        table.open(entry("b", i.to_bytes(16)))
+        table.open(entry("b", i.to_bytes(16)), 80)
     with pytest.raises(RefusedError, match="80 circuits"):
-        table.open(entry("c", b"x" * 16))
+        table.open(entry("c", b"x" * 16), 80)
     table.close(table.entries()[0])
-    table.open(entry("c", b"x" * 16))
+    table.open(entry("c", b"x" * 16), 80)
