@@ -20,7 +20,7 @@ import numpy.typing as npt
 import xxhash
 
 from geomirror.errors import LimitExceededError, NotFoundError, RefusedError
-from geomirror.limits import BLOCK_BYTES
+from geomirror.limits import BLOCK_BYTES, MIB
 from geomirror.volume.digest import ZERO_DIGEST, Halves, digests_of
 from geomirror.volume.engine_base import EngineBase
 from geomirror.volume.engine_recovery import read_epoch
@@ -29,6 +29,8 @@ from geomirror.volume.view_index import IMAGE, ZERO, Layer, Places
 from geomirror.volume.zero_blocks import ZERO_BLOCK
 
 DIGEST_BYTES = 16
+_READ_BLOCKS_MAX = 1 * MIB // BLOCK_BYTES
+"""Contents in memory at once, while they are digested."""
 _Mask = npt.NDArray[np.bool_]
 
 
@@ -181,15 +183,18 @@ class RangeDigests:
         """Read and digest. Raises as `EpochContent.read`."""
         self.read_bytes = 0
         occupied = self.content.occupied(self.volume, self.first, self.count)
-        for start in range(0, self.count, self._region_blocks):
-            if self.read_bytes >= self._bytes_max:
-                self.count = start
-                self.low, self.high = self.low[:start], self.high[:start]
-                return
-            inside = occupied[start : start + self._region_blocks]
-            numbers = np.flatnonzero(inside) + start
-            if len(numbers):
-                self._digest(numbers)
+        self.count = self._end(occupied)
+        self.low, self.high = self.low[: self.count], self.high[: self.count]
+        numbers = occupied[: self.count].nonzero()[0]
+        for start in range(0, len(numbers), _READ_BLOCKS_MAX):
+            self._digest(numbers[start : start + _READ_BLOCKS_MAX])
+
+    def _end(self, occupied: _Mask) -> int:
+        """The first end of a region by which so much is read, or the end of the range."""
+        step = self._region_blocks
+        read_blocks = occupied.cumsum()[step - 1 :: step]
+        enough = int(read_blocks.searchsorted(-(-self._bytes_max // BLOCK_BYTES)))
+        return min((enough + 1) * step, self.count)
 
     def _digest(self, numbers: npt.NDArray[np.int64]) -> None:
         blocks = (numbers + self.first).tolist()
