@@ -32,6 +32,8 @@ from geomirror.volume.epoch_table import (
 _VOLUME_SHIFT = 46
 """A key is volume << 46 | block, within an i64; volumes of up to 2**46 blocks stay apart."""
 _BLOCK_MASK = (1 << _VOLUME_SHIFT) - 1
+_OVERLAID = 16
+"""Tables whose runs are overlaid at once."""
 RUN_BLOCKS_MAX = (1 << 32) - 1
 """An entry's count is a u32; a longer run (16 TiB) is several entries."""
 
@@ -114,7 +116,7 @@ def _newest(keys: Keys) -> tuple[Keys, Keys]:
 def _overlay_all(
     entries: Table, keys: Keys, age: Keys, single: npt.NDArray[np.bool_], tables: int
 ) -> _Runs:
-    """The newest run at each point, over the runs of all tables; overlaid as a binary tree."""
+    """The newest run at each point, over the runs of all tables; overlaid as a tree."""
     chosen = (~single).nonzero()[0]
     start = keys[chosen]
     end = start + entries["count"][chosen].astype(np.int64)
@@ -124,30 +126,31 @@ def _overlay_all(
         everything.take(slice(low, high)) for low, high in itertools.pairwise(bounds) if high > low
     ]
     while len(layers) > 1:
-        pairs = [_overlay(*layers[i : i + 2]) for i in range(0, len(layers) - 1, 2)]
-        layers = pairs + layers[len(pairs) * 2 :]
+        layers = [_overlay(layers[i : i + _OVERLAID]) for i in range(0, len(layers), _OVERLAID)]
     return layers[0]
 
 
-def _overlay(older: _Runs, newer: _Runs) -> _Runs:
-    """The runs of both, older ones only where no newer one is."""
-    points = np.concatenate([older.start, older.end, newer.start, newer.end])
+def _overlay(layers: Sequence[_Runs]) -> _Runs:
+    """The runs of all, oldest first: of each only where no newer one is."""
+    points = np.concatenate([*(each.start for each in layers), *(each.end for each in layers)])
     points.sort()
     points = points[run_heads(points[1:] != points[:-1])]
     left = points[:-1]
     owner = np.full(len(left), -1, dtype=np.int64)
-    for layer, first in ((older, 0), (newer, len(older.start))):
+    first = 0
+    for layer in layers:
         at = layer.start.searchsorted(left, "right") - 1
         covered = (at >= 0) & (left < layer.end[np.maximum(at, 0)])
         owner[covered] = at[covered] + first
+        first += len(layer.start)
     heads = run_heads(owner[1:] != owner[:-1])
     tails = run_tails(heads, len(left)) + 1
     used = owner[heads] >= 0
     heads, tails = heads[used], tails[used]
     origin = owner[heads]
-    both_age = np.concatenate([older.age, newer.age])
-    both_flags = np.concatenate([older.flags, newer.flags])
-    return _Runs(points[heads], points[tails], both_age[origin], both_flags[origin])
+    ages = np.concatenate([each.age for each in layers])
+    flags = np.concatenate([each.flags for each in layers])
+    return _Runs(points[heads], points[tails], ages[origin], flags[origin])
 
 
 def _split(runs: _Runs, holes: Keys) -> _Runs:
