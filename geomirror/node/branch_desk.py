@@ -11,7 +11,6 @@ from geomirror.node.rfc3339 import rfc3339
 from geomirror.node.view_host import ViewHost
 from geomirror.volume.branches import BranchRecord
 from geomirror.volume.engine import Engine
-from geomirror.volume.engine_rollback import chain_through
 from geomirror.volume.epoch_directory import EpochInfo
 from geomirror.volume.points import At, Point, find_point
 
@@ -150,10 +149,8 @@ class BranchDesk:
     def _is_viewable(self, record: BranchRecord) -> bool:
         """Whether the state at its base is still there (in this history, and kept by undo)."""
         engine = self._engine
-        at_base = chain_through(engine.superblock.chain, record.base_epoch)
-        is_ours = (at_base[-1].identity if at_base else "") == record.base_generation
         try:
             engine.undo.history.since(record.base_epoch)
         except NotFoundError:
             return False
-        return is_ours and record.base_epoch <= engine.applied_epoch
+        return engine.has_base_of(record) and record.base_epoch <= engine.applied_epoch

@@ -219,7 +219,19 @@ class RollbackPath(VolumeGrowth):
         :raises NotFoundError: no such branch, or what it lies on is not kept any more.
         :raises IntegrityError: it is damaged.
         """
+        record = self.branches.get(name)
+        if not self.has_base_of(record):
+            raise NotFoundError(
+                f'branch "{name}" lies on epoch {record.base_epoch} of a history that was given up',
+                hint=f"geomirror branch list {self.superblock.name}",
+            )
         return BranchView.open(self, name, self.limits.rollback_entries_max)
+
+    def has_base_of(self, record: BranchRecord) -> bool:
+        """Whether the epoch that a branch lies on is one of this history: numbers are not enough,
+        as another history has other epochs of the same ones."""
+        at_base = chain_through(self.superblock.chain, record.base_epoch)
+        return (at_base[-1].identity if at_base else "") == record.base_generation
 
     def drop_branch(self, name: str) -> None:
         """Forget a branch, durably: what is only in it is lost. Blocking.

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from geomirror.errors import RefusedError
+from geomirror.errors import NotFoundError, RefusedError
 from geomirror.volume.superblock import GenerationRecord
 from tests.volume.engine_rig import BLOCK, Stop
 from tests.volume.rollback_rig import WALL_NS, RollbackRig, message_of
@@ -156,6 +156,27 @@ def test_the_chain_loses_generations_that_began_at_the_target_or_later() -> None
     assert job.branch is not None
     assert job.branch.base_generation == f"{3:032x}"
     assert job.branch.generation == f"{5:032x}"
+
+
+def test_a_branch_of_a_history_that_was_given_up_too_is_not_shown_over_another_one() -> None:
+    """Epochs of two histories have the same numbers: a view of the one would mix both."""
+    rig = RollbackRig(9610)
+    rig.history(12)
+    first = rig.engine.superblock.chain[0]
+    later = GenerationRecord(f"{8:032x}", 2, first.identity, 8, "00" * 32, "promoted")
+    rig.engine.superblock.chain.append(later)
+    tip = bytes(rig.epochs[max(rig.epochs)].content[0])
+    rig.go_back(10, "second")
+    view = rig.engine.view_branch("second")
+    assert view.read(0, 0, len(tip)) == tip
+    view.close()
+    rig.go_back(5, "third")
+    while rig.engine.sealed_epoch < 12:
+        rig.put(0, b"other" + bytes(BLOCK - 5))
+        rig.settle()
+    with pytest.raises(NotFoundError, match="epoch 10 of a history that was given up"):
+        rig.engine.view_branch("second")
+    rig.engine.view_branch("third").close()
 
 
 @pytest.mark.parametrize("cuts", [100, 135, 200])
