@@ -14,7 +14,14 @@ from geomirror.environment import SECOND, SeededEntropy
 from geomirror.errors import LinkError
 from geomirror.tunnel.membership import Member
 from geomirror.tunnel.token import Secret
-from geomirror.tunnel.wireguard_actual import parse_addresses, parse_rules, parse_wg_dump
+from geomirror.tunnel.wireguard_actual import (
+    Actual,
+    Route,
+    only_ours,
+    parse_addresses,
+    parse_rules,
+    parse_wg_dump,
+)
 from geomirror.tunnel.wireguard_book import TunnelBook
 from geomirror.tunnel.wireguard_desired import (
     Desired,
@@ -122,6 +129,9 @@ def worlds(draw: st.DrawFn) -> tuple[World, set[str]]:
             device.answers = draw(st.booleans())
             device.is_up = draw(st.booleans())
             device.port = draw(st.integers(0, 65535))
+            for fields in device.peers.values():
+                field = draw(st.sampled_from([0, 2, 6]))
+                fields[field] = ["(none)", "", "10.77.0.0/16", "", "", "", "off"][field]
             for key in draw(st.lists(KEYS, max_size=2)):
                 endpoint, handshake = draw(st.sampled_from(["(none)", "192.0.2.9:1"])), "0"
                 device.peers[key] = ["(none)", endpoint, "(none)", handshake, "0", "0", "off"]
@@ -174,8 +184,13 @@ def test_any_host_becomes_as_desired_and_nothing_of_others_changes(start, number
     wanted = desired(numbers, has_ipv6=ipv6, mtu=mtu)
     converge(world, wanted, owned)
     assert foreign_part(world) == before
-    ours = {name for name in world.devices if name.startswith(TAG)}
-    assert ours == {tunnel.interface for tunnel in wanted.tunnels}
+    clean = World()
+    add_foreign(clean)
+    converge(clean, wanted, set())
+    assert world.devices == clean.devices
+    assert world.addresses == clean.addresses
+    assert sorted(map(str, world.routes)) == sorted(map(str, clean.routes))
+    assert sorted(map(str, world.rules)) == sorted(map(str, clean.rules))
 
 
 @given(worlds())
@@ -235,6 +250,13 @@ def test_another_node_of_the_network_on_this_host_is_seen_and_left_alone():
     assert converge(world, NOTHING, owned)
 
 
+def test_a_wider_route_of_another_network_is_not_ours():
+    routes = {Route("10.0.0.0/8"), Route("10.0.0.0/16"), Route("10.0.3.4/32", f"{TAG}1")}
+    found = only_ours(Actual(routes=routes, rules=["10.0.0.0/8"]), TAG, ("10.0.0.0/16",))
+    assert found.routes == routes - {Route("10.0.0.0/8")}
+    assert found.rules == []
+
+
 def test_what_is_the_own_address_of_somebody_else_stays_his():
     world, owned = World(), set[str]()
     world.addresses.add("10.77.0.1/32")
@@ -248,6 +270,28 @@ def peer_of(world: World) -> list[str]:
     (device,) = world.devices.values()
     (fields,) = device.peers.values()
     return fields
+
+
+@pytest.mark.parametrize("field", [0, 2, 6])
+def test_each_setting_of_a_neighbour_is_put_right_by_one_command(field):
+    world, owned = settled([1])
+    good = list(peer_of(world))
+    peer_of(world)[field] = ["(none)", "", "10.77.0.0/16", "", "", "", "off"][field]
+    (step,) = converge(world, desired([1]), owned)
+    assert step.arguments[:2] == ("wg", "syncconf")
+    assert peer_of(world) == good
+
+
+@pytest.mark.parametrize("name", ["private_key", "port", "peers", "mtu", "is_up"])
+def test_each_setting_of_an_interface_is_put_right_by_one_command(name):
+    world, owned = settled([1])
+    good = world.copy()
+    (device,) = world.devices.values()
+    wrong = {"private_key": "(none)", "port": 1, "peers": {}, "mtu": 1500, "is_up": False}
+    setattr(device, name, wrong[name])
+    (step,) = converge(world, desired([1]), owned)
+    assert step.interface is not None
+    assert world == good
 
 
 def test_a_neighbour_that_moved_is_left_where_it_was_heard():
