@@ -99,7 +99,7 @@ class CircuitDesk:
         self.table.open(entry, self.circuits_max())
         seconds = self.context.limits.circuit_open_ns_max / SECOND
         try:
-            async with asyncio.timeout(seconds), self._turn(holder.node):
+            async with self._turn(holder.node), asyncio.timeout(seconds):
                 ask = partial(self._ask, entry, is_dialling=status.is_dialled)
                 if status.is_dialled:
                     side, _ = await self._dial_beside(entry, status.endpoint, ask())

@@ -215,7 +215,11 @@ class ApplicationSide(asyncio.BufferedProtocol):
         if transport is None or transport.is_closing():
             return
         self._is_flushing = True
-        transport.write_eof()
+        try:
+            transport.write_eof()
+        except OSError as error:  # reset a moment ago: the loop has not looked yet
+            self._splice.application_lost(f"the application: {error.strerror or error}")
+            return
         # So that `resume_writing` is called when nothing is left.
         transport.set_write_buffer_limits(high=0)
         if transport.get_write_buffer_size() == 0:

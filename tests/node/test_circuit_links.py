@@ -33,7 +33,7 @@ from geomirror.tunnel.circuit_pieces import DATA, pack
 from geomirror.tunnel.driver import CIRCUIT_PROTOCOL, JOIN_PROTOCOL, LINK_PROTOCOL
 from geomirror.tunnel.join_io import renew_by_join
 from geomirror.tunnel.tls_context_io import network_label
-from tests.tunnel.network_kit import HOUR, Collect, Site, pair
+from tests.tunnel.network_kit import HOUR, Collect, Site, join_as, pair, token_of
 
 LIMITS = replace(
     PRODUCTION,
@@ -56,6 +56,7 @@ class Links:
         self.incarnation = b"first"
         self.is_up = True
         self.queued_bytes = 0
+        self.rtts_ns: dict[str, int] = {}
 
     async def call(
         self, peer: str, method: str, parameters: dict[str, Any], timeout_s: float
@@ -68,7 +69,7 @@ class Links:
     def state(self, peer: str) -> Any:
         return SimpleNamespace(
             is_established=peer in self.others and self.is_up,
-            rtt_ns=1,
+            rtt_ns=self.rtts_ns.get(peer, 1),
             since_ns=self.clock.now_ns() - SECOND,
             is_dialled=self.dials,
             endpoint=self.endpoints.get(peer, ""),
@@ -404,6 +405,47 @@ async def test_the_next_holder_is_asked_when_the_nearest_has_it_no_more(tmp_path
         assert west.calls.directory.holders("echo") == []
         assert await refused(port)
         assert "no other node is known" in await west.last_error()
+
+
+async def test_each_connection_goes_to_the_nearest_holder_that_answers(tmp_path: Path) -> None:
+    async with two(tmp_path) as (east, west):
+        clock = east.site.clock
+        site = await join_as(tmp_path / "north", token_of(east.site, "north-1"), clock)
+        await site.start()
+        north = Member(site, tmp_path)
+        west.site.state.apply_updates(north.site.state.export_updates())
+        link(west, north)
+        server = await asyncio.start_server(echo, "127.0.0.1", 0)
+        port_there = server.sockets[0].getsockname()[1]
+        await north.ask("service.expose", name="echo", port=port_there)
+        await until(lambda: len(west.calls.directory.holders("echo")) == 2)
+        west.links.rtts_ns = {"east-1": 20, "north-1": 10}
+
+        async def taken() -> dict[str, int]:
+            found = {}
+            for member in (east, north):
+                (counts,) = (await member.ask("service.list"))["exposures"]
+                found[member.name] = counts["circuits"]
+            return found
+
+        port = await west.forward()
+        assert (await west.ask("service.list"))["forwards"][0]["nearest"] == "north-1"
+        assert await ask(port, b"x") == b"x"
+        assert await taken() == {"east-1": 0, "north-1": 1}
+        # The service of the nearest one is down: the next one is asked.
+        server.close()
+        await server.wait_closed()
+        assert await ask(port, b"y") == b"y"
+        assert await taken() == {"east-1": 1, "north-1": 1}
+        assert (await west.ask("service.list"))["forwards"][0]["last_error"] == ""
+        # Only to that one, if it was said so.
+        pinned = await west.ask("service.forward", name="echo", port=0, node="north-1")
+        assert await refused(int(pinned["listen"].rpartition(":")[2]))
+        (_, found) = (await west.ask("service.list"))["forwards"]
+        assert "Connection refused" in found["last_error"]
+        await until(lambda: not west.open)
+        await north.calls.stop()
+        await site.stop()
 
 
 async def test_rules_and_ports_are_there_after_a_restart(tmp_path: Path) -> None:
