@@ -11,7 +11,6 @@ too much is in flight, or the connection is ending.
 from __future__ import annotations
 
 import asyncio
-import enum
 import mmap
 from collections.abc import Iterable, Sequence
 from typing import cast
@@ -21,7 +20,7 @@ from geomirror.nbd import structured
 from geomirror.nbd.asides import answer_aside
 from geomirror.nbd.constants import CMD_BLOCK_STATUS
 from geomirror.nbd.negotiation import BUFFER_BYTES, Negotiation, Phase, TlsMode
-from geomirror.nbd.protocol import Buffer, Export, Request
+from geomirror.nbd.protocol import Buffer, Export, ReadAnswer, Request
 from geomirror.nbd.registry import Registry
 from geomirror.nbd.reply_output_io import write_replies
 from geomirror.nbd.request_parser import RequestParser, buffer_bytes
@@ -37,11 +36,8 @@ _STATUS_BYTES_MAX = 256 << 10
 """Block status replies of one turn of the loop; then they are written, or wait for the client."""
 
 
-class _Hold(enum.IntFlag):
-    EXPORT = 1
-    REPLIES = 2
-    IN_FLIGHT = 4
-    ENDING = 8
+_HOLD_EXPORT, _HOLD_REPLIES, _HOLD_IN_FLIGHT, _HOLD_ENDING = 1, 2, 4, 8
+"""Bits; numbers, because an operation of an enum's flags takes a microsecond."""
 
 
 class NbdConnection(asyncio.BufferedProtocol):
@@ -127,11 +123,11 @@ class NbdConnection(asyncio.BufferedProtocol):
 
     def pause_writing(self) -> None:
         """The client does not take its replies: take no more requests from it."""
-        self._hold(_Hold.REPLIES)
+        self._hold(_HOLD_REPLIES)
 
     def resume_writing(self) -> None:
         """The client takes its replies again."""
-        self._release(_Hold.REPLIES)
+        self._release(_HOLD_REPLIES)
         self._schedule()  # Other holds may end only by replies that waited for this.
 
     # ---- handshake
@@ -231,7 +227,7 @@ class NbdConnection(asyncio.BufferedProtocol):
                     export.submit(self._handle, requests, self)
                 if self._is_full():
                     # Only with room for more has `take` emptied the buffer to receive into.
-                    self._hold(_Hold.IN_FLIGHT)
+                    self._hold(_HOLD_IN_FLIGHT)
                 if self._out:
                     self._write_out()
                 if not parser.has_rest or not (requests or asides):
@@ -254,7 +250,7 @@ class NbdConnection(asyncio.BufferedProtocol):
 
     def _may_answer_status(self) -> bool:
         """Each may have half a MiB: few a turn of the loop, while the client takes them."""
-        is_room = self._status_bytes < _STATUS_BYTES_MAX and not self._holds & _Hold.REPLIES
+        is_room = self._status_bytes < _STATUS_BYTES_MAX and not self._holds & _HOLD_REPLIES
         return is_room and not self.is_closed
 
     def _reply_status(self, data: bytes) -> None:
@@ -292,9 +288,8 @@ class NbdConnection(asyncio.BufferedProtocol):
         if not self._is_batching and not self._is_scheduled:
             self._schedule()
 
-    def reply_many(self, cookies: Iterable[int]) -> None:
+    def reply_many(self, cookies: Sequence[int]) -> None:
         """Answer many requests that are no READs with success."""
-        cookies = list(cookies)
         self._in_flight -= len(cookies)
         assert self._in_flight >= 0, "a request was answered twice"
         if self._parser is None or not cookies:
@@ -309,28 +304,31 @@ class NbdConnection(asyncio.BufferedProtocol):
         """Answer a READ with all its bytes, or with an error."""
         if error:
             self.reply(cookie, error)
-            return
-        self._in_flight -= 1
-        parser = self._parser
-        if parser is None:
-            return
-        length = parser.finish_read(cookie)
-        assert length == sum(map(len, buffers)), "not the bytes that were asked for"
-        if self._is_structured:
-            self._out.append(structured.data_header(cookie, offset, length))
         else:
-            self._out.append(structured.success_reply(cookie))
-        self._out.extend(buffers)
+            self.reply_reads([(cookie, offset, buffers)])
+
+    def reply_reads(self, answers: Iterable[ReadAnswer]) -> None:
+        """Answer READs with all their bytes."""
+        parser, out = self._parser, self._out
+        header = structured.data_header if self._is_structured else structured.simple_header
+        for cookie, offset, buffers in answers:
+            self._in_flight -= 1
+            if parser is None:
+                continue
+            length = parser.finish_read(cookie)
+            assert length == sum(map(len, buffers)), "not the bytes that were asked for"
+            out.append(header(cookie, offset, length))
+            out += buffers
         if not self._is_batching and not self._is_scheduled:
             self._schedule()
 
     def pause_reading(self) -> None:
         """The export asks for no further requests."""
-        self._hold(_Hold.EXPORT)
+        self._hold(_HOLD_EXPORT)
 
     def resume_reading(self) -> None:
         """The export takes requests again."""
-        self._release(_Hold.EXPORT)
+        self._release(_HOLD_EXPORT)
 
     def _schedule(self) -> None:
         if not self._is_scheduled:
@@ -347,9 +345,9 @@ class NbdConnection(asyncio.BufferedProtocol):
         self._status_bytes = 0
         if self._statuses is not None:
             self._statuses.pump()
-        if self._holds & _Hold.IN_FLIGHT and not self._is_full():
-            self._release(_Hold.IN_FLIGHT)
-        if self._holds & _Hold.ENDING:
+        if self._holds & _HOLD_IN_FLIGHT and not self._is_full():
+            self._release(_HOLD_IN_FLIGHT)
+        if self._holds & _HOLD_ENDING:
             self._close_when_answered()
         else:
             self._process()
@@ -362,13 +360,13 @@ class NbdConnection(asyncio.BufferedProtocol):
 
     # ---- holds and the end
 
-    def _hold(self, reason: _Hold) -> None:
-        was, self._holds = self._holds, self._holds | int(reason)
+    def _hold(self, reason: int) -> None:
+        was, self._holds = self._holds, self._holds | reason
         if not was and self._transport is not None and not self._transport.is_closing():
             self._transport.pause_reading()
 
-    def _release(self, reason: _Hold) -> None:
-        was, self._holds = self._holds, self._holds & ~int(reason)
+    def _release(self, reason: int) -> None:
+        was, self._holds = self._holds, self._holds & ~reason
         if not was or self._holds or self.is_closed:
             return
         assert self._transport is not None
@@ -379,10 +377,10 @@ class NbdConnection(asyncio.BufferedProtocol):
 
     def end(self) -> None:
         """Take no further requests, finish those in flight, then close. Safe to call again."""
-        if self.is_closed or self._holds & _Hold.ENDING:
+        if self.is_closed or self._holds & _HOLD_ENDING:
             return
         assert self._transport is not None
-        self._hold(_Hold.ENDING)
+        self._hold(_HOLD_ENDING)
         if self._timer is not None:
             self._timer.cancel()
         self._timer = self._loop.call_later(DRAIN_S_MAX, self._transport.abort)

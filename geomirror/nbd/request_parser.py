@@ -46,8 +46,10 @@ RECEIVE_BYTES = 1 << 20
 """Most that one socket read may bring: about 250 requests of 4 KiB, still warm in the L2 cache."""
 _MARGIN_BYTES = 1 << 20
 
-_HEADER = struct.Struct(">IHHQQI")
+_HEADER = struct.Struct(">QQQI")
+"""Magic, flags and command as one number: most requests are plain writes."""
 assert _HEADER.size == REQUEST_BYTES
+_PLAIN_WRITE = REQUEST_MAGIC << 32 | CMD_WRITE
 
 _NOT_FUA = ~CMD_FLAG_FUA
 _KNOWN_FLAGS = {
@@ -135,11 +137,13 @@ class RequestParser:
         requests: list[Request] = []
         append = requests.append
         while position <= last and len(requests) < count_max and read_bytes < read_bytes_max:
-            magic, flags, command, cookie, offset, length = unpack(view, position)
-            if magic != REQUEST_MAGIC:
-                if requests or self.asides:
-                    break  # What came before is served first; the next call raises.
-                raise RemoteProtocolError(f"NBD request magic is {magic:#x}")
+            head, cookie, offset, length = unpack(view, position)
+            command, flags = CMD_WRITE, 0
+            if head != _PLAIN_WRITE:
+                if head >> 32 != REQUEST_MAGIC:
+                    self._refuse_magic(head >> 32, is_first=not requests)
+                    break
+                command, flags = head & 0xFFFF, head >> 16 & 0xFFFF
             is_plain = 0 < length <= payload_max and not (offset | length) & mask
             body, until = position + REQUEST_BYTES, offset + length
             if command == CMD_WRITE and is_plain and until <= writable and not flags & _NOT_FUA:
@@ -171,6 +175,11 @@ class RequestParser:
         if length is not None:
             self.read_bytes -= length
         return length
+
+    def _refuse_magic(self, magic: int, *, is_first: bool) -> None:
+        # What came before is served first; the next call raises.
+        if is_first and not self.asides:
+            raise RemoteProtocolError(f"NBD request magic is {magic:#x}")
 
     def _take_other(self, request: Request, requests: list[Request]) -> None:
         """Everything but plain READs and WRITEs; `_start` is behind the header."""

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from geomirror.errors import StorageError
 from geomirror.limits import SECTOR_BYTES
 from geomirror.nbd.constants import CMD_FLUSH, CMD_READ
-from geomirror.nbd.protocol import Buffer, Export, ReplySink, Request
+from geomirror.nbd.protocol import Buffer, Export, ReadAnswer, ReplySink, Request
 
 _CHUNK_SECTORS = 128
 _ZEROS = bytes(1 << 20)
@@ -158,6 +158,11 @@ class _Overlaying:
             self._sink.reply(cookie, failure.errno or errno.EIO)
             return
         self._sink.reply_read(cookie, offset, found)
+
+    def reply_reads(self, answers: Iterable[ReadAnswer]) -> None:
+        """Answer READs."""
+        for answer in answers:
+            self.reply_read(*answer)
 
 
 @dataclass(slots=True, eq=False)

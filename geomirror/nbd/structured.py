@@ -6,6 +6,8 @@ Error texts go only into structured chunks; a simple reply has room for the numb
 from __future__ import annotations
 
 import struct
+import sys
+from array import array
 from collections.abc import Sequence
 
 from geomirror.nbd.constants import (
@@ -27,6 +29,8 @@ _ERROR = struct.Struct(">IH")
 _CONTEXT = struct.Struct(">I")
 _SUCCESS_PREFIX = struct.pack(">II", SIMPLE_REPLY_MAGIC, 0)
 _COOKIE = struct.Struct(">Q")
+_MANY_REPLIES = 8
+"""From so many on they are made all at once."""
 
 
 def success_reply(cookie: int) -> bytes:
@@ -34,10 +38,22 @@ def success_reply(cookie: int) -> bytes:
     return _SUCCESS_PREFIX + _COOKIE.pack(cookie)
 
 
-def success_replies(cookies: Sequence[int]) -> bytes:
+def success_replies(cookies: Sequence[int]) -> bytes | bytearray:
     """Simple replies without an error, one after the other."""
-    pack = _COOKIE.pack
-    return _SUCCESS_PREFIX + _SUCCESS_PREFIX.join([pack(cookie) for cookie in cookies])
+    if len(cookies) < _MANY_REPLIES:
+        pack = _COOKIE.pack
+        return _SUCCESS_PREFIX + _SUCCESS_PREFIX.join([pack(cookie) for cookie in cookies])
+    numbers = array("Q", cookies)
+    if sys.byteorder == "little":
+        numbers.byteswap()
+    replies = bytearray((_SUCCESS_PREFIX + bytes(8)) * len(numbers))
+    memoryview(replies).cast("Q")[1::2] = memoryview(numbers)
+    return replies
+
+
+def simple_header(cookie: int, _offset: int, _length: int) -> bytes:
+    """What precedes a READ's data in a simple reply; as `data_header`."""
+    return _SUCCESS_PREFIX + _COOKIE.pack(cookie)
 
 
 def simple_error(cookie: int, error: int) -> bytes:

@@ -25,7 +25,7 @@ from geomirror.nbd.constants import (
     STATE_ZERO,
 )
 from geomirror.nbd.contexts import Answer
-from geomirror.nbd.protocol import ReplySink, Request
+from geomirror.nbd.protocol import ReadAnswer, ReplySink, Request
 from geomirror.node.status_contexts import StatusContexts
 from geomirror.node.volume_reads import VolumeReader
 from geomirror.volume.dirty_index import ZERO
@@ -177,6 +177,9 @@ class PrimaryExport:
             command = request.command
             if command == CMD_WRITE:
                 writes.append((_WRITE, volume, request.offset, request.length, request.payload))
+                if not request.flags:
+                    cookies.append(request.cookie)
+                    continue
             elif command == CMD_READ:
                 reads.append(request)
                 continue
@@ -192,8 +195,8 @@ class PrimaryExport:
             self._write(handle, writes, cookies, fua)
         if flushes:
             self._flush(FlushToken(sink, flushes))
-        for request in reads:
-            self._read(request, sink)
+        if reads:
+            self._read_all(reads, sink)
         self.runner.wrote()
 
     def _write(
@@ -243,10 +246,24 @@ class PrimaryExport:
             FlushToken(sink, [*held.cookies, *held.fua_cookies]).answer(error)
         return True
 
-    def _read(self, request: Request, sink: ReplySink) -> None:
+    def _read_all(self, requests: Sequence[Request], sink: ReplySink) -> None:
         if self.core.fenced is not None:
-            sink.reply(request.cookie, self.core.fenced.nbd_errno)
+            for request in requests:
+                sink.reply(request.cookie, self.core.fenced.nbd_errno)
             return
+        answers: list[ReadAnswer] = []
+        read_one = self.reader.read_one
+        for request in requests:
+            offset = request.offset
+            data = read_one(offset, request.length)
+            if data is None:
+                self._read(request, sink)
+            else:
+                answers.append((request.cookie, offset, (data,)))
+        if answers:
+            sink.reply_reads(answers)
+
+    def _read(self, request: Request, sink: ReplySink) -> None:
         cookie, offset = request.cookie, request.offset
         buffers = self.reader.read_now(offset, request.length)
         if buffers is not None:

@@ -18,6 +18,16 @@ class VolumeReader:
         self._engine = engine
         self._volume = volume
 
+    def read_one(self, offset: int, length: int) -> Buffer | None:
+        """The bytes if they lie in one place and in memory, else None: `read_now` may know more."""
+        engine, volume = self._engine, self._volume
+        source = engine.indexes[volume].only_source(offset, length)
+        if length > READ_NOW_BYTES_MAX or not source:
+            return None
+        if source == IMAGE:
+            return engine.images[volume].try_read(offset, length)
+        return engine.journal.try_read(source, length)
+
     def read_now(self, offset: int, length: int) -> list[Buffer] | None:
         """The bytes, or None when a disk would have to be waited for."""
         if length > READ_NOW_BYTES_MAX:

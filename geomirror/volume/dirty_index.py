@@ -225,18 +225,19 @@ class DirtyIndex:
         """Where the bytes of a range lie now; ascending, gapless, adjacent whole blocks joined."""
         if not length:
             return []
-        entries = self.entries
+        source = self.only_source(offset, length)
+        return [Piece(offset, length, source)] if source else self._lookup(offset, offset + length)
+
+    def only_source(self, offset: int, length: int) -> int:
+        """An address or `IMAGE` if all bytes of a range lie there one after the other, as those of
+        nearly every random read do; 0: `lookup` has to tell."""
         first = offset >> _BLOCK_SHIFT
-        if (offset + length - 1) >> _BLOCK_SHIFT == first:
-            # One block, whole in the journal or not in it: nearly every random read.
-            entry = entries.get(first)
-            if entry is None and not self._starts:
-                return [Piece(offset, length, IMAGE)]
-            if isinstance(entry, int) and entry > 0:
-                return [Piece(offset, length, entry + (offset & _BLOCK_MASK))]
-        elif not entries and not self._starts:
-            return [Piece(offset, length, IMAGE)]
-        return self._lookup(offset, offset + length)
+        if (offset + length - 1) >> _BLOCK_SHIFT != first:
+            return 0 if self.entries or self._starts else IMAGE
+        entry = self.entries.get(first)
+        if entry is None:
+            return 0 if self._starts else IMAGE
+        return entry + (offset & _BLOCK_MASK) if isinstance(entry, int) and entry > 0 else 0
 
     def _lookup(self, offset: int, stop: int) -> list[Piece]:
         found: list[Piece] = []

@@ -127,7 +127,7 @@ class Engine(RollbackPath, RoleChanges):
     @property
     def open_epoch_bytes(self) -> int:
         """Data bytes of the open epoch, about."""
-        return sum(len(index.touched) for index in self.indexes.values()) * BLOCK_BYTES
+        return self._open_entries * BLOCK_BYTES
 
     @property
     def open_epoch_since_wall_ns(self) -> int | None:

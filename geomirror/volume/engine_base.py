@@ -364,7 +364,7 @@ class EngineBase:
 
     @property
     def _open_entries(self) -> int:
-        return sum(len(index.touched) for index in self.indexes.values())
+        return sum([len(index.touched) for index in self.indexes.values()])
 
     def _enter(self, epoch: Epoch, info: EpochInfo) -> None:
         """An EPOCH record was appended."""

@@ -54,14 +54,13 @@ class WritePath(ReturningPrimary):
         :raises JournalFullError: held back by the journal's or the index's bound; nothing changed.
         :raises NoSpaceError: the disk is full; nothing changed.
         """
-        size = mask = 0
-        is_plain = True
+        size = mask = kinds = 0
         for kind, _, offset, length, _ in writes:
             size += length
             mask |= offset | length
-            is_plain = is_plain and kind == _WRITE
+            kinds |= kind
         count = len(writes)
-        if is_plain and not mask & _BLOCK_MASK:
+        if kinds == _WRITE and not mask & _BLOCK_MASK:
             self._take_room(size + _RECORD_BYTES * count, size >> 12, 0)
         else:
             self._take_room(*self._measure(writes))
@@ -70,14 +69,16 @@ class WritePath(ReturningPrimary):
 
         lsns = self.journal.append(writes, wall_ns, flags=self._cut_number & 0xFF)
 
-        indexes = self.indexes
+        last = -1
         for (kind, volume, offset, length, _), lsn in zip(writes, lsns, strict=True):
-            index = indexes[volume]
+            if volume != last:
+                last, index = volume, self.indexes[volume]
+                entries, touched = index.entries, index.touched
             if kind == _WRITE:
                 if length == BLOCK_BYTES and not offset & _BLOCK_MASK:
                     # `DirtyIndex.write` for the one case that counts: one whole block.
                     block = offset >> 12
-                    index.touched[block] = index.entries[block] = lsn + HEADER_BYTES
+                    touched[block] = entries[block] = lsn + HEADER_BYTES
                 else:
                     index.write(offset, length, lsn + HEADER_BYTES)
             else:

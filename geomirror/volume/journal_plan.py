@@ -14,8 +14,10 @@ from xxhash import xxh3_64_intdigest
 
 from geomirror.environment import Entropy
 from geomirror.volume.record import (
+    BATCH_FIELDS,
+    BATCH_KIND,
+    BATCH_SIZES,
     CHECK,
-    FIELDS,
     HEADER_BYTES,
     MAGIC,
     PADS,
@@ -107,32 +109,27 @@ class BatchPlan:
         position, check, salt = end_of_log.end_lsn, end_of_log.check, end_of_log.salt
         limit = (end_of_log.number + 1) * end_of_log.segment_bytes
         add, durable = part.buffers.append, self.durable_lsn
-        pack, pack_check, digest = FIELDS.pack, CHECK.pack, xxh3_64_intdigest
+        pack, pack_check, digest = BATCH_FIELDS.pack, CHECK.pack, xxh3_64_intdigest
         lsns: list[int] = []
+        like_kind = like_volume = like_length = -1
         for kind, volume, offset, length, payload in writes:
-            size = 0 if payload is None else len(payload)
-            assert size <= payload_max
-            end = position + HEADER_BYTES + size + (-size & 7)
+            if length != like_length or kind != like_kind or volume != like_volume:
+                # What neighbours have in common, as nearly all of a batch, is packed once.
+                like_kind, like_volume, like_length = kind, volume, length
+                size = 0 if payload is None else length
+                assert size <= payload_max
+                needed = HEADER_BYTES + size + (-size & 7)
+                first = BATCH_KIND.pack(MAGIC, kind, flags, volume)
+                middle = BATCH_SIZES.pack(length, wall_ns, durable, size)
+            end = position + needed
             if end > limit:
                 end_of_log.end_lsn, end_of_log.check = position, check
                 part = self.open_segment()
                 add, salt, position = part.buffers.append, part.salt, end_of_log.end_lsn
                 limit = (part.number + 1) * end_of_log.segment_bytes
-                end = position + HEADER_BYTES + size + (-size & 7)
-            fields = pack(
-                MAGIC,
-                kind,
-                flags,
-                volume,
-                position,
-                offset,
-                length,
-                wall_ns,
-                durable,
-                size,
-                check & 0xFFFFFFFF,
-                digest(payload) if size else 0,  # type: ignore[arg-type]
-            )
+                end = position + needed
+            content_check = digest(payload) if size else 0  # type: ignore[arg-type]
+            fields = pack(first, position, offset, middle, check & 0xFFFFFFFF, content_check)
             check = digest(fields, salt)
             add(fields + pack_check(check))
             if size:

@@ -23,6 +23,7 @@ _IOV_MAX = 1024
 _ZEROS = bytes(1 * MIB)
 _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 0x01, 0x02, 0x10
 """Modes of fallocate(2), from linux/falloc.h."""
+_NOWAIT = os.RWF_NOWAIT
 _UNSUPPORTED = frozenset((errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV, errno.EPERM))
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -112,7 +113,7 @@ class PosixFile:
             self._require()
         data = bytearray(length)
         try:
-            found = os.preadv(self._descriptor, [data], offset, os.RWF_NOWAIT)
+            found = os.preadv(self._descriptor, [data], offset, _NOWAIT)
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EOPNOTSUPP):
                 return None

@@ -30,6 +30,14 @@ MAGIC = b"GMRC"
 
 FIELDS = struct.Struct("<4sBBHQQQQQIIQ")
 """The first 64 bytes of a header; the check of them follows."""
+BATCH_KIND = struct.Struct("<4sBBH")
+BATCH_SIZES = struct.Struct("<QQQI")
+BATCH_FIELDS = struct.Struct("<8sQQ28sIQ")
+"""`FIELDS` in pieces, of which the two first are of many records: packing a field costs as much as
+hashing 200 bytes."""
+assert BATCH_KIND.size == 8
+assert BATCH_SIZES.size == 28
+assert BATCH_FIELDS.size == FIELDS.size
 CHECK = struct.Struct("<Q")
 _HEADER = struct.Struct("<4sBBHQQQQQIIQQ")
 """Both at once."""

@@ -44,22 +44,25 @@ class EpochSealing(MarkMaking):
         """Everything completed is in a sealed epoch."""
         return (
             self.open_since_ns is None
-            and self._sealing is None
-            and not self.is_running("seal")
+            and not self._is_sealing
             and self.engine.committed_epoch == self.engine.sealed_epoch
         )
 
     @property
     def target_epoch(self) -> int:
         """The epoch that will hold everything completed by now."""
-        is_sealing = self.is_running("seal") or self._sealing is not None
         is_open = self.open_since_ns is not None
-        return self.engine.committed_epoch + is_sealing + is_open
+        return self.engine.committed_epoch + self._is_sealing + is_open
+
+    @property
+    def _is_sealing(self) -> bool:
+        """An epoch is cut and not committed yet."""
+        return self._sealing is not None or self.is_running("seal")
 
     def _pump_seal(self) -> None:
         if self._sealing is not None:
             self._complete_seal()
-        if self.is_running("seal") or self._sealing is not None:
+        if self._is_sealing:
             return
         engine, request = self.engine, self._next_mark()
         if request is None and not self._is_seal_due():

@@ -105,8 +105,8 @@ class Primary(Verifying):
         self._wrote_ns = now_ns
         if self.open_since_ns is None:
             self.open_since_ns = now_ns
-        elif self.engine.open_epoch_bytes >= self.limits.epoch_bytes_max:
-            self._pump_role()
+        elif self.engine.open_epoch_bytes >= self.limits.epoch_bytes_max and not self._is_sealing:
+            self._pump_role()  # Else the end of the seal will cut, and each batch would come here.
         return lsn
 
     def prepared(self, job: GrowJob) -> None:
