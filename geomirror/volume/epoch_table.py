@@ -124,10 +124,10 @@ def is_canonical(table: Table) -> bool:
     if int(kind.max()) > KIND_ZERO or int(count.min()) == 0 or int(start.max()) > BLOCK_MAX:
         return False
     # Of the two kinds DATA is 0, and 1 is the least that a count can be.
-    if ((count > 1) > kind).any():
+    if np.count_nonzero((count > 1) > kind):
         return False
     before, after = table["volume"][:-1], table["volume"][1:]
     follows = start[1:] >= start[:-1] + count[:-1]
     follows &= after == before
     follows |= after > before
-    return bool(follows.all())
+    return int(np.count_nonzero(follows)) == len(follows)

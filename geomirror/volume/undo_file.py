@@ -276,7 +276,7 @@ class UndoReader:
         self._keys: Keys = keys_of(self._table)
         chunks: _Array = np.frombuffer(tables[sizes[0] :], dtype=CHUNK)
         stored = chunks["stored"].astype(np.int64)
-        self.chunks = ChunkMap(name, chunks, _HEADER.size + np.cumsum(stored) - stored)
+        self.chunks = ChunkMap(name, chunks, _HEADER.size + stored.cumsum() - stored)
         raw_bytes = int(chunks["raw"].sum(dtype=np.int64))
         if _HEADER.size + int(stored.sum()) != start or not self._is_covered(raw_bytes):
             raise self._damaged("has tables that contradict each other")

@@ -171,9 +171,12 @@ class View:
         unchanged = (places == IMAGE).nonzero()[0]
         if not len(unchanged):
             return
-        heads = run_heads(unchanged[1:] - unchanged[:-1] != 1)
-        lengths = run_lengths(heads, len(unchanged)).tolist()
-        for at, blocks in zip(unchanged[heads].tolist(), lengths, strict=True):
+        runs = [(int(unchanged[0]), len(unchanged))]
+        if int(unchanged[-1]) - runs[0][0] >= len(unchanged):
+            heads = run_heads(unchanged[1:] - unchanged[:-1] != 1)
+            lengths = run_lengths(heads, len(unchanged)).tolist()
+            runs = list(zip(unchanged[heads].tolist(), lengths, strict=True))
+        for at, blocks in runs:
             offset = (first + at) * BLOCK_BYTES
             length = min(blocks * BLOCK_BYTES, image.size_bytes - offset)
             content[at * BLOCK_BYTES : at * BLOCK_BYTES + length] = image.read(offset, length)

@@ -160,11 +160,11 @@ class PeerStandings(InSyncSet):
 
     def _announce_at(self, sender: Sender) -> int | None:
         """When this peer is to be told again; None: not while this lasts."""
-        is_sayable = self._saved.version >= self._first_version
-        if not sender.is_open or sender.name not in self._known or not is_sayable:
+        version = self._saved.version
+        if not sender.is_open or sender.name not in self._known or version < self._first_version:
             return None
         told = self._told.get(sender.name)
-        if told is None or told.version != self._saved.version:
+        if told is None or told.version != version:
             return self.now_ns
         is_moved = told.position != self._position
         return told.at_ns + (ANNOUNCE_NS_MIN if is_moved else ANNOUNCE_NS_MAX)

@@ -73,7 +73,10 @@ class SimFile:
         if last - first == 1:
             data = get(first, ZERO_PAGE)
         else:
-            data = b"".join(map(get, range(first, last), repeat(ZERO_PAGE)))
+            pages = [*map(get, range(first, last), repeat(ZERO_PAGE))]
+            if pages and not start:
+                pages[-1] = pages[-1][: length - (len(pages) - 1) * PAGE]
+            data = b"".join(pages)
         if length != len(data):
             data = data[start : start + length]
         if offset + length > inode.size:
