@@ -124,7 +124,11 @@ class TunnelService:
     # ---- what the operator and neighbours ask for
 
     async def up(self) -> None:
-        """Have tunnels from now on. :raises GeomirrorError: this host cannot; nothing changed."""
+        """Have tunnels from now on.
+
+        :raises RefusedError: this host cannot have them; nothing changed.
+        :raises LinkError: a tool failed; it is tried again until `down`.
+        """
         self._check()
         self.is_wanted = True
         async with self._busy:

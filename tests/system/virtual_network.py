@@ -130,6 +130,21 @@ class Host(Site):
         return found
 
 
+def connection(source: Host, target: Host, address: str) -> tuple[socket.socket, socket.socket]:
+    """Both ends of a TCP connection to a virtual address."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket_in(target, family) as listener:
+        listener.bind((address, TCP_PORT + 1))
+        listener.listen()
+        listener.settimeout(20)
+        sender = socket_in(source, family)
+        sender.settimeout(30)
+        sender.connect((address, TCP_PORT + 1))
+        taken, _ = listener.accept()
+    taken.settimeout(30)
+    return sender, taken
+
+
 def transfer(source: Host, target: Host, address: str, data: bytes) -> tuple[bytes, str]:
     """Bytes over TCP to a virtual address; what arrived, and where it came from."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
