@@ -6,12 +6,13 @@ from pathlib import Path
 
 import msgspec
 
-from geomirror.errors import IntegrityError, StorageError
+from geomirror.errors import IntegrityError, RefusedError, StorageError, UsageError
 from geomirror.limits import Limits
 from geomirror.node.paths import write_file_atomic
 from geomirror.tunnel.service_rules import Exposure, Forward, ServiceRules
 
 FORMAT = 1
+_RESTORE = "restore it, or move it away and expose and forward anew"
 
 
 class _File(msgspec.Struct, forbid_unknown_fields=True):
@@ -39,16 +40,19 @@ class ServiceStore:
         try:
             found = msgspec.json.decode(data, type=_File)
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-            raise IntegrityError(
-                f"{path} is damaged: {error}",
-                hint="restore it, or move it away and expose and forward anew",
-            ) from error
+            raise IntegrityError(f"{path} is damaged: {error}", hint=_RESTORE) from error
         if found.format != FORMAT:
             raise IntegrityError(
                 f"{path} has format {found.format}, this version knows {FORMAT}",
                 hint="install the version of geomirror that wrote it",
             )
-        self.rules = ServiceRules(limits, found.exposures, found.forwards)
+        try:
+            for exposure in found.exposures:
+                self.rules = self.rules.with_exposure(exposure)
+            for forward in found.forwards:
+                self.rules = self.rules.with_forward(forward)
+        except (UsageError, RefusedError) as error:
+            raise IntegrityError(f"{path} is damaged: {error.message}", hint=_RESTORE) from error
 
     def save(self, rules: ServiceRules) -> None:
         """These rules are in force from now on; durable at return.
