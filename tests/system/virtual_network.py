@@ -229,6 +229,10 @@ def two_hosts(root: Path) -> Iterator[tuple[Host, Host]]:
     finally:
         for host in hosts:
             host.end()
+            # Of a daemon that had to be killed.
+            if (host.data_dir / "network/network.json").exists():
+                for path in SOCKETS.glob(f"{host.tag}*.sock"):
+                    path.unlink(missing_ok=True)
         for name in names:
             subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
 
