@@ -30,7 +30,7 @@ from geomirror.environment import SECOND
 from geomirror.limits import BLOCK_BYTES, GIB, KIB, MIB, PRODUCTION, TIB, Limits
 from geomirror.volume.undo_file import PassInfo
 from geomirror.volume.undo_levels import level_of
-from geomirror.wan_protocol.replica import THIN_INTERVAL_NS
+from geomirror.wan_protocol.history_upkeep import THIN_INTERVAL_NS
 
 NAME = "history"
 COLUMNS = ["trace", "step", "kept for", "points", "MiB", "MiB/h", "part of churn"]

@@ -106,6 +106,10 @@ class Limits:
     """Newer passes are not merged: a crash may have to repeat one of them exactly as it was."""
     undo_merge_bytes_max: int = 64 * MIB
     """Before-images of one merge of passes; applying waits for about a second meanwhile."""
+    undo_scrub_ns: int = 24 * 3_600 * SECOND
+    """All undo is read through once in this time, so that damage is known before it is needed."""
+    undo_scrub_bytes: int = 32 * MIB
+    """At a time, every ten seconds at most; applying waits for it."""
     view_entries_max: int = 1 << 20
     """Blocks changed since a view's epoch that its index holds (48 bytes each)."""
     views_max: int = 4
@@ -311,6 +315,8 @@ SIMULATION = Limits(
         (60 * SECOND, 540 * SECOND),
     ),
     undo_merge_bytes_max=512 * KIB,
+    undo_scrub_ns=60 * SECOND,
+    undo_scrub_bytes=256 * KIB,
     view_entries_max=4096,
     verify_region_blocks=8,
     verify_read_bytes_max=64 * KIB,

@@ -25,7 +25,9 @@ OK, WARNING, CRITICAL, UNKNOWN = range(4)
 def check(app: App, name: str, warn_rpo: float, crit_rpo: float) -> int:
     """Judge a resource as a Nagios plug-in: exit 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN.
 
-    The RPO is the age of the oldest write that a peer would lose if this site were gone now.
+    The RPO is the age of the oldest write that a peer would lose if this site were gone now. A
+    history that is damaged, lost a mark or is cut short by its budget, and branches with almost no
+    room left, are a WARNING.
     """
     try:
         found = app.call("status", {"name": name}, timeout_s=10)["resources"]
@@ -48,17 +50,25 @@ def judge(resource: dict[str, Any], warn_rpo_s: float, crit_rpo_s: float) -> tup
         judged = (_judge_peer(peer, warn_rpo_s, crit_rpo_s), _judge_verify(peer))
         worst = max(worst, *(code for code, _ in judged))
         reasons += [reason for code, reason in judged if code]
+    for part in ("history", "branches"):
+        alarm = (resource.get(part) or {}).get("alarm")
+        if alarm:
+            worst = max(worst, WARNING)
+            reasons.append(f"{part} here: {alarm}")
     drill = resource.get("last_drill")
     if drill and drill["result"] != "passed":
         worst = max(worst, WARNING)
         reasons.append(f"the last drill here did not pass: {drill['reason'] or drill['result']}")
     if not resource["peers"]:
-        return WARNING, "there is no other copy"
+        reasons.append("there is no other copy")
+        return max(worst, WARNING), "; ".join(reasons)
     return worst, "; ".join(reasons) or f"{len(resource['peers'])} peers within the RPO"
 
 
 def _judge_peer(peer: dict[str, Any], warn_rpo_s: float, crit_rpo_s: float) -> tuple[int, str]:
     rpo_s, node = peer.get("rpo_seconds"), peer["node"]
+    if peer.get("state") == "Refused" and peer.get("reason"):
+        return CRITICAL, f"{node}: {peer['reason']}"
     if peer.get("disk_state") not in ("UpToDate", "Consistent"):
         return CRITICAL, f"{node} has no usable copy ({peer.get('disk_state')})"
     if rpo_s is None:

@@ -58,6 +58,7 @@ PANELS: dict[str, dict[str, str]] = {
         "timeline": "geomirror.cli.timeline",
         "view": "geomirror.cli.view",
         "drill": "geomirror.cli.drill",
+        "resync": "geomirror.cli.resync",
         "rewind": "geomirror.cli.rewind",
         "branch": "geomirror.cli.branch",
     },

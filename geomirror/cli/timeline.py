@@ -49,10 +49,22 @@ def _text(result: dict[str, Any], everything: bool) -> str:
             lines.append("\n" + table(["MARK", "TIME", "EPOCH"], marks))
     stored = f"{format_bytes(undo['stored_bytes'])} of {format_bytes(undo['budget_bytes'])}"
     lines.append(f"\nhistory: {stored}, {len(points)} points")
-    if undo["gap_epoch"] is not None:
-        lines.append(f"nothing before epoch {undo['gap_epoch']}: too much changed at once there")
+    lines += [_unusable(each) for each in undo["unusable"]]
+    lines += [
+        f"the primary's clock was set back by {format_seconds(each['seconds'])} after epoch "
+        f"{each['after_epoch']}, {local(each['from_time'])}: choose by epoch around it"
+        for each in result["clock_steps"]
+    ]
     lines.append(f'look at one: geomirror view create {result["resource"]} --at "-10m"')
     return "\n".join([f"{head}:", *lines])
+
+
+def _unusable(each: dict[str, Any]) -> str:
+    first = "" if each["from_epoch"] is None else f"{each['from_epoch'] + 1}-"
+    return (
+        f"no point before epoch {each['to_epoch']}: epochs {first}{each['to_epoch']}: "
+        f"{each['reason']}"
+    )
 
 
 def _levels(points: list[dict[str, Any]]) -> list[list[str]]:

@@ -66,7 +66,7 @@ def create(
     result = app.call("view.create", parameters, timeout_s=90)
     app.progress(
         f'view "{result["name"]}" of "{name}" on {result["node"]}: epoch {result["epoch"]}, '
-        f"{local(result['time'])}"
+        f"{local(result['time'])}{_nearest(result)}"
     )
     app.show(result, "\n".join(volume["nbd_uri"] for volume in result["volumes"]))
 
@@ -92,6 +92,15 @@ def delete(app: App, name: str, view_name: str, node: str | None) -> None:
     """End a view. What was written to it is gone; its clients get EIO."""
     result = app.call("view.delete", {"name": name, "view": view_name, "node": node})
     app.show(result, f'view "{view_name}" of "{name}" is deleted')
+
+
+def _nearest(result: dict[str, Any]) -> str:
+    """Why it is not exactly what was asked for."""
+    if not result["why"]:
+        return ""
+    later = result["later"]
+    after = f", the next point is epoch {later['epoch']}, {local(later['time'])}" if later else ""
+    return f"\n  the nearest before that moment{after}: {result['why']}"
 
 
 def _table(result: dict[str, Any]) -> str:

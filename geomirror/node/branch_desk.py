@@ -38,21 +38,28 @@ class BranchDesk:
     def describe(self) -> dict[str, Any]:
         """All branches, the oldest first, and what they cost."""
         branches = self._engine.branches
-        stored, budget = branches.stored_bytes(), self._node.limits.branches_bytes_max
-        count_max = self._node.limits.branches_max
-        is_almost_full = stored >= ALMOST_FULL * budget or (
-            len(branches.records()) >= ALMOST_FULL * count_max
-        )
+        summary = self.summary()
+        del summary["count"]
         return {
             "branches": [self._branch(each) for each in branches.records()],
             "damaged": list(branches.damaged),
+            **summary,
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """`branches` of a resource in `status --json`."""
+        branches, limits = self._engine.branches, self._node.limits
+        stored, count = branches.stored_bytes(), len(branches.records())
+        is_almost_full = (
+            stored >= ALMOST_FULL * limits.branches_bytes_max
+            or count >= ALMOST_FULL * limits.branches_max
+        )
+        alarm = "branches have almost no room left: a node that has to go back will stop and ask"
+        return {
+            "count": count,
             "stored_bytes": stored,
-            "budget_bytes": budget,
-            "alarm": (
-                "branches have almost no room left: a node that has to go back will stop and ask"
-                if is_almost_full
-                else ""
-            ),
+            "budget_bytes": limits.branches_bytes_max,
+            "alarm": alarm if is_almost_full else "",
         }
 
     async def drop(self, name: str) -> None:
@@ -96,7 +103,8 @@ class BranchDesk:
             Point(each.number, each.wall_ns, tuple(names.get(each.number, ())))
             for each in engine.rollback_targets()
         ]
-        return engine.rollback_target(find_point(points, at, marks).epoch)
+        found = find_point(points, at, marks, self._node.clock.wall_ns())
+        return engine.rollback_target(found.epoch)
 
     def cut_off(self, target: EpochInfo) -> dict[str, Any]:
         """What going back to it takes out of the volumes."""

@@ -29,6 +29,7 @@ from geomirror.node.definition_store import DefinitionStore
 from geomirror.node.drill_calls import DrillCalls
 from geomirror.node.events import EventRing
 from geomirror.node.failover_calls import FailoverCalls
+from geomirror.node.held_calls import HeldCalls
 from geomirror.node.link_router import LinkRouter
 from geomirror.node.log import set_level
 from geomirror.node.mark_calls import MarkCalls
@@ -220,6 +221,7 @@ class Node:
         DrillCalls(calls, views, self._status.drills).register(self._methods)
         BranchCalls(calls, views).register(self._methods)
         RewindCalls(calls, self._nbd.connection_count).register(self._methods)
+        HeldCalls(calls, views).register(self._methods)
         failover = FailoverCalls(self._host, self._store, self._links, self._router.is_up)
         failover.register(self._methods)
         self._volumes = VolumeChanges(calls)

@@ -109,20 +109,15 @@ class ReplicaRoles(RoleSteps):
         :param reason: `promoted` after a hand over, `forced` otherwise.
         :param install: makes the definition of the new generation durable and returns it.
         :raises RefusedError: this copy cannot be promoted; nothing changed.
+        :raises IntegrityError: undo of the state that a resync holds is damaged; nothing changed.
         :raises StorageError: the superblock has the role that counts; open the resource again.
         """
-        core, engine, name = self._core, self._engine, self.definition.name
-        if self.stage not in (SECONDARY, DIVERGED, SUPERSEDED) or self._remembering is not None:
-            raise RefusedError(f'"{name}" is {self.stage} at {self._node.name}, not Secondary')
-        if core.fenced is not None and self.stage != SUPERSEDED:
-            raise core.fenced
-        data_state = engine.superblock.data_state
-        if data_state != CONSISTENT and not engine.can_return:
-            raise RefusedError(
-                f'the copy of "{name}" at {self._node.name} is {data_state}: no image of any '
-                "moment",
-                hint=f"geomirror status {name}",
-            )
+        self._check_promotable()
+        engine = self._engine
+        if engine.held is not None:
+            # Before anything stops: what turns out to be damaged must not be half restored.
+            await self._call(engine.check_held)
+            self._check_promotable()  # A moment has passed.
         self._enter("promote")
         try:
             await self._prepare_promotion()
@@ -143,6 +138,21 @@ class ReplicaRoles(RoleSteps):
         fields = {"epoch": generation.parent_epoch, "token": generation.token, "reason": reason}
         self._runner.tell("promoted", fields)
         return generation
+
+    def _check_promotable(self) -> None:
+        """:raises RefusedError, FencedError: this copy cannot be promoted now."""
+        core, engine, name = self._core, self._engine, self.definition.name
+        if self.stage not in (SECONDARY, DIVERGED, SUPERSEDED) or self._remembering is not None:
+            raise RefusedError(f'"{name}" is {self.stage} at {self._node.name}, not Secondary')
+        if core.fenced is not None and self.stage != SUPERSEDED:
+            raise core.fenced
+        data_state = engine.superblock.data_state
+        if data_state != CONSISTENT and not engine.can_return:
+            raise RefusedError(
+                f'the copy of "{name}" at {self._node.name} is {data_state}: no image of any '
+                "moment",
+                hint=f"geomirror status {name}",
+            )
 
     # Primary to secondary.
 

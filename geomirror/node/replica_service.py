@@ -13,6 +13,7 @@ from geomirror.node.branch_desk import BranchDesk
 from geomirror.node.context import NodeContext
 from geomirror.node.full_disk import FullDisk
 from geomirror.node.grower import Grower
+from geomirror.node.history_report import history_object
 from geomirror.node.mark_desk import MarkDesk
 from geomirror.node.primary_export import FlushToken, HeldWriters
 from geomirror.node.replica_exports import ReplicaExports
@@ -210,8 +211,7 @@ class ReplicaService(ReplicaReturn, ReplicaShipping):
 
     def status(self) -> dict[str, Any]:
         """The resource object of `status --json`, without what only the node knows."""
-        engine, now_ns = self._engine, self._runner.now_ns()
-        status = self._status
+        engine, status, core = self._engine, self._status, self._core
         journal: dict[str, Any] = {
             "bytes_used": engine.journal.bytes_used,
             "bytes_total": engine.journal.bytes_total,
@@ -219,12 +219,12 @@ class ReplicaService(ReplicaReturn, ReplicaShipping):
         }
         if isinstance(status, PrimaryStatus):
             journal["covers_seconds"] = status.covers_seconds()
-            peers, disk_state = status.peers(now_ns), "UpToDate"
+            peers, disk_state = status.peers(self._runner.now_ns()), "UpToDate"
             for peer in peers:
                 peer["verify"] = self.verifies.describe(peer["node"])
         else:
             peers, disk_state = status.peers(), status.disk_state()
-        core, no_space = self._core, self._held.no_space
+        no_space = self._held.no_space
         return {
             "name": self.definition.name,
             "generation": engine.generation.hex(),
@@ -240,6 +240,8 @@ class ReplicaService(ReplicaReturn, ReplicaShipping):
             "sync": sync_object(core),
             "behind": behind_object(engine),
             "superseded": self.tail() if engine.superblock.superseded_by else None,
+            "history": history_object(engine, self._node.limits),
+            "branches": self.branches.summary(),
             "reason": self.outranked_reason() or str(core.fenced or core.stalled or no_space or ""),
         }
 
@@ -339,6 +341,7 @@ class ReplicaService(ReplicaReturn, ReplicaShipping):
         while True:
             await asyncio.sleep(TICK_S)
             self._status.sample(self._runner.now_ns())
+            self._core.handle_timer(self._runner.now_ns())
             for peer in list(self._links_up):
                 self._room(peer)
             self._runner.drive()

@@ -120,6 +120,7 @@ class ReaderPins:
             lambda: undo.history,
             engine.store.open,
             self._limits.view_entries_max,
+            undo.suspect,
         )
         undo.pin(_OWNER, held.epoch)
         for reader in waiting:

@@ -9,10 +9,11 @@ from typing import Any
 from geomirror.errors import NotFoundError, UsageError
 from geomirror.limits import GIB
 from geomirror.node.calls import Caller, MethodRegistry, Parameters, Result
+from geomirror.node.history_report import clock_steps
 from geomirror.node.resource_calls import ResourceCalls
 from geomirror.node.view_host import OpenView, ViewHost, timestamp
 from geomirror.volume.points import At, Point
-from geomirror.volume.undo_levels import level_of
+from geomirror.volume.undo_levels import ages_of, level_of
 
 VIEW_TIMEOUT_S = 60.0
 QUOTA_BYTES_DEFAULT = 10 * GIB
@@ -68,10 +69,16 @@ class ViewCalls:
             return await self.forward(caller, other, "resource.timeline", request)
         host = self._host(request.name)
         points = host.points()
+        levels = self.calls.host.context.limits.undo_levels
+        ages = ages_of([point.wall_ns for point in points])
         return {
             "resource": request.name,
             "node": self._self,
-            "points": [_point(point, self._level(point, points)) for point in points],
+            "points": [
+                _point(point, levels[level_of(age_ns, levels)][0] / 1e9)
+                for point, age_ns in zip(points, ages, strict=True)
+            ],
+            "clock_steps": clock_steps(points),
             "undo": host.undo_state(),
         }
 
@@ -134,11 +141,6 @@ class ViewCalls:
         """Let another member do it."""
         return await self.calls.forward(caller, node, method, request, VIEW_TIMEOUT_S)
 
-    def _level(self, point: Point, points: list[Point]) -> float:
-        levels = self.calls.host.context.limits.undo_levels
-        newest_ns = max(each.wall_ns for each in points)
-        return levels[level_of(newest_ns - point.wall_ns, levels)][0] / 1e9
-
     def described(self, host: ViewHost, view: OpenView) -> dict[str, Any]:
         """The view's object, with its URIs."""
         return self._with_uris(host.describe(view))
@@ -157,4 +159,5 @@ def _point(point: Point, step_s: float) -> dict[str, Any]:
         "time": timestamp(point.wall_ns),
         "step_seconds": step_s,
         "marks": list(point.marks),
+        "since": point.since,
     }

@@ -16,11 +16,13 @@ from geomirror.environment import SECOND
 from geomirror.errors import GeomirrorError, NotFoundError, RefusedError
 from geomirror.nbd.protocol import Export
 from geomirror.node.context import NodeContext
+from geomirror.node.history_report import undo_object
 from geomirror.node.rfc3339 import rfc3339
 from geomirror.node.view_export import ViewExport, ViewQueue
 from geomirror.volume.branch_view import BranchView
 from geomirror.volume.engine import Engine
-from geomirror.volume.points import At, Point, find_point, points_of
+from geomirror.volume.engine_rollback import is_on_chain
+from geomirror.volume.points import At, Located, Point, locate, points_of
 from geomirror.volume.scratch import DIRECTORY, Scratch, data_name, map_name
 from geomirror.volume.store_io import DirectoryStore
 from geomirror.volume.superblock import VolumeRecord
@@ -55,6 +57,12 @@ class OpenView:
         self.connections = 0
         self.reason = ""
         """Why it is not served."""
+        self.ends_ns: int | None = None
+        """When it expires, by the monotonic clock: one that is set changes nothing of it."""
+        self.why = ""
+        """Why there is no point nearer to what was asked for."""
+        self.later: Point | None = None
+        """The next one after what was asked for."""
 
 
 class ViewHost:
@@ -80,18 +88,7 @@ class ViewHost:
 
     def undo_state(self) -> dict[str, Any]:
         """What history costs, and why it does not reach back further."""
-        engine, limits = self._engine, self._node.limits
-        history = engine.undo.history
-        kept = history.kept(engine.applied_epoch if engine.held is None else engine.held.epoch)
-        earlier = history.passes[: len(history.passes) - len(kept)]
-        gap = next((each for each in reversed(earlier) if each.is_gap), None)
-        return {
-            "stored_bytes": sum(each.stored_bytes for each in history.passes),
-            "budget_bytes": limits.undo_bytes_max,
-            "passes": len(history.passes),
-            "passes_max": limits.undo_passes_max,
-            "gap_epoch": None if gap is None else gap.to_epoch,
-        }
+        return undo_object(self._engine, self._node.limits)
 
     def open_all(self) -> None:
         """Find the views of the last life again. Blocking; before anything is applied."""
@@ -109,6 +106,7 @@ class ViewHost:
                 self._remove_files(name.removesuffix(".view"))  # Its name was never answered.
                 continue
             self._views[view.record.name] = view
+            self._set_end(view)
             try:
                 self._open(view, is_new=False)
             except GeomirrorError as error:
@@ -123,10 +121,17 @@ class ViewHost:
             not consistent. :raises LimitExceededError: too much was changed since.
         """
         self._check_room()
-        point = find_point(self.points(), at, self._engine.marks.table)
-        return await self._create(
-            point, is_writable=is_writable, quota_bytes=quota_bytes, expires_s=expires_s
+        found = self.locate(at)
+        view = await self._create(
+            found.point, is_writable=is_writable, quota_bytes=quota_bytes, expires_s=expires_s
         )
+        view.why, view.later = found.why, found.later
+        return view
+
+    def locate(self, at: At) -> Located:
+        """The point meant by `at`. :raises NotFoundError, UsageError: see `points.locate`."""
+        now_ns = self._node.clock.wall_ns()
+        return locate(self.points(), at, self._engine.marks.table, now_ns)
 
     async def create_of_branch(self, branch: str, *, expires_s: float | None) -> OpenView:
         """Make a read-only view of the end of a branch.
@@ -164,6 +169,7 @@ class ViewHost:
             branch=branch,
         )
         view = self._views[record.name] = OpenView(record)
+        self._set_end(view)
         self._engine.undo.pin(_owner(record.name), record.epoch)
         loop = asyncio.get_running_loop()
         try:
@@ -204,15 +210,24 @@ class ViewHost:
 
     async def expire(self) -> list[str]:
         """End the views whose time is over; their names."""
-        now_ns = self._node.clock.wall_ns()
+        now_ns = self._node.clock.now_ns()
         over = [
             view
             for view in self._views.values()
-            if view.record.expires_wall_ns is not None and view.record.expires_wall_ns <= now_ns
+            if view.ends_ns is not None and view.ends_ns <= now_ns
         ]
         for view in over:
             await self._end(view, "its time is over")
         return [view.record.name for view in over]
+
+    def _set_end(self, view: OpenView) -> None:
+        """From the wall clock, once in each life: it may have been set while the node was away, but
+        no view lives longer for that than it was meant to."""
+        record, clock = view.record, self._node.clock
+        if record.expires_wall_ns is not None:
+            lifetime_ns = record.expires_wall_ns - record.created_wall_ns
+            left_ns = min(max(record.expires_wall_ns - clock.wall_ns(), 0), lifetime_ns)
+            view.ends_ns = clock.now_ns() + left_ns
 
     async def stop(self) -> None:
         """Serve nothing more; the views stay."""
@@ -240,6 +255,10 @@ class ViewHost:
             "time": timestamp(record.wall_ns),
             "created_at": timestamp(record.created_wall_ns),
             "expires_at": timestamp(record.expires_wall_ns),
+            "why": view.why,
+            "later": None
+            if view.later is None
+            else {"epoch": view.later.epoch, "time": timestamp(view.later.wall_ns)},
             "is_writable": record.is_writable,
             "quota_bytes": record.quota_bytes if record.is_writable else None,
             "written_bytes": scratch.used_bytes if scratch is not None else 0,
@@ -286,7 +305,9 @@ class ViewHost:
     def _open(self, view: OpenView, *, is_new: bool) -> None:
         """Blocking. :raises GeomirrorError: it cannot be served."""
         record, engine, store = view.record, self._engine, self._store
-        if not record.branch and record.generation != engine.generation.hex():
+        if not record.branch and not is_on_chain(
+            engine.superblock.chain, record.generation, record.epoch
+        ):
             raise NotFoundError("it is of another history than this copy has now")
         newest = engine.state_epoch
         if newest is None or record.epoch > newest:
@@ -298,7 +319,9 @@ class ViewHost:
         if record.branch:
             seen = engine.view_branch(record.branch)
         else:
-            seen = View(record.epoch, images, lambda: undo.history, store.open, entries_max)
+            seen = View(
+                record.epoch, images, lambda: undo.history, store.open, entries_max, undo.suspect
+            )
         undo.pin(_owner(record.name), record.epoch)
         seen.prepare()
         if is_new:

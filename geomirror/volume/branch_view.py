@@ -59,7 +59,14 @@ class BranchView:
         record = owner.branches.get(name)
         undo = owner.undo
         images = {index: image.physical for index, image in owner.images.items()}
-        base = View(record.base_epoch, images, lambda: undo.history, owner.store.open, entries_max)
+        base = View(
+            record.base_epoch,
+            images,
+            lambda: undo.history,
+            owner.store.open,
+            entries_max,
+            undo.suspect,
+        )
         return cls(record, base, images, owner.branches.reader(name))
 
     def prepare(self) -> None:

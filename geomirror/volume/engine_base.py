@@ -42,9 +42,7 @@ from geomirror.volume.way_back import WAY_BACK, way_back
 
 MakeBacking = Callable[[VolumeChange], tuple[str, File] | None]
 """Path and file of an added volume's backing on this node; None for a file in the store. Blocking.
-
 Raises GeomirrorError: it is missing, in use, or holds data that must not be overwritten."""
-
 
 NO_GENERATION = bytes(16)
 """Generation of a secondary that no primary has spoken to yet."""
@@ -307,6 +305,8 @@ class EngineBase:
         # A floor is a lower bound; the position of an earlier checkpoint is one, too.
         superblock.scan_lsn = max(scan_lsn, self.scan_lsn)
         superblock.undo_next = self.undo.next_counter
+        if self.half_applied_through is None:
+            superblock.undo_settled = superblock.undo_next
         same = {"known_durable_lsn": superblock.known_durable_lsn, "sequence": superblock.sequence}
         is_same = msgspec.structs.replace(self._written, **same) == superblock
         has_due = self.undo.is_void or bool(self.undo.left_over)

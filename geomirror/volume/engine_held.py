@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from geomirror.errors import RefusedError
+from geomirror.limits import MIB
 from geomirror.volume.engine_copy import CopyPosition
 from geomirror.volume.image import Image
 from geomirror.volume.mark_log import holds_state
@@ -25,6 +26,9 @@ from geomirror.volume.superblock import HeldRecord
 from geomirror.volume.undo_file import PassInfo, PassLabel
 from geomirror.volume.undo_open import OpenPass, open_pass_of
 from geomirror.volume.volume_change import VolumeChange
+
+HELD_CHECK_BYTES = 64 * MIB
+"""Of stored before-images that a promotion reads through first: a fraction of a second."""
 
 
 class CloseHeldJob:
@@ -174,6 +178,16 @@ class HeldCopy(CopyPosition):
         held = self.superblock.held
         now = {v.index: v.size_bytes for v in self.superblock.volumes}
         return held is not None and held.sizes == now
+
+    def check_held(self) -> None:
+        """Read some of what a return would write back through, as much as takes no time worth
+        speaking of: a promotion waits for it. Blocking, and jobs may run meanwhile.
+
+        :raises IntegrityError: some of it is damaged; nothing changed.
+        """
+        open_pass = self.open_pass
+        if open_pass is not None:
+            open_pass.verify(HELD_CHECK_BYTES)
 
     def begin_return(self) -> None:
         """Decide to go back to the held state; durable by a checkpoint, which comes first.

@@ -88,7 +88,12 @@ class ReturningPrimary(HeldCopy):
         assert self.open_pass is not None
         self._superseded = self._applied_since(held)
         view = View(
-            held.epoch, self.physical_images, lambda: undo.history, self.store.open, _NO_BOUND
+            held.epoch,
+            self.physical_images,
+            lambda: undo.history,
+            self.store.open,
+            _NO_BOUND,
+            undo.suspect,
         )
         undo.kept_after = held.epoch
         self._set_layer(HeldLayer(view, self.open_pass.saved, self._superseded))

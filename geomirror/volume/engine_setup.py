@@ -215,15 +215,16 @@ def _open_undo(
     held = superblock.held
     number = None if held is None else held.undo_number
     undo = UndoStore(store, limits, superblock.undo_next, number)
+    open_pass: OpenPass | None = None
     if held is not None:
         open_pass = open_pass_of(store, undo, held, limits)
         open_pass.load()
-        undo.image_is_at(held.epoch)
-        return undo, open_pass
-    if superblock.data_state != "consistent":
+    elif superblock.data_state != "consistent":
         undo.drop_all()
-    undo.image_is_at(superblock.applied_epoch)
-    return undo, None
+    state_epoch = superblock.applied_epoch if held is None else held.epoch
+    is_at_rest = superblock.rollback is None
+    undo.found(state_epoch if is_at_rest else None, superblock.undo_settled)
+    return undo, open_pass
 
 
 def _open_images(

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from geomirror.errors import RefusedError
+from geomirror.errors import IntegrityError, NotFoundError, RefusedError
 from geomirror.limits import Limits
 from geomirror.volume.apply import ApplyJob
 from geomirror.volume.branches import BranchRecord, BranchStore, BranchVolume
@@ -125,7 +125,7 @@ class RollbackJob:
         """Roll back; durable on return.
 
         :raises RefusedError: the tail is too large for what is left for branches, or a volume has
-            grown in it and may not shrink.
+            grown in it and may not shrink. :raises IntegrityError: undo is damaged; as it was.
         :raises StorageError: see `is_begun`.
         """
         if self.sync is not None:
@@ -133,6 +133,7 @@ class RollbackJob:
             self.is_synced = True
         self._find_sizes()
         if self.versions.intent is not None:
+            self._check_undo()
             self._save_tail()
             self._save_joint()
             self.is_begun = True
@@ -196,6 +197,20 @@ class RollbackJob:
                 writer, table, parts.images, tail.sizes, parts.journal.read, room
             ),
         )
+
+    def _check_undo(self) -> None:
+        """Read all undo of the way back through: once begun, a rollback has to end.
+
+        :raises IntegrityError: some of it is damaged, and a gap from now on; nothing changed.
+        """
+        parts = self._parts
+        for info in parts.undo.history.since(self.record.boundary_epoch):
+            if not info.is_part:
+                parts.undo.check(info)
+        try:
+            parts.undo.history.since(self.record.boundary_epoch)
+        except NotFoundError as error:
+            raise IntegrityError(error.message, hint=error.hint) from None
 
     def _save_joint(self) -> None:
         record, undo = self.record, self._parts.undo

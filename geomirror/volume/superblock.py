@@ -173,6 +173,8 @@ class Superblock(msgspec.Struct):
     """Low byte of the applied epoch's cut number: records up to it are applied; -1: unknown."""
     last_epoch_lsn: int = 0
     undo_next: int = 1
+    undo_settled: int = 1
+    """Undo files with lower numbers are of passes that the images have as a whole."""
     consistent_from: int = -1
     """Of this node's own resync: consistent once applied this far; -1 while that is not known."""
     former_from: int = 0

@@ -13,8 +13,8 @@ Deliberately not here: which files there are and what they mean together (`undo`
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,11 @@ from geomirror.volume.epoch_table import Table, empty_table
 from geomirror.volume.merge import Keys, key_of, keys_of
 from geomirror.volume.store import Buffer, File
 from geomirror.volume.undo_chunks import CHUNK, CHUNK_BYTES, ChunkMap, damage
+from geomirror.volume.undo_faults import DAMAGED, FLAG_RESYNC, fault_of, flags_of
+from geomirror.volume.undo_label import PassInfo, PassLabel
 from geomirror.volume.zero_blocks import ZERO_BLOCK, zero_mask
+
+__all__ = ["PassInfo", "PassLabel"]  # And everything below.
 
 COMPRESSION_LEVEL = 1
 KIND_DATA = 0
@@ -37,7 +41,6 @@ KIND_SIZE = 2
 """Not of a block: `position` is the size that the volume had before, 0 when it was not there."""
 SIZE_BLOCK = (1 << 46) - 1
 """Where such an entry stands: behind every block of its volume."""
-FLAG_GAP = 1
 PLACE_BITS = 40
 """Of an `address` of `UndoReader.located`: 4 PiB of old contents in one file."""
 VERSION = 2
@@ -67,42 +70,6 @@ assert _FOOTER.size == 32
 assert ENTRY.itemsize == 24
 
 _Array = npt.NDArray[np.void]
-
-
-@dataclass(frozen=True)
-class PassLabel:
-    """Which apply pass an undo file is of: it led from `from_epoch` to `to_epoch`."""
-
-    generation: bytes
-    """Of `to_epoch`; 16 bytes."""
-    from_epoch: int
-    """Exclusive: the state that the file restores."""
-    to_epoch: int
-    """Inclusive."""
-    wall_ns: int = 0
-    """When `to_epoch` was cut at the primary, Unix ns: for rewind points only."""
-    chain_hash: bytes = bytes(32)
-    """H(to_epoch)."""
-
-
-@dataclass(frozen=True)
-class PassInfo(PassLabel):
-    """One undo file."""
-
-    name: str = ""
-    is_gap: bool = False
-    """The before-images were not kept: nothing before `to_epoch` can be restored any more."""
-    raw_bytes: int = 0
-    """Old contents held, uncompressed; zeros count nothing."""
-    stored_bytes: int = 0
-    """Size of the file, or of this part of it."""
-    start: int = 0
-    """Where in the file it begins, for a group of a pass that is open."""
-
-    @property
-    def is_part(self) -> bool:
-        """One of the groups of an open pass, not the whole of one."""
-        return self.start > 0
 
 
 class UndoWriter:
@@ -186,15 +153,13 @@ class UndoWriter:
             table = table[keys_of(table).argsort(kind="stable")]
         return table
 
-    def finish(self, label: PassLabel, *, is_gap: bool = False) -> int:
-        """Write what is pending, both tables, footer and header, and fdatasync.
-
-        :returns: size of the file in bytes.
-        """
+    def finish(self, label: PassLabel, *, fault: str = "", is_resync: bool = False) -> int:
+        """Write what is pending, tables, footer and header, fdatasync; returns the size."""
         self._write_chunks(memoryview(self._pending))
         chunks = np.array(self._chunks, dtype=CHUNK)
         table = self._take_table()
-        size = write_end(self._file, self._end, label, table, chunks, VERSION, is_gap=is_gap)
+        flags = flags_of(fault, is_resync=is_resync)
+        size = write_end(self._file, self._end, label, table, chunks, VERSION, flags)
         self._file.fdatasync()
         return size
 
@@ -206,8 +171,7 @@ def write_end(
     table: _Array,
     chunks: _Array,
     version: int = VERSION_GROUPS,
-    *,
-    is_gap: bool = False,
+    flags: int = 0,
 ) -> int:
     """Write both tables and the footer at `end`, then the header; nothing is durable yet.
 
@@ -219,7 +183,6 @@ def write_end(
     tables = table.tobytes() + chunks.tobytes()
     check = xxhash.xxh3_64_intdigest(tables)
     footer = _FOOTER.pack(end, end + table.nbytes, check, _FOOTER_MAGIC)
-    flags = FLAG_GAP if is_gap else 0
     fields = (
         *(_MAGIC, version, flags, label.generation, label.from_epoch, label.to_epoch),
         *(len(chunks), len(table), label.wall_ns, label.chain_hash),
@@ -296,12 +259,14 @@ class UndoReader:
         end = start + self._table["count"][is_data].astype(np.uint64) * np.uint64(BLOCK_BYTES)
         return not len(end) or int(end.max()) <= raw_bytes
 
-    def verify(self) -> None:
+    def verify(self, pause: Callable[[], None] = lambda: None) -> None:
         """Read and check every chunk.
 
+        :param pause: called before each; what it raises ends this.
         :raises IntegrityError: a chunk is damaged.
         """
         for index in np.flatnonzero(self.chunks.chunks["raw"]).tolist():
+            pause()
             self._chunk(index)
 
     def entries(self) -> list[tuple[int, int, int, int]]:
@@ -397,4 +362,21 @@ def read_header(file: File, name: str) -> PassInfo:
     if check != xxhash.xxh3_64_intdigest(header[:-8]) or from_epoch >= to_epoch:
         raise damage(name, "has a damaged header")
     label = (generation, from_epoch, to_epoch, wall_ns, chain_hash)
-    return PassInfo(*label, name, bool(flags & FLAG_GAP), 0, file.size())
+    is_resync = version == VERSION_GROUPS or bool(flags & FLAG_RESYNC)
+    return PassInfo(*label, name, fault_of(flags), is_resync, 0, file.size())
+
+
+def mark_damaged(file: File, name: str) -> None:
+    """Let a file's header say that it is damaged, durably; nothing else of it changes.
+
+    :raises StorageError: it may say so or not; torn, it counts as damaged all the same.
+    """
+    try:
+        read_header(file, name)
+    except IntegrityError:
+        return  # It says so.
+    fields = list(_HEADER.unpack(file.pread(_HEADER.size, 0)))
+    fields[2] |= flags_of(DAMAGED, is_resync=False)
+    fields[-1] = xxhash.xxh3_64_intdigest(_HEADER.pack(*fields[:-1], 0)[:-8])
+    file.pwritev([_HEADER.pack(*fields)], 0)
+    file.fdatasync()

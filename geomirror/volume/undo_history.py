@@ -12,7 +12,8 @@ from bisect import bisect_right
 from dataclasses import dataclass, replace
 
 from geomirror.errors import NotFoundError
-from geomirror.volume.undo_file import PassInfo
+from geomirror.volume.undo_faults import Stretch, unusable
+from geomirror.volume.undo_label import PassInfo
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class History:
     """While the images are rolled back: no state after this epoch can be restored."""
     floor: int = 0
     """No state before this epoch can be restored: the pass that led to it is lost."""
+    damaged: tuple[str, ...] = ()
+    """Files whose header does not even tell what they are of."""
 
     def reaching(self, epoch: int) -> History:
         """The same for images at `epoch`, as they were found: the newest file may be missing.
@@ -44,7 +47,7 @@ class History:
         if self.newest_epoch is not None and epoch > self.newest_epoch:
             raise NotFoundError(f"the state at epoch {epoch} is being rolled back")
         if epoch < self.floor:
-            raise _not_kept(epoch)
+            raise self._not_kept(epoch)
         at = bisect_right(self.passes, epoch, key=lambda each: each.to_epoch)
         whole = tuple(each for each in self.passes[at:] if not each.is_part)
         parts = self.passes[at + len(whole) :]
@@ -61,11 +64,29 @@ class History:
             expected = each.to_epoch
             reached.add(expected)
         if start not in reached or len(reached) <= len(whole):
-            raise _not_kept(epoch)
+            raise self._not_kept(epoch)
         # Of a block that several hold the first one counts: the pass that is open comes after
         # those before its epoch, and is worth as much as those after it.
         split = bisect_right(whole, start, key=lambda each: each.to_epoch)
         return (*whole[:split], *parts, *whole[split:])
+
+    def unusable(self, state_epoch: int, state_wall_ns: int = 0) -> list[Stretch]:
+        """Every stretch that undo does not lead back across, oldest first, and why."""
+        return unusable(self.passes, self.damaged, state_epoch, state_wall_ns)
+
+    def _not_kept(self, epoch: int) -> NotFoundError:
+        # Those of a pass that is open come last, but may be of an epoch before others.
+        ends = [each.from_epoch if each.is_part else each.to_epoch for each in self.passes]
+        state = max([self.floor, *ends])
+        across = [each for each in self.unusable(state) if each.to_epoch > epoch]
+        why = ""
+        if across:
+            first = f"{across[-1].from_epoch}-" if across[-1].from_epoch is not None else "…-"
+            why = f": epochs {first}{across[-1].to_epoch}: {across[-1].reason}"
+        return NotFoundError(
+            f"the state at epoch {epoch} is not kept{why}",
+            hint='"geomirror timeline" shows what is kept',
+        )
 
     def kept(self, applied_epoch: int) -> tuple[PassInfo, ...]:
         """The passes that lead to `applied_epoch` without a hole, oldest first.
@@ -85,16 +106,3 @@ class History:
         """The oldest epoch whose state can be restored from an image at `applied_epoch`."""
         kept = self.kept(applied_epoch)
         return kept[0].from_epoch if kept else applied_epoch
-
-
-def _not_kept(epoch: int) -> NotFoundError:
-    return NotFoundError(
-        f"the state at epoch {epoch} is not kept",
-        hint='"geomirror timeline" shows what is kept',
-    )
-
-
-def covers(merged: PassInfo, other: PassInfo) -> bool:
-    """Whether `other` is one of the passes that `merged` took the place of."""
-    is_within = merged.from_epoch <= other.from_epoch and other.to_epoch <= merged.to_epoch
-    return is_within and other.name != merged.name

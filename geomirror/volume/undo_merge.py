@@ -6,36 +6,62 @@
 ```
 The merged file is durable before the others are unlinked; whatever a crash leaves of them is
 recognised at the next start, because the merged pass covers them.
+When the budget is nearly used up, the finest history is merged before its time, from its oldest end
+on, as far as that gains room: before a whole old pass is dropped for a new one.
 Memory: one chunk of each file, the tables, 1 MiB of contents.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 
 import numpy as np
 
-from geomirror.errors import IntegrityError, LimitExceededError
-from geomirror.limits import Limits
+from geomirror.errors import (
+    IntegrityError,
+    LimitExceededError,
+    NoSpaceError,
+    NotFoundError,
+    StorageError,
+)
+from geomirror.limits import BLOCK_BYTES, Limits
+from geomirror.volume.epoch_table import KIND_DATA
 from geomirror.volume.store import Store
 from geomirror.volume.undo import StoppedError, UndoStore
 from geomirror.volume.undo_contents import old_contents
 from geomirror.volume.undo_file import PassInfo, PassLabel, UndoReader, UndoWriter
-from geomirror.volume.undo_levels import expired, next_merge
+from geomirror.volume.undo_levels import Level, expired, next_merge, squeezed
 from geomirror.volume.view_index import ViewIndex
+
+PRESSURE = 0.8
+"""Part of the budget from which on fine history is merged before its time."""
+GAIN_MIN = 0.2
+"""Merging rewrites all of it: before its time only for so much less."""
+TRIES_MAX = 8
+"""Groups that one job looks at for such a gain; each costs reading its tables."""
 
 
 class ThinJob:
     """Makes history coarser with age: drops what is too old, merges one group of passes.
 
     :param pinned: epochs that stay boundaries, besides those of views.
+    :param scrub_bytes: with nothing else to do, read through so much of what is kept.
     """
 
     def __init__(
-        self, store: Store, undo: UndoStore, limits: Limits, pinned: Collection[int]
+        self,
+        store: Store,
+        undo: UndoStore,
+        limits: Limits,
+        pinned: Collection[int],
+        scrub_bytes: int = 0,
     ) -> None:
         self.has_changed = False
         """After `run`: something was done; there may be more to do."""
+        self.is_scrubbed = False
+        """After `run`: everything kept was read through once since the last time."""
+        self._scrub_bytes = scrub_bytes
         self._store = store
         self._undo = undo
         self._limits = limits
@@ -46,6 +72,10 @@ class ThinJob:
         """Somebody waits: end `run` soon; history stays as fine as it is. Any thread."""
         self._is_stop_wanted = True
 
+    def _check_stop(self) -> None:
+        if self._is_stop_wanted:
+            raise StoppedError
+
     def run(self) -> None:
         """Blocking; nothing else may change the undo meanwhile.
 
@@ -53,32 +83,84 @@ class ThinJob:
 
         :raises StorageError: the undo restores what it did before.
         """
+        with suppress(StoppedError):
+            self._run()
+
+    def _run(self) -> None:
+        self._undo.check_suspects(self._check_stop)
         passes = self._undo.history.passes
         pinned = [*self._pinned, *self._undo.pinned_epochs()]
-        limits = self._limits
-        drops = expired(passes, pinned, limits.undo_levels)
+        drops = expired(passes, pinned, self._limits.undo_levels)
         self._undo.drop_oldest(drops)
-        group = next_merge(
-            passes[drops:],
-            pinned,
-            limits.undo_merge_bytes_max,
-            limits.undo_levels,
-            limits.undo_settled_ns,
-        )
+        passes = passes[drops:]
+        group = self._due(passes, pinned, self._limits.undo_levels) or self._pressed(passes, pinned)
         self.has_changed = bool(drops or group)
+        if self._scrub_bytes and not self.has_changed:
+            self.is_scrubbed = self._undo.scrub(self._scrub_bytes, self._check_stop)
         while len(group) > 1:
             try:
                 self.merge(group)
             except LimitExceededError:
                 group = group[: len(group) // 2]
-            except StoppedError:
-                return
-            except IntegrityError:
-                for each in group:
-                    self._undo.check(each)
+            except NoSpaceError:
+                raise
+            except (IntegrityError, NotFoundError, StorageError):
+                if not self._check(group):
+                    raise
                 return
             else:
                 return
+
+    def _due(
+        self, passes: Sequence[PassInfo], pinned: Collection[int], levels: Sequence[Level]
+    ) -> list[PassInfo]:
+        limits = self._limits
+        return next_merge(
+            passes, pinned, limits.undo_merge_bytes_max, levels, limits.undo_settled_ns
+        )
+
+    def _pressed(self, passes: Sequence[PassInfo], pinned: Collection[int]) -> list[PassInfo]:
+        """Passes to merge before their time, because that gains room that is short."""
+        undo, limits = self._undo, self._limits
+        are_many = len(passes) > PRESSURE * limits.undo_passes_max
+        if not are_many and undo.stored_bytes() <= PRESSURE * limits.undo_bytes_max:
+            return []
+        undo.hopeless &= {each.to_epoch for each in passes}
+        tries = 0
+        for levels in squeezed(limits.undo_levels):
+            while group := self._due(passes, {*pinned, *undo.hopeless}, levels):
+                if are_many or self._gain(group) >= GAIN_MIN:
+                    return group
+                undo.hopeless.update(each.to_epoch for each in group)
+                tries += 1
+                if tries >= TRIES_MAX:
+                    return []
+        return []
+
+    def _gain(self, group: Sequence[PassInfo]) -> float:
+        """Part of the old contents that would go if these were one."""
+        raw_bytes = sum(each.raw_bytes for each in group)
+        try:
+            table = self._index(group).table()
+        except (LimitExceededError, IntegrityError, NotFoundError, StorageError):
+            return 0.0
+        left = int((table["kind"] == KIND_DATA).sum()) * BLOCK_BYTES
+        return 1 - left / raw_bytes if raw_bytes else 0.0
+
+    def _index(self, passes: Sequence[PassInfo]) -> ViewIndex:
+        index = ViewIndex(passes[0].from_epoch)
+        return index.extended(passes, self._reader, self._limits.view_entries_max)
+
+    def _reader(self, info: PassInfo) -> UndoReader:
+        self._check_stop()
+        return UndoReader(self._store.open(info.name), info.name)
+
+    def _check(self, group: Sequence[PassInfo]) -> bool:
+        """Whether one of them cannot be read, and is a gap from now on."""
+        for each in group:
+            self._undo.check(each, self._check_stop)
+        ends = {each.to_epoch for each in group}
+        return any(each.is_gap and each.to_epoch in ends for each in self._undo.passes())
 
     def merge(self, passes: Sequence[PassInfo]) -> None:
         """Merge adjacent passes, oldest first. Blocking.
@@ -92,16 +174,11 @@ class ThinJob:
         self._undo.replace(passes, label, lambda writer: self._copy(passes, writer))
 
     def _copy(self, passes: Sequence[PassInfo], writer: UndoWriter) -> None:
-        index = ViewIndex(passes[0].from_epoch).extended(
-            passes,
-            lambda info: UndoReader(self._store.open(info.name), info.name),
-            self._limits.view_entries_max,
-        )
+        index = self._index(passes)
         files = [self._store.open(each.name) for each in passes]
         try:
             for part in old_contents(index, files):
-                if self._is_stop_wanted:
-                    raise StoppedError
+                self._check_stop()
                 if part.contents is None:
                     writer.add_zero(part.volume, part.blocks[0], part.block_count)
                 else:

@@ -16,11 +16,18 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from typing import Protocol
 
 import numpy as np
 
-from geomirror.errors import FencedError, IntegrityError, NoSpaceError, StorageError
+from geomirror.errors import (
+    FencedError,
+    IntegrityError,
+    NoSpaceError,
+    NotFoundError,
+    StorageError,
+)
 from geomirror.limits import BLOCK_BYTES, Limits
 from geomirror.volume.before_images import BeforeImages, OldImage
 from geomirror.volume.epoch_table import Table
@@ -139,7 +146,8 @@ class OpenPass:
         return FencedError(
             f"undo file {self.name} is damaged: the state at epoch {self.label.from_epoch}, from "
             "before the resync, cannot be restored",
-            hint="keep the data directory; make this copy anew",
+            hint="keep the data directory; make this copy anew: geomirror resource "
+            "remove-secondary, then add-secondary",
         )
 
     def save(self, table: Table, images: Mapping[int, OldImage]) -> None:
@@ -218,6 +226,7 @@ class OpenPass:
             label.wall_ns,
             label.chain_hash,
             closed_name(self.number),
+            is_resync=True,
             raw_bytes=raw_bytes,
             stored_bytes=stored_bytes,
         )
@@ -230,6 +239,39 @@ class OpenPass:
             places.append((rows + 1) * CHUNK_BYTES)
             rows += 1 + len(group.chunks)
         return places
+
+    def verify(self, bytes_max: int = _NO_BOUND) -> None:
+        """Read about `bytes_max` of before-images through, the oldest first. Blocking; jobs may run
+        meanwhile, and what they add is left out.
+
+        :raises IntegrityError: one is damaged: the state from before cannot be restored.
+        """
+        groups, done_bytes = list(self._groups), 0
+        if not groups:
+            return
+        try:
+            # Not that of the jobs, which close it at the end of the resync.
+            file = self._store.open(self.name)
+        except (NotFoundError, StorageError):
+            if self._store.exists(self.name):
+                raise
+            if self._store.exists(closed_name(self.number)):
+                return  # That was now: nothing is held any more.
+            raise self._unreadable("is missing") from None
+        with closing(file):
+            for group in groups:
+                if done_bytes >= bytes_max:
+                    break
+                if not group.is_whole(file):
+                    raise self._unreadable(f"is damaged at {group.start}")
+                done_bytes += group.end - group.start
+
+    def _unreadable(self, what: str) -> IntegrityError:
+        return IntegrityError(
+            f"undo file {self.name} {what}: the state at epoch {self.label.from_epoch}, from "
+            "before the resync, cannot be restored",
+            hint="wait for the end of the resync, or promote another copy",
+        )
 
     def restore(self, images: Mapping[int, RestoredImage]) -> None:
         """Write every before-image back: the images are at `label.from_epoch`, durably. Blocking.

@@ -12,13 +12,14 @@ Deliberately not here: who may keep how much for how long (`undo` pins, the node
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from geomirror.errors import NotFoundError, StorageError
+from geomirror.errors import IntegrityError, NotFoundError, StorageError
 from geomirror.limits import BLOCK_BYTES
 from geomirror.volume.arrays import run_heads, run_lengths
 from geomirror.volume.store import File
@@ -56,6 +57,7 @@ class View:
 
     :param history: what undo is kept now (`UndoStore.history`).
     :param entries_max: blocks changed since the epoch that are indexed, 48 bytes each.
+    :param suspect: told the undo file that could not be read (`UndoStore.suspect`).
     :raises NotFoundError: the state is not kept.
     """
 
@@ -66,8 +68,10 @@ class View:
         history: Callable[[], History],
         open_file: Callable[[str], File],
         entries_max: int,
+        suspect: Callable[[str], None] = lambda name: None,
     ) -> None:
         self.epoch = epoch
+        self._suspect = suspect
         self._images = images
         self._history = history
         self._open_file = open_file
@@ -151,8 +155,21 @@ class View:
         return index
 
     def _open_reader(self, info: PassInfo) -> PassReader:
-        file = reading(self._open_file, info.name)
-        return GroupReader(file, info) if info.is_part else UndoReader(file, info.name)
+        with self._suspecting(info.name):
+            file = reading(self._open_file, info.name)
+            try:
+                return GroupReader(file, info) if info.is_part else UndoReader(file, info.name)
+            except IntegrityError:
+                file.close()
+                raise
+
+    @contextmanager
+    def _suspecting(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (IntegrityError, NotFoundError, StorageError):
+            self._suspect(name)
+            raise
 
     def _collect(self, index: ViewIndex, volume: int, first: int, places: Places) -> bytearray:
         """The contents of blocks from `first` on; a short last block is padded."""
@@ -186,8 +203,7 @@ class View:
     ) -> None:
         """Copy blocks from one undo file: (number in the range, where it lies, in blocks)."""
         chunks = index.files[number]
-        file = reading(self._open_file, chunks.name)
-        try:
+        with self._suspecting(chunks.name), closing(reading(self._open_file, chunks.name)) as file:
             held, raw = -1, b""
             for block, place in blocks:
                 chunk, inside = divmod(place, BLOCKS_PER_CHUNK)
@@ -196,5 +212,3 @@ class View:
                 start = inside * BLOCK_BYTES
                 old = raw[start : start + BLOCK_BYTES]
                 content[block * BLOCK_BYTES : block * BLOCK_BYTES + len(old)] = old
-        finally:
-            file.close()

@@ -26,11 +26,10 @@ from geomirror.volume.apply import ApplyJob
 from geomirror.volume.engine import Engine
 from geomirror.volume.undo_merge import ThinJob
 from geomirror.wan_protocol.decisions import Decision, Emit, FlushDone, Job, RoomAvailable, RunJob
+from geomirror.wan_protocol.history_upkeep import HistoryUpkeep
 
 RETRY_NS = 1 * SECOND
 """A full disk is looked at again after this time."""
-THIN_INTERVAL_NS = 10 * SECOND
-"""Between looks at whether history is due to get coarser."""
 SPARE_RETRY_NS = 10 * SECOND
 """A spare segment that found no space is tried again after this time."""
 _NO_PASS_BESIDE = frozenset(("apply", "checkpoint", "thin", "return"))
@@ -56,7 +55,9 @@ class Replica:
         self._retry_at_ns: int | None = None
         self._room_wanted = False
         self._spare_not_before_ns = 0
-        self._thin_not_before_ns = 0
+        self._history = HistoryUpkeep(
+            engine, limits, lambda kind, fields: self._decide(Emit(kind, fields))
+        )
 
     def next_decision(self) -> Decision | None:
         """The next thing for the shell to do, or None."""
@@ -262,6 +263,7 @@ class Replica:
         if job.is_stopped:
             return
         self.engine.complete_apply(job)
+        self._history.look(self.now_ns)
         self._checkpoint_wanted = True
 
     def _pump_checkpoint(self) -> None:
@@ -297,30 +299,21 @@ class Replica:
         self._pump_thin()
 
     def _pump_thin(self) -> None:
-        engine = self.engine
-        if self.now_ns < self._thin_not_before_ns or engine.undo.kept_after is not None:
-            return
         if not _NO_THINNING_BESIDE.isdisjoint(self._running):
             return
-        self._thin_not_before_ns = self.now_ns + THIN_INTERVAL_NS
-        if engine.superblock.data_state == "consistent" and engine.half_applied_through is None:
-            marked = engine.marks.table.marked_epochs()
-            if marked:
-                engine.undo.pin("marks", marked[0])
-            else:
-                engine.undo.unpin("marks")
-            job = ThinJob(engine.store, engine.undo, self.limits, marked)
+        job = self._history.due_job(self.now_ns)
+        if job is not None:
             self._run("thin", job, self._thinned)
 
     def _thinned(self, job: Any) -> None:
-        if job.has_changed:
-            self._thin_not_before_ns = self.now_ns
+        self._history.thinned(job, self.now_ns)
 
     def _trim_done(self, job: Any) -> None:
         self.engine.journal.complete_trim(job)
         self._room_moved()
 
     def _job_failed(self, run: RunJob, error: GeomirrorError) -> None:
+        self._history.look(self.now_ns)
         if run.kind == "grow":
             # Nothing was changed: what is in the way can be mended.
             self._stall(run.kind, error)

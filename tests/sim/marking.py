@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from geomirror.errors import GeomirrorError, LimitExceededError, RefusedError
 from geomirror.volume.mark_log import holds_state
 from geomirror.volume.marks import Mark
-from geomirror.volume.undo import History
+from geomirror.volume.undo_history import History
 from geomirror.wan_protocol.mark_making import MarkRequest
 from geomirror.wan_protocol.primary import Primary
 from tests.sim.node import SimNode

@@ -349,8 +349,8 @@ def thinning_forgets_pins() -> list[Patch]:
     """History gets coarser at epochs, too, that a view or a mark needs as they are."""
     real = ThinJob.__init__
 
-    def init(self: ThinJob, store: Any, undo: Any, limits: Any, pinned: Any) -> None:
-        real(self, store, undo, limits, ())
+    def init(self: ThinJob, store: Any, undo: Any, limits: Any, pinned: Any, *rest: Any) -> None:
+        real(self, store, undo, limits, (), *rest)
 
     return [(ThinJob, "__init__", init), (UndoStore, "pinned_epochs", lambda self: [])]
 

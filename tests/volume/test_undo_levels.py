@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from geomirror.environment import SECOND
 from geomirror.limits import MIB, PRODUCTION
 from geomirror.volume.undo_file import PassInfo
-from geomirror.volume.undo_levels import expired, next_merge
+from geomirror.volume.undo_levels import STEP_NS_MAX, ages_of, expired, next_merge, squeezed
 
 GENERATION = bytes(16)
 HOUR = 3600 * SECOND
@@ -20,12 +20,19 @@ LEVELS = PRODUCTION.undo_levels
 
 
 def history(*ages_s: float, raw: int = 4096) -> list[PassInfo]:
-    """Adjacent passes that ended so long before the newest, which has age 0."""
+    """Adjacent passes that ended so long before the newest, which has age 0; in between others that
+    are far enough apart, since only time in which there are passes counts."""
+    newest = min(ages_s, default=0)
+    between = [n * STEP_NS_MAX / SECOND for n in range(int(newest * SECOND) // STEP_NS_MAX, 0, -1)]
+    ages = [*ages_s, *(age for age in between if age < newest), 0]
+    return walls(*(NOW - int(age * SECOND) for age in ages), raw=raw)
+
+
+def walls(*walls_ns: int, raw: int = 4096) -> list[PassInfo]:
+    """Adjacent passes that ended at these times."""
     return [
-        PassInfo(
-            GENERATION, number, number + 1, NOW - int(age * SECOND), name=str(number), raw_bytes=raw
-        )
-        for number, age in enumerate([*ages_s, 0])
+        PassInfo(GENERATION, number, number + 1, wall_ns, name=str(number), raw_bytes=raw)
+        for number, wall_ns in enumerate(walls_ns)
     ]
 
 
@@ -64,7 +71,7 @@ def test_passes_wait_for_those_that_will_become_one_with_them() -> None:
     # Half of the passes of this half minute are not an hour old yet.
     assert merge_of(half_minute(3614.5), [], ROOM) == []
     whole = half_minute(3629.5)
-    assert merge_of(whole, [], ROOM) == whole[:-1]
+    assert merge_of(whole, [], ROOM)[:29] == whole[:29]
 
 
 def test_what_waits_for_others_does_not_wait_for_a_boundary_or_room() -> None:
@@ -72,7 +79,7 @@ def test_what_waits_for_others_does_not_wait_for_a_boundary_or_room() -> None:
     assert ends(merge_of(passes, [6], ROOM)) == [1, 2, 3, 4, 5, 6]
     assert merge_of(passes[6:], [6], ROOM) == []
     assert ends(merge_of(passes, [], 5 * 4096)) == [1, 2, 3, 4, 5]
-    passes[4] = replace(passes[4], is_gap=True)
+    passes[4] = replace(passes[4], fault="damaged")
     assert ends(merge_of(passes, [], ROOM)) == [1, 2, 3, 4]
 
 
@@ -117,7 +124,7 @@ def test_a_merge_is_bounded_in_bytes() -> None:
 
 def test_a_gap_is_never_merged() -> None:
     passes = history(*[7200 + 29.9 - n / 2 for n in range(6)])
-    passes[1] = PassInfo(GENERATION, 1, 2, passes[1].wall_ns, name="1", is_gap=True)
+    passes[1] = PassInfo(GENERATION, 1, 2, passes[1].wall_ns, name="1", fault="damaged")
     assert ends(merge_of(passes, [], ROOM)) == [3, 4, 5, 6]
 
 
@@ -137,12 +144,53 @@ def test_while_replication_is_down_nothing_gets_older() -> None:
     assert expired(passes, [], LEVELS) == 0
 
 
+def test_a_clock_that_jumps_makes_nothing_old() -> None:
+    month, second = 31 * 24 * HOUR, SECOND
+    steady = [NOW + n * second for n in range(20)]
+    forward = walls(*steady, *(each + month for each in steady))
+    assert expired(forward, [], LEVELS) == 0
+    assert merge_of(forward, [], ROOM) == []
+    back = walls(*(each + month for each in steady), *steady)
+    assert expired(back, [], LEVELS) == 0
+    assert merge_of(back, [], ROOM) == []
+    # There and back: what comes later is no older than it is.
+    there_and_back = walls(*steady, *(each + month for each in steady), *(e + HOUR for e in steady))
+    assert merge_of(there_and_back, [], ROOM) == []
+    assert max(ages_of([each.wall_ns for each in there_and_back])) < HOUR
+    assert expired(walls(NOW, NOW + month, NOW), [], LEVELS) == 0
+
+
+def test_time_without_writes_counts_a_little() -> None:
+    assert ages_of([0, SECOND, 10 * HOUR, 10 * HOUR + SECOND]) == [
+        STEP_NS_MAX + 2 * SECOND,
+        STEP_NS_MAX + SECOND,
+        SECOND,
+        0,
+    ]
+    assert ages_of([]) == []
+
+
+def test_under_pressure_the_oldest_of_the_finest_level_goes_first() -> None:
+    fine, coarse = [1800 - n for n in range(900)], [7200 - 30 * n for n in range(100)]
+    passes = history(*coarse, *fine)
+    assert merge_of(passes, [], ROOM) == []
+    groups = [
+        next_merge(passes, [], ROOM, levels, PRODUCTION.undo_settled_ns)
+        for levels in squeezed(LEVELS)
+    ]
+    first = next(group for group in groups if group)
+    assert NOW - first[0].wall_ns == 1800 * SECOND, "not one of the coarse ones"
+    levels = list(squeezed(LEVELS))
+    assert list(levels[0]) == [(LEVELS[0][0], LEVELS[0][1] // 4), *LEVELS[1:]]
+    assert all(each[-1] == LEVELS[-1] for each in levels), "nothing expires by it"
+
+
 @given(
     ages=st.lists(st.floats(0, 40 * 24 * 3600), max_size=60),
     pinned=st.lists(st.integers(0, 61), max_size=4),
 )
 def test_merging_ends_and_keeps_pinned_boundaries(ages: list[float], pinned: list[int]) -> None:
-    passes = history(*sorted(ages, reverse=True))
+    passes = walls(*(NOW - int(age * SECOND) for age in [*sorted(ages, reverse=True), 0]))
     boundaries = {0, *(each.to_epoch for each in passes)}
     for _ in range(len(passes) + 1):
         group = merge_of(passes, pinned, ROOM)
