@@ -45,7 +45,6 @@ class HeldCalls:
                 caller, other, "resync.in_place", request, IN_PLACE_TIMEOUT_S
             )
         host, name = self.calls.host, request.name
-        definition = self.calls.store.get(name).definition
         status = host.get(name).status()
         resyncs = [peer["resync"] for peer in status["peers"] if peer["resync"]]
         if status["role"] != "secondary" or not resyncs:
@@ -62,10 +61,21 @@ class HeldCalls:
         }
         if request.is_dry_run:
             return found
+        await self._reopen(name)
+        fields = {"resource": name, "epoch": found["epoch"], "by": caller.name}
+        host.context.emit("held_given_up", fields)
+        return found
+
+    async def _reopen(self, name: str) -> None:
+        """Close the resource, give up what it holds, and open it again, whatever comes of that."""
+        host = self.calls.host
+        definition = self.calls.store.get(name).definition
         for export in host.get(name).exports():
             self.calls.disconnect(export)
-        # Jobs that wait for room have the undo in their hands: nothing of them is left by this.
-        await host.close(name)
+        # Jobs that wait for room have the undo in their hands: nothing of them is left by this. The
+        # primary would go on with a session that nobody has here; what it offers meanwhile waits.
+        host.get(name).leave(RefusedError("the copy is opened again, to be made anew in place"))
+        host.opening.add(name)
 
         def run() -> None:
             store, engine = open_engine(definition, host.context)
@@ -76,12 +86,10 @@ class HeldCalls:
                 store.close()
 
         try:
+            await host.close(name)
             await asyncio.get_running_loop().run_in_executor(host.context.executor, run)
         finally:
             await host.open(definition)
-        fields = {"resource": name, "epoch": found["epoch"], "by": caller.name}
-        host.context.emit("held_given_up", fields)
-        return found
 
 
 def _give_up(engine: Engine) -> None:

@@ -41,7 +41,7 @@ from geomirror.volume.superblock import GenerationRecord
 from geomirror.wan_protocol.messages import GenerationEntry
 from geomirror.wan_protocol.primary import Primary
 from geomirror.wan_protocol.rejoin_policy import is_automatic
-from geomirror.wan_protocol.secondary import BLANK
+from geomirror.wan_protocol.secondary import BLANK, Secondary
 from geomirror.wan_protocol.session import chain_entries, state_history
 
 
@@ -301,6 +301,12 @@ class ReplicaReturn(ReplicaRoles):
             )
         )
         return gone.branch.name if gone.branch is not None else ""
+
+    def leave(self, error: GeomirrorError) -> None:
+        """The resource is about to be opened again: its primary offers a session then."""
+        if isinstance(self._core, Secondary):
+            self._core.leave(error, self._runner.now_ns())
+            self._runner.drive()
 
     def offer(self, peer: str) -> None:
         """A member has come back to the history here: offer it a session now."""

@@ -13,6 +13,7 @@ from geomirror.node.resource_definition import ResourceDefinition
 if TYPE_CHECKING:
     from geomirror.cluster.history import History
     from geomirror.cluster.verdict import MemberAnswer
+    from geomirror.errors import GeomirrorError
     from geomirror.nbd.protocol import Export
     from geomirror.node.branch_desk import BranchDesk
     from geomirror.node.mark_desk import MarkDesk
@@ -89,6 +90,9 @@ class Service(Protocol):
     @property
     def must_reopen(self) -> bool:
         """Something was begun that only opening the resource again ends."""
+
+    def leave(self, error: GeomirrorError) -> None:
+        """End the session with the primary: the resource is about to be opened again."""
 
     def offer(self, peer: str) -> None:
         """Offer a member a session now."""

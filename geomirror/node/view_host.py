@@ -21,7 +21,7 @@ from geomirror.node.rfc3339 import rfc3339
 from geomirror.node.view_export import ViewExport, ViewQueue
 from geomirror.volume.branch_view import BranchView
 from geomirror.volume.engine import Engine
-from geomirror.volume.engine_rollback import is_on_chain
+from geomirror.volume.generations import is_on_chain
 from geomirror.volume.points import At, Located, Point, locate, points_of
 from geomirror.volume.scratch import DIRECTORY, Scratch, data_name, map_name
 from geomirror.volume.store_io import DirectoryStore

@@ -394,12 +394,3 @@ def _info(epoch: int, first: int, chain_hash: bytes, wall_ns: int, end_lsn: int 
 def chain_through(chain: Sequence[GenerationRecord], epoch: int) -> list[GenerationRecord]:
     """The chain of a position at `epoch`: without generations that began there or later."""
     return [entry for entry in chain if not entry.parent or entry.parent_epoch < epoch]
-
-
-def is_on_chain(chain: Sequence[GenerationRecord], generation: str, epoch: int) -> bool:
-    """Whether an epoch that was reached in a generation (hex) is on the history that a chain is:
-    what was before a promotion stays so."""
-    for at, entry in enumerate(chain):
-        if entry.identity == generation:
-            return at + 1 == len(chain) or chain[at + 1].parent_epoch >= epoch
-    return False

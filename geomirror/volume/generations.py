@@ -44,3 +44,12 @@ def chain_records(chain: Sequence[ChainEntry]) -> list[GenerationRecord]:
         )
         for entry in chain
     ]
+
+
+def is_on_chain(chain: Sequence[GenerationRecord], generation: str, epoch: int) -> bool:
+    """Whether an epoch that was reached in a generation (hex) is on the history that a chain is:
+    what was before a promotion stays so."""
+    for at, entry in enumerate(chain):
+        if entry.identity == generation:
+            return at + 1 == len(chain) or chain[at + 1].parent_epoch >= epoch
+    return False

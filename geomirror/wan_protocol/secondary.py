@@ -224,6 +224,13 @@ class Secondary(VerifyAnswering):
         # The primary may have used up what was granted, and then nothing else would tell it.
         self._acknowledge()
 
+    def leave(self, error: GeomirrorError, now_ns: int) -> None:
+        """This copy is about to be opened again: end the session, so that one is offered then."""
+        self.now_ns = max(self.now_ns, now_ns)
+        if self.is_open and self.is_link_up:
+            self.is_open = False
+            self._send(SessionRefuse(self.session, error.wire_code, str(error)))
+
     def _apply_target(self) -> int | None:
         is_resyncing = self.resync is not None and self.resync.is_begun
         if self.hold_apply or is_resyncing or self.data_state == BLANK:

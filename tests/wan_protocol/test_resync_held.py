@@ -7,10 +7,13 @@ import errno
 import pytest
 
 from geomirror.cluster.history import ANCESTOR, DIVERGED, Generation, History, compare
+from geomirror.environment import SeededEntropy
+from geomirror.errors import RefusedError
 from geomirror.limits import KIB
 from geomirror.volume.engine import Engine
 from geomirror.volume.view import View
 from geomirror.wan_protocol.member_answer import answer_of
+from geomirror.wan_protocol.messages import SessionAccept
 from geomirror.wan_protocol.session import my_history, state_history
 from tests.wan_protocol.core_support import PEER, PRIMARY, Stage, different_blocks
 
@@ -77,6 +80,25 @@ def test_a_crash_in_the_middle_of_a_resync_leaves_the_state_from_before(is_kill:
     stage.pass_time(8000)
     stage.check_in_sync()
     check_at(stage, 2)
+
+
+def test_a_copy_that_is_opened_again_is_offered_a_session_while_the_link_stays() -> None:
+    stage = held_stage()
+    stage.secondary.leave(RefusedError("it is opened again"), stage.now_ns)
+    stage.settle()
+    assert not stage.sender().is_open, "it would go on with a session that nobody has"
+    assert not stage.secondary.is_open
+    node, accepted = stage.west, stage.west.sent(SessionAccept)
+    node.engine = Engine.open(
+        node.store, stage.limits, SeededEntropy("again"), lambda volume: node.store.open("none")
+    )
+    node.engine.give_up_held()
+    node.core = stage._core(PEER, node.engine)
+    node.core.link_up(PRIMARY, stage.now_ns)
+    stage.unpark()
+    stage.pass_time(8000)
+    assert len(node.sent(SessionAccept)) == len(accepted) + 1
+    stage.check_in_sync()
 
 
 def test_going_back_gives_the_image_of_before() -> None:
