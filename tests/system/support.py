@@ -21,11 +21,13 @@ from geomirror.errors import UnreachableError
 from geomirror.nbd.client_io import NbdClient
 from geomirror.node.control_client_io import ControlClient
 from geomirror.node.paths import DataDir
+from tests.system import nursery
 
 MIB = 1 << 20
 SEED = int(os.environ.get("GEOMIRROR_SEED", "0"))
 """Added to what chance is drawn from: a soak repeats these tests with others."""
 POLL_S = 0.05
+GEOMIRROR = [sys.executable, "-m", "geomirror"]
 
 
 def until(condition: Callable[[], Any], timeout_s: float = 30, what: str = "") -> Any:
@@ -53,13 +55,18 @@ class Site:
         self.data_dir = data_dir or root / name
         self.log_path = root / f"{name}.log"
         self.port = free_port()
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | nursery.Daemon | None = None
 
     # Commands.
 
     def command(self, *arguments: str) -> list[str]:
         """The command line of this node's `geomirror`."""
-        return [sys.executable, "-m", "geomirror", "--data-dir", str(self.data_dir), *arguments]
+        return [*GEOMIRROR, "--data-dir", str(self.data_dir), *arguments]
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether its commands run in the namespaces of this process."""
+        return self.command()[: len(GEOMIRROR)] == GEOMIRROR
 
     def run(self, *arguments: str, expected: int = 0, stdin: str = "") -> str:
         """Run a command; its stdout. The exit code is checked, and that nothing crashed."""
@@ -79,6 +86,15 @@ class Site:
         assert done.returncode == expected, (arguments, done.stdout, done.stderr)
         assert "Traceback" not in done.stderr
         return done.stdout, done.stderr
+
+    def set_up(self, *arguments: str) -> str:
+        """A command that a story begins with, in this process as in `error`; its stdout."""
+        if not self._is_plain:
+            return self.run(*arguments)
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            exit_code = run(["--data-dir", str(self.data_dir), *arguments])
+        assert exit_code == 0, (arguments, output.getvalue())
+        return output.getvalue()
 
     def json(self, *arguments: str, expected: int = 0) -> Any:
         """Run a command with `--json`; its document."""
@@ -112,8 +128,13 @@ class Site:
     def start(self) -> None:
         """Start the daemon and return at once."""
         assert self.process is None
+        command = self.command("node", "run")
         with self.log_path.open("ab") as log:
-            self.process = subprocess.Popen(self.command("node", "run"), stderr=log, cwd=self.root)
+            if command[: len(GEOMIRROR)] == GEOMIRROR:
+                arguments = command[len(GEOMIRROR) :]
+                self.process = nursery.start(arguments, log.fileno(), self.root)
+            if self.process is None:
+                self.process = subprocess.Popen(command, stderr=log, cwd=self.root)
 
     def restart(self) -> None:
         """Start, and return when the daemon answers."""
@@ -222,14 +243,14 @@ def some_sites(root: Path, *names: str) -> Iterator[tuple[Site, ...]]:
 
 def make_network(first: Site, *others: Site, network: str = "acme") -> None:
     """A network of running, linked nodes: `east-1`, `west-1`, `north-1`, …"""
-    first.run(
+    first.set_up(
         *("network", "create", network, "--site", "east", "--node", "east-1"),
         *("--listen", f"127.0.0.1:{first.port}"),
     )
     first.start()
     for site, place in zip(others, ("west", "north", "south"), strict=False):
-        token = first.run("token", "create", "--site", place, "--node", f"{place}-1").strip()
-        site.run("join", token, "--listen", f"127.0.0.1:{site.port}")
+        token = first.set_up("token", "create", "--site", place, "--node", f"{place}-1").strip()
+        site.set_up("join", token, "--listen", f"127.0.0.1:{site.port}")
         site.start()
     for site in (first, *others):
         until(lambda site=site: count_links(site) == len(others), what=f"links of {site.name}")
@@ -270,7 +291,7 @@ def create(
         command += ["--secondary", secondary]
     if size is not None:
         command += ["--size", size]
-    site.run(*command)
+    site.set_up(*command)
 
 
 def wait_applied(site: Site, name: str = "pg", timeout_s: float = 60) -> None:

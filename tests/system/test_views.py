@@ -144,7 +144,7 @@ async def test_views_expire_are_bounded_and_are_made_elsewhere(tmp_path: Path) -
             until(lambda: not _views(b), what="expiry")
             with pytest.raises(GeomirrorError):
                 await client.read(0, 4096)
-        assert b.events("view_expired")
+        until(lambda: b.events("view_expired"), what="expiry is told")
         for _ in range(4):
             b.run("view", "create", "pg")
         assert "has 4 views here already" in b.error(
