@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import io
 import json
@@ -37,6 +38,15 @@ def until(condition: Callable[[], Any], timeout_s: float = 30, what: str = "") -
         assert time.monotonic() < give_up, f"did not happen in time: {what or condition}"
         time.sleep(POLL_S)
     return found
+
+
+def has_loop() -> bool:
+    """Whether an event loop runs in this thread: no command can begin its own."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def free_port() -> int:
@@ -89,7 +99,7 @@ class Site:
 
     def set_up(self, *arguments: str) -> str:
         """A command that a story begins with, in this process as in `error`; its stdout."""
-        if not self._is_plain:
+        if not self._is_plain or has_loop():
             return self.run(*arguments)
         with contextlib.redirect_stdout(io.StringIO()) as output:
             exit_code = run(["--data-dir", str(self.data_dir), *arguments])

@@ -63,7 +63,8 @@ def thaw(site: Site) -> None:
 
 def test_the_laggard_is_known_to_the_others_when_the_primary_is_lost(sites: Sites) -> None:
     a, b, c = sites
-    a.run("resource", "set", "pg", "ack=durable", "degrade_after=1s")
+    # Long enough for the link to be declared dead first: no word of it waits in b's kernel.
+    a.run("resource", "set", "pg", "ack=durable", "degrade_after=6s")
     both = ["north-1", "west-1"]
     until(lambda: all(knows(site, both) for site in sites), what="everybody knows the set")
     asyncio.run(a.write(0, b"1" * CHUNK))
