@@ -7,7 +7,8 @@ from typing import Literal
 
 import msgspec
 
-from geomirror.errors import IntegrityError, NotFoundError, StorageError
+from geomirror.errors import NotFoundError, StorageError
+from geomirror.node.json_file import load_json, require_format
 from geomirror.node.paths import write_file_atomic
 from geomirror.node.resource_definition import ResourceDefinition
 
@@ -56,22 +57,10 @@ class DefinitionStore:
         """
         self._path = path
         self._entries: dict[str, ResourceEntry] = {}
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
+        found = load_json(path, _File, _RESTORE)
+        if found is None:
             return
-        except OSError as error:
-            raise StorageError.from_os(error, operation="read", path=str(path)) from error
-        try:
-            found = msgspec.json.decode(data, type=_File)
-        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-            # Not UTF-8 is a ValueError, deep nesting a RecursionError.
-            raise IntegrityError(f"{path} is damaged: {error}", hint=_RESTORE) from error
-        if found.format != FORMAT:
-            raise IntegrityError(
-                f"{path} has format {found.format}, this version knows {FORMAT}",
-                hint="install the version of geomirror that wrote it",
-            )
+        require_format(path, found.format, FORMAT)
         self._entries = {entry.definition.resource_id: entry for entry in found.resources}
 
     def entries(self) -> list[ResourceEntry]:

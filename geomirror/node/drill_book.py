@@ -10,6 +10,7 @@ import msgspec
 from geomirror.environment import SECOND
 from geomirror.errors import IntegrityError, NotFoundError, StorageError
 from geomirror.node.context import NodeContext
+from geomirror.node.json_file import load_json
 from geomirror.node.paths import write_file_atomic
 from geomirror.node.rfc3339 import rfc3339
 
@@ -162,16 +163,7 @@ class DrillBook:
         if known is not None and known[0] == resource_id:
             return known[1]
         path = self._node.resource_dir(name) / FILE
-        try:
-            file = msgspec.json.decode(path.read_bytes(), type=_File)
-        except FileNotFoundError:
-            file = _File()
-        except OSError as error:
-            raise StorageError.from_os(error, operation="read", path=str(path)) from error
-        except (msgspec.MsgspecError, ValueError) as error:
-            raise IntegrityError(
-                f"{path} is damaged: {error}", hint="move it away; it holds only past drills"
-            ) from error
+        file = load_json(path, _File, "move it away; it holds only past drills") or _File()
         self._known[name] = resource_id, file
         return file
 

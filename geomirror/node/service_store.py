@@ -6,8 +6,9 @@ from pathlib import Path
 
 import msgspec
 
-from geomirror.errors import IntegrityError, RefusedError, StorageError, UsageError
+from geomirror.errors import IntegrityError, RefusedError, UsageError
 from geomirror.limits import Limits
+from geomirror.node.json_file import load_json, require_format
 from geomirror.node.paths import write_file_atomic
 from geomirror.tunnel.service_rules import Exposure, Forward, ServiceRules
 
@@ -31,21 +32,10 @@ class ServiceStore:
         """
         self._path = path
         self.rules = ServiceRules(limits)
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
+        found = load_json(path, _File, _RESTORE)
+        if found is None:
             return
-        except OSError as error:
-            raise StorageError.from_os(error, operation="read", path=str(path)) from error
-        try:
-            found = msgspec.json.decode(data, type=_File)
-        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-            raise IntegrityError(f"{path} is damaged: {error}", hint=_RESTORE) from error
-        if found.format != FORMAT:
-            raise IntegrityError(
-                f"{path} has format {found.format}, this version knows {FORMAT}",
-                hint="install the version of geomirror that wrote it",
-            )
+        require_format(path, found.format, FORMAT)
         try:
             for exposure in found.exposures:
                 self.rules = self.rules.with_exposure(exposure)

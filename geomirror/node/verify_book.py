@@ -6,8 +6,9 @@ import asyncio
 
 import msgspec
 
-from geomirror.errors import StorageError
+from geomirror.errors import IntegrityError, StorageError
 from geomirror.node.context import NodeContext
+from geomirror.node.json_file import load_json
 from geomirror.node.paths import write_file_atomic
 
 FILE = "verify.json"
@@ -90,12 +91,7 @@ class VerifyBook:
 
     def _read(self) -> _File:
         try:
-            return msgspec.json.decode(self._path.read_bytes(), type=_File)
-        except FileNotFoundError:
+            return load_json(self._path, _File, "it holds only past results") or _File()
+        except (StorageError, IntegrityError) as error:
+            self.problem = f"{error.message}; {error.hint}" if error.hint else error.message
             return _File()
-        except OSError as error:
-            failure = StorageError.from_os(error, operation="read", path=str(self._path))
-            self.problem = failure.message
-        except (msgspec.MsgspecError, ValueError) as error:
-            self.problem = f"{self._path} is damaged: {error}; it holds only past results"
-        return _File()

@@ -102,7 +102,7 @@ class ViewHost:
                 file.close()
             try:
                 view = OpenView(msgspec.json.decode(text, type=ViewRecord))
-            except msgspec.DecodeError:
+            except (msgspec.MsgspecError, ValueError, RecursionError):
                 self._remove_files(name.removesuffix(".view"))  # Its name was never answered.
                 continue
             self._views[view.record.name] = view

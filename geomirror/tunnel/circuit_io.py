@@ -35,6 +35,15 @@ _SCRATCH = memoryview(bytearray(PIECE_BYTES_MAX))
 """All circuits read into it: what was read is passed on, or copied, before the next read."""
 
 
+def _hold(transport: asyncio.Transport | None, is_held: bool) -> None:
+    if transport is None or transport.is_closing():
+        return
+    if is_held:
+        transport.pause_reading()
+    else:
+        transport.resume_reading()
+
+
 class PeerSide(asyncio.BufferedProtocol):
     """The connection to the peer.
 
@@ -113,11 +122,7 @@ class PeerSide(asyncio.BufferedProtocol):
 
     def hold(self, is_held: bool) -> None:
         """Do not read for now, or read on."""
-        if self._transport is not None and not self._transport.is_closing():
-            if is_held:
-                self._transport.pause_reading()
-            else:
-                self._transport.resume_reading()
+        _hold(self._transport, is_held)
 
     def write(self, data: bytes) -> None:
         """Send."""
@@ -197,12 +202,8 @@ class ApplicationSide(asyncio.BufferedProtocol):
 
     def hold(self, is_held: bool) -> None:
         """Do not read for now, or read on."""
-        if self._transport is None or self._is_ended or self._transport.is_closing():
-            return
-        if is_held:
-            self._transport.pause_reading()
-        else:
-            self._transport.resume_reading()
+        if not self._is_ended:
+            _hold(self._transport, is_held)
 
     def write(self, data: bytes) -> None:
         """Hand over."""

@@ -57,9 +57,14 @@ def namespace_refusal() -> str:
 
 def need_packet_emulator() -> None:
     """All that the packet-level emulator takes, or the end of the test."""
-    if not may_run():
-        pytest.skip("a packet-level network needs root and /dev/net/tun")
+    need_namespaces()
     need_compiler()
+
+
+def need_namespaces() -> None:
+    """Network namespaces with TUN devices, or the end of the test."""
+    if not may_run():
+        pytest.skip("network namespaces with TUN devices need root and /dev/net/tun")
     if shutil.which("ip") is None:
         need("ip of iproute2 is not installed")
     if refusal := namespace_refusal():

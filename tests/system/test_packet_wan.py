@@ -158,7 +158,7 @@ def test_a_daemon_that_hangs_is_an_outage_for_the_other_one(
 def test_a_rate_that_falls_to_a_tenth_and_comes_back_is_no_outage(pair: Pair) -> None:
     downs = pair.a.downs(), pair.b.downs()
     pair.wan.set("rate=5mbit,queue=64KiB")
-    time.sleep(SLOW_S)
+    time.sleep(SLOW_S)  # The event is that nothing happens meanwhile.
     pair.writer.never_waited()
     pair.wan.set("rate=100mbit,queue=512KiB")
     until(lambda: lag_s(pair) < 1, what="the lag goes back")

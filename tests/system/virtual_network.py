@@ -16,12 +16,10 @@ from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from geomirror.lab.namespace_io import Namespace, make_owner
 from geomirror.node.tunnel_store import tag_of
 from geomirror.tunnel.network_io import load_network
-from tests.lab.packet_support import namespace_refusal, need
+from tests.lab.packet_support import need, need_namespaces
 from tests.system.support import Site, count_links, until
 
 SOCKETS = Path("/var/run/wireguard")
@@ -30,13 +28,10 @@ TCP_PORT = 9100
 
 def need_tunnels() -> None:
     """All that tunnels take, or the end of the test."""
-    if os.geteuid() != 0 or not Path("/dev/net/tun").exists():
-        pytest.skip("tunnels need root and /dev/net/tun")
-    for tool in ("ip", "wg", "wireguard-go"):
+    need_namespaces()
+    for tool in ("wg", "wireguard-go"):
         if shutil.which(tool) is None:
             need(f"{tool} is not installed")
-    if refusal := namespace_refusal():
-        pytest.skip(f"no network namespaces here: {refusal}")
 
 
 def ip(*arguments: str) -> str:

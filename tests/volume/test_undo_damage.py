@@ -30,6 +30,12 @@ def copy_of(seed: int = 300) -> Copy:
     return copy
 
 
+def view_at(copy: Copy, epoch: int) -> View:
+    """Whose readers tell of damage that they meet."""
+    history, suspect = lambda: copy.undo.history, copy.undo.suspect
+    return View(epoch, copy.images, history, copy.store.open, ENTRIES_MAX, suspect)
+
+
 def reopened(copy: Copy, settled: int = 1 << 40, applied: int | None = None) -> Copy:
     """The same after a restart."""
     copy.undo = UndoStore(copy.store, LIMITS)
@@ -128,14 +134,7 @@ def test_the_newest_damaged_header_stops_only_what_may_be_half_applied() -> None
 
 def test_damage_that_a_reader_meets_is_a_gap_from_then_on_also_after_a_restart() -> None:
     copy = copy_of()
-    view = View(
-        2,
-        copy.images,
-        lambda: copy.undo.history,
-        copy.store.open,
-        ENTRIES_MAX,
-        copy.undo.suspect,
-    )
+    view = view_at(copy, 2)
     view.prepare()
     name = name_of(copy, 5)
     copy.store.flip_bit(name, 8 * 140)
@@ -158,14 +157,7 @@ def test_damage_that_a_reader_meets_is_a_gap_from_then_on_also_after_a_restart()
 
 def test_a_file_that_goes_away_under_a_view_is_found_out() -> None:
     copy = copy_of()
-    view = View(
-        2,
-        copy.images,
-        lambda: copy.undo.history,
-        copy.store.open,
-        ENTRIES_MAX,
-        copy.undo.suspect,
-    )
+    view = view_at(copy, 2)
     copy.store.unlink(name_of(copy, 6))
     with pytest.raises(StorageError):
         view.read(0, 0, SIZES[0])
