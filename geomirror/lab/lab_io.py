@@ -82,7 +82,8 @@ class LabNode:
         """
         output = await self.cli_output(*arguments, timeout_s=timeout_s)
         if output.returncode != 0:
-            printed = output.stderr.decode(errors="replace").strip()
+            # With `--json` an error is a document on standard output.
+            printed = (output.stderr or output.stdout).decode(errors="replace").strip()
             command = " ".join(arguments[:3])
             raise GeomirrorError(
                 f"{self.name}: {command} failed with exit code {output.returncode}: {printed}"

@@ -108,6 +108,9 @@ def parse_token(text: str, limits: Limits) -> Token:
     except (binascii.Error, ValueError):
         raise damaged from None
     body = data[_CHECK_BYTES:]
+    # The last character may have bits that the decoder drops: as printed, or not at all.
+    if base64.urlsafe_b64encode(data).rstrip(b"=") != encoded.encode():
+        raise damaged
     if not hmac.compare_digest(data[:_CHECK_BYTES], _check(body)):
         raise damaged
     wire: _Wire = decode_msgpack(body, _Wire, damaged)

@@ -33,6 +33,9 @@ of handshakes, one and a half of the session, two or three of TCP's slow start a
 is for a machine that has other things to do; a TCP that waits for its timer takes 3 to 16 s."""
 SLOW_S = 4
 """Of a link that is slow: longer than it takes to declare one dead."""
+NOTICED_S_MAX = 9.5
+"""Until a hang is noticed: a second, but for a machine that has just stalled itself, whose patience
+grows to three seconds, and three times that while answers to bulk data come in."""
 LATE_RETURN_S_MAX = RETURN_S_MAX + 1
 """After a minute attempts begin once a second, not four times."""
 
@@ -140,8 +143,9 @@ def test_a_daemon_that_hangs_is_an_outage_for_the_other_one(
     site.process.send_signal(signal.SIGSTOP)
     try:
         # The kernel goes on accepting connections and bytes for it.
-        time.sleep(seconds)
-        other = pair.b if site is pair.a else pair.a
+        hung, other = time.monotonic(), pair.b if site is pair.a else pair.a
+        until(lambda: other.peer()["state"] == "Disconnected", NOTICED_S_MAX, "it is noticed")
+        time.sleep(max(0.0, hung + seconds - time.monotonic()))
         assert other.peer()["state"] == "Disconnected"
         if other is pair.a:
             assert lag_s(pair) > seconds - 0.5
