@@ -86,12 +86,13 @@ class Limits:
     """Shortest stay in FOLD, BITMAP or RESYNC: a jittery link must not flip modes for ever."""
 
     undo_bytes_max: int = 4 * GIB
-    """Undo kept per resource; the oldest passes are dropped first."""
+    """Undo kept per resource; the oldest passes are dropped first. One pass may take all of it;
+    one that would take more leaves a labelled gap."""
     resync_undo_bytes_max: int = 1 << 40
     """Before-images of one resync, as stored: without them the copy would be inconsistent until
     its end, so that the disk, not the budget of history, is the bound unless told otherwise."""
-    undo_pass_bytes_max: int = 256 * MIB
-    """Before-images of one pass; a larger pass leaves a labelled gap in the undo."""
+    undo_free_bytes_min: int = 1 * GIB
+    """What the before-images of a large pass leave free of the disk, for journal and images."""
     undo_passes_max: int = 4096
     """Undo files kept per resource: bounds the start, which reads the table of each (50 us)."""
     undo_levels: tuple[tuple[int, int], ...] = (
@@ -307,7 +308,7 @@ SIMULATION = Limits(
     mode_dwell_ns_min=2 * SECOND,
     undo_bytes_max=4 * MIB,
     resync_undo_bytes_max=16 * MIB,
-    undo_pass_bytes_max=1 * MIB,
+    undo_free_bytes_min=16 * KIB,
     marks_max=12,
     undo_levels=(
         (5 * SECOND, 60 * SECOND),

@@ -7,7 +7,8 @@
 ```
 The caller moves the checkpoint afterwards. After a crash anywhere the same job is run again: it
 finds the durable undo file and uses it, and writing the same blocks twice changes nothing.
-Memory: `apply_read_bytes_max` of new contents and 1 MiB of old ones, whatever the size of the pass.
+Memory: `apply_read_bytes_max` of new contents and 1 MiB of old ones, whatever the size of the pass;
+and the tables: 40 bytes for each block or run of zeros that changes, and what `pass_room` bounds.
 Deliberately not here: which epochs are applied and when (`engine`), how old contents are read
 (`before_images`) and in which order new ones are (`new_contents`).
 """
@@ -26,6 +27,7 @@ from geomirror.volume.before_images import BeforeImages, OldImage
 from geomirror.volume.epoch_table import FLAG_PUNCH, KIND_DATA, Epoch, Table, empty_table
 from geomirror.volume.merge import Keys, merge_tables
 from geomirror.volume.new_contents import plan_chunks, write_runs
+from geomirror.volume.pass_room import PassRoom
 from geomirror.volume.store import Buffer
 from geomirror.volume.undo import StoppedError, UndoStore
 from geomirror.volume.undo_file import PassLabel, UndoWriter
@@ -35,6 +37,7 @@ from geomirror.volume.volume_change import VolumeChange, merge_changes
 __all__ = ["ApplyImage", "ApplyJob", "merge_tables"]
 
 NO_BOUND = 1 << 62
+"""How much there may be, `PassRoom` says."""
 
 
 class ApplyImage(OldImage, Protocol):
@@ -162,12 +165,16 @@ class ApplyJob:
         self.undo_bytes = found.stored_bytes
 
     def _fill_undo(self, writer: UndoWriter) -> None:
-        raw_bytes_max = self._limits.undo_pass_bytes_max
-        if self._undo.kept_after is not None:
-            raw_bytes_max = NO_BOUND
+        room = PassRoom(self._limits, self._undo.free_bytes)
+        is_bounded = self._undo.kept_after is None
+
+        def look() -> None:
+            self._check_stop()
+            if is_bounded:
+                room.check(writer)
+
         for volume, entries in _by_volume(self.table):
-            image = self.old_images[volume]
-            BeforeImages(writer, volume, image, raw_bytes_max, self._check_stop).save(entries)
+            BeforeImages(writer, volume, self.old_images[volume], NO_BOUND, look).save(entries)
         for change in self.changes:
             writer.add_size(change.index, change.old_size_bytes)
 
@@ -177,6 +184,7 @@ class ApplyJob:
             return
         fields = ["volume", "flags", "count", "block"]
         for volume, flags, count, block in zeros[fields].tolist():
+            self._check_stop()
             self._target(volume).zero(block, count, punch=bool(flags & FLAG_PUNCH))
 
     def _write_data(self) -> None:

@@ -71,7 +71,7 @@ class BeforeImages:
         raw_bytes_max: int,
         on_progress: Callable[[], None] | None = None,
     ) -> None:
-        """:param on_progress: called now and then; may raise."""
+        """:param on_progress: called for each MiB, and each run of zeros; may raise."""
         self._writer = writer
         self._volume = volume
         self._image = image
@@ -146,6 +146,7 @@ class BeforeImages:
                     self._check_room()
             else:
                 self._writer.add_zero(self._volume, first, blocks)
+                self._check_room()
 
     def _read(self, blocks: Keys) -> bytes:
         """Contents of ascending blocks; the volume's short last block is as short as it is."""

@@ -84,6 +84,14 @@ class UndoWriter:
         self._tables: list[_Array] = []
         self._sizes: list[_Array] = []
         self.raw_bytes = 0
+        """Old contents added, uncompressed; zeros count nothing."""
+        self.entry_count = 0
+        """Runs added: 24 bytes of memory each."""
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of the file so far, without its tables; what waits for a chunk counts as it is."""
+        return self._end + len(self._pending)
 
     def add_blocks(
         self,
@@ -109,6 +117,7 @@ class UndoWriter:
         entries["volume"], entries["block"], entries["count"] = volume, blocks, 1
         entries["kind"] = are_zero  # KIND_ZERO is 1, KIND_DATA is 0.
         self._tables.append(_joined(entries))
+        self.entry_count += len(self._tables[-1])
         if zero.any():
             rows = np.frombuffer(data, dtype=np.uint8).reshape(len(zero), BLOCK_BYTES)
             data = rows[~zero].tobytes()
@@ -124,6 +133,7 @@ class UndoWriter:
         entry = np.zeros(1, dtype=ENTRY)
         entry[0] = (volume, KIND_ZERO, 0, count, block, 0)
         self._tables.append(entry)
+        self.entry_count += 1
 
     def add_size(self, volume: int, size_bytes: int) -> None:
         """Note the size of a volume before the pass; at any time."""

@@ -86,6 +86,10 @@ class KeptUndo:
         """Bytes of all files."""
         return sum(each.stored_bytes for each in self._passes)
 
+    def free_bytes(self) -> int:
+        """Left of the disk that the files lie on. Blocking."""
+        return self._store.free_bytes()
+
     def check(self, info: PassInfo, pause: Callable[[], None] = _go_on) -> None:
         """Read a whole pass through; one that cannot be is a gap from now on. Blocking.
 

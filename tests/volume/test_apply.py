@@ -196,7 +196,8 @@ def test_a_pass_too_large_to_undo_leaves_a_gap_and_is_applied_all_the_same(
     images = world.images(store)
     undo = UndoStore(store, LIMITS)
     world.job(images, undo, 0, 1).run()
-    monkeypatch.setattr(apply_support, "LIMITS", replace(LIMITS, undo_pass_bytes_max=4096))
+    small = replace(LIMITS, undo_bytes_max=4096, apply_pass_bytes_max=4096)
+    monkeypatch.setattr(apply_support, "LIMITS", small)
     world.job(images, undo, 1, 3).run()
     assert content_of(images) == world.states[3]
     assert [(each.from_epoch, each.to_epoch, each.is_gap) for each in undo.passes()] == [

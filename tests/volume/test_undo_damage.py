@@ -206,12 +206,13 @@ def test_a_merge_over_damage_ends_it_as_a_gap_and_nothing_is_lost_beside_it() ->
 
 def test_a_pass_that_was_too_large_or_found_no_space_says_so_after_a_restart() -> None:
     for fault, words in (
-        ("undo_pass_bytes_max", "too much changed"),
+        ("budget", "too much changed"),
         ("disk", "the disk was full"),
     ):
         copy = Copy(random_world(320, EPOCHS))
         copy.apply(0, 1, 2)
-        limits = replace(LIMITS, undo_pass_bytes_max=1) if fault != "disk" else LIMITS
+        small = replace(LIMITS, undo_bytes_max=1, apply_pass_bytes_max=1)
+        limits = small if fault != "disk" else LIMITS
         if fault == "disk":
             copy.store.fail("pwritev", "undo/*", error=28, count=3)
             copy.apply(2, 3)
