@@ -11,7 +11,7 @@ from geomirror.volume.engine import Engine
 from geomirror.volume.points import CLOCK_SLACK_NS, Point, clock_runs
 from geomirror.volume.undo_faults import Stretch
 from geomirror.volume.undo_levels import ages_of
-from geomirror.wan_protocol.history_upkeep import loss_marks
+from geomirror.wan_protocol.history_upkeep import loss_marks, peers_out_of_reach
 
 ALMOST_FULL = 0.95
 """Part of the budget from which on a short history is one that the budget makes short."""
@@ -28,11 +28,18 @@ def history_object(engine: Engine, limits: Limits) -> dict[str, Any]:
     stored = sum(each.stored_bytes for each in history.passes if not each.is_part)
     stretches = [] if epoch is None else history.unusable(epoch, engine.state_wall_ns)
     marks = [mark.name for mark in loss_marks(engine)]
-    is_full = stored >= ALMOST_FULL * limits.undo_bytes_max or (
-        len(history.passes) >= ALMOST_FULL * limits.undo_passes_max
+    # A primary keeps its last hour beyond the budget.
+    factor = ALMOST_FULL * (2 if engine.superblock.role == "primary" else 1)
+    is_full = stored >= factor * limits.undo_bytes_max or (
+        len(history.passes) >= factor * limits.undo_passes_max
     )
     alarms = [_words(each) for each in stretches]
     alarms += [f'mark "{name}" cannot be shown any more' for name in marks]
+    alarms += [
+        f'it does not lead back to what "{name}" has (epoch {had}): should that be promoted, this '
+        "copy is made anew"
+        for name, had in peers_out_of_reach(engine)
+    ]
     if is_full and reach_s < REACH_S_MIN:
         alarms.append(f"its budget is used up: it reaches back {reach_s:.0f} s only")
     return {

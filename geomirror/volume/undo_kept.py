@@ -50,6 +50,7 @@ class KeptUndo:
         self._limits = limits
         self._history = History((), 0)
         self._pins: dict[str, int] = {}
+        self._floors: dict[str, int] = {}
         self.kept_after: int | None = None
         """Passes after this epoch tell what must not go back to it: none is dropped, nor is one
         left out for its size."""
@@ -72,11 +73,21 @@ class KeptUndo:
 
     def pin(self, owner: str, epoch: int) -> None:
         """Keep what is needed to restore the state at `epoch`, for as long as there is room."""
-        self._pins[owner] = epoch
+        self._pins = {**self._pins, owner: epoch}
 
     def unpin(self, owner: str) -> None:
         """`owner` needs nothing any more."""
-        self._pins.pop(owner, None)
+        self._pins = {name: epoch for name, epoch in self._pins.items() if name != owner}
+
+    def keep_since(self, owner: str, epoch: int | None) -> None:
+        """Keep what leads back to `epoch` or to a point before it, for as long as there is room;
+        None: nothing. Unlike a pinned one the epoch itself may be merged away."""
+        floors = {name: kept for name, kept in self._floors.items() if name != owner}
+        self._floors = floors if epoch is None else {**floors, owner: epoch}
+
+    def needed_epochs(self) -> list[int]:
+        """The epochs that passes are needed for that lead back to them, or across them."""
+        return [*self._pins.values(), *self._floors.values()]
 
     def pinned_epochs(self) -> list[int]:
         """The epochs that owners of pins look at."""
@@ -226,11 +237,12 @@ class KeptUndo:
         bytes_max, passes_max = self._limits.undo_bytes_max, self._limits.undo_passes_max
         whole = [each for each in self._passes if not each.is_part]
         stored = sum(each.stored_bytes for each in whole) + added_bytes
-        pinned = min(self._pins.values(), default=None)
+        needed = min(self.needed_epochs(), default=None)
         count = 0
         for oldest in self._droppable():
-            # What a view looks at may take as much again, so that neither ends the other soon.
-            factor = 1 if pinned is None or oldest.to_epoch <= pinned else 2
+            # What a view looks at, or what a peer lacks, may take as much again: neither ends the
+            # other soon.
+            factor = 1 if needed is None or oldest.to_epoch <= needed else 2
             if stored <= factor * bytes_max and len(whole) - count < factor * passes_max:
                 break
             stored -= oldest.stored_bytes

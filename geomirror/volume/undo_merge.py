@@ -90,7 +90,8 @@ class ThinJob:
         self._undo.check_suspects(self._check_stop)
         passes = self._undo.history.passes
         pinned = [*self._pinned, *self._undo.pinned_epochs()]
-        drops = expired(passes, pinned, self._limits.undo_levels)
+        needed = [*pinned, *self._undo.needed_epochs()]
+        drops = expired(passes, needed, self._limits.undo_levels)
         self._undo.drop_oldest(drops)
         passes = passes[drops:]
         group = self._due(passes, pinned, self._limits.undo_levels) or self._pressed(passes, pinned)

@@ -4,12 +4,15 @@
  every 10 s ─▶ thin: expire, merge ─▶ nothing to do, and a day is over: read some of it through
  after every pass and thinning     ─▶ given up for want of room? ─▶ event, with the marks it cost
 ```
+A primary keeps the last hour, and what leads back to what each peer has: whichever is promoted, it
+can go back there by its own undo. Up to twice the budget; beyond that it is given up, and said.
 Invariant: no point is given up without a word, and none of a mark without one of its own.
 Deliberately not here: what is due (`volume.undo_levels`), the budget (`volume.undo_kept`).
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
 
 from geomirror.environment import SECOND
@@ -17,7 +20,9 @@ from geomirror.limits import Limits
 from geomirror.volume.engine import Engine
 from geomirror.volume.marks import Mark
 from geomirror.volume.undo_faults import WORDS
+from geomirror.volume.undo_history import History
 from geomirror.volume.undo_kept import BUDGET, Loss
+from geomirror.volume.undo_levels import ages_of
 from geomirror.volume.undo_merge import ThinJob
 
 THIN_INTERVAL_NS = 10 * SECOND
@@ -26,6 +31,10 @@ FIRST_SCRUB_NS = 3_600 * SECOND
 """A start has other things to do than reading history through."""
 TOLD_NS = 3_600 * SECOND
 """A full budget costs a point with every new one: it is told so often."""
+
+REACH_NS = 3_600 * SECOND
+"""What a primary keeps, whatever its peers have."""
+_PEERS, _HOUR = "peers", "hour"
 
 Tell = Callable[[str, dict[str, object]], None]
 
@@ -41,6 +50,8 @@ class HistoryUpkeep:
         self._scrub_at_ns: int | None = None
         self._told_ns: int | None = None
         self._known: set[tuple[int, str]] | None = None
+        for owner in (_PEERS, _HOUR):
+            engine.undo.keep_since(owner, None)  # Of the role before.
 
     def due_job(self, now_ns: int) -> ThinJob | None:
         """The next job to run, when it is time for one."""
@@ -60,10 +71,18 @@ class HistoryUpkeep:
             engine.undo.pin("marks", marked[0])
         else:
             engine.undo.unpin("marks")
+        if engine.superblock.role == "primary":
+            reach_ns = min(REACH_NS, self._limits.undo_levels[-1][1])
+            floor = reach_floor(engine.undo.history, engine.applied_epoch, reach_ns)
+            engine.undo.keep_since(_HOUR, floor)
         if is_returning:
             return None
         scrub_bytes = self._limits.undo_scrub_bytes if now_ns >= self._scrub_at_ns else 0
         return ThinJob(engine.store, engine.undo, self._limits, marked, scrub_bytes)
+
+    def keep_for_peers(self, epoch: int | None) -> None:
+        """At a primary: the oldest state that one of its peers may be promoted with."""
+        self._engine.undo.keep_since(_PEERS, epoch)
 
     def thinned(self, job: ThinJob, now_ns: int) -> None:
         """A job of `due_job` has run."""
@@ -115,6 +134,30 @@ class HistoryUpkeep:
                     "history_damaged", {**fields, "to_epoch": each.to_epoch, "reason": each.reason}
                 )
         self._known = set(found)
+
+
+def reach_floor(history: History, applied_epoch: int, reach_ns: int) -> int:
+    """The newest point that is so old; the oldest one when there is none."""
+    kept = history.kept(applied_epoch)
+    if not kept:
+        return applied_epoch
+    ages = ages_of([each.wall_ns for each in kept])
+    at = bisect_right(ages, -reach_ns, key=lambda age_ns: -age_ns)
+    return kept[at - 1].to_epoch if at else kept[0].from_epoch
+
+
+def peers_out_of_reach(engine: Engine) -> list[tuple[str, int]]:
+    """Peers of a primary, and what they have: were one of them promoted, undo does not lead back
+    to that any more."""
+    superblock = engine.superblock
+    if superblock.role != "primary" or engine.is_returning:
+        return []
+    oldest = engine.undo.history.horizon(engine.applied_epoch)
+    return [
+        (name, record.durable_epoch)
+        for name, record in sorted(superblock.peers.items())
+        if not record.is_initial and record.durable_epoch < oldest
+    ]
 
 
 def loss_marks(engine: Engine) -> list[Mark]:

@@ -3,7 +3,7 @@
 ```
             backlog ≥ 25 %            backlog ≥ 90 % of the journal
  Stream ───────────────────▶ Fold ───────────────────────────────▶ Bitmap ◀─┐ overflow again
-   ▲  ◀── drained, dwelt ──────┘                                     │ peer is back
+   ▲  ◀── drained, dwelt ──────┘                                     │ peer is back, dwelt
    └──────────────────────── finished ◀──────────────────────────  Resync ──┘
 ```
 A peer's epochs are retained in the journal as its *persisted* mode needs them: after a restart the
@@ -140,8 +140,13 @@ class PeerModes(PeerRecords):
         return min(total * limits.bitmap_backlog_fraction, total - spare_bytes)
 
     def _leave_fold(self, sender: Sender) -> None:
-        """Stream again once the backlog is drained and the peer has dwelt in Fold."""
-        is_drained = self.engine.bytes_backlog(sender.durable_epoch) < self._fold_bytes() / 4
+        """Stream again once the backlog is drained and the peer has dwelt in Fold.
+
+        What is left has to fit in half of the free journal, too, which other peers may have filled.
+        """
+        backlog = self.engine.bytes_backlog(sender.durable_epoch)
+        is_drained = backlog < self._fold_bytes() / 4
+        is_drained = is_drained and backlog <= self.engine.journal.room_bytes() / 2
         if is_drained and self.now_ns >= sender.mode_since_ns + self.limits.mode_dwell_ns_min:
             self._set_mode(sender, STREAM)
 

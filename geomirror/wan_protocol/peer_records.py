@@ -69,6 +69,7 @@ class PeerRecords(Replica):
             self.bitmaps[name] = full if is_new else self._load_bitmap(name, record)
         self._persisted[name] = (sender.mode, record.bitmap_through, record.bitmap_base)
         self._retain(sender)
+        self._keep_history()
         return sender
 
     def remove_peer(self, name: str) -> None:
@@ -81,6 +82,7 @@ class PeerRecords(Replica):
             self._obsolete[name] = kept.bitmap
         self.engine.superblock.peers.pop(name, None)
         self.engine.release(name)
+        self._keep_history()
         self._checkpoint_wanted = True
         self._pump()
 
@@ -226,11 +228,18 @@ class PeerRecords(Replica):
             if name in self.senders:
                 self._persisted[name] = (record.mode, record.bitmap_through, record.bitmap_base)
                 self._retain(self.senders[name])
+        self._keep_history()
         super()._checkpoint_done(job)
 
     def _pump_upkeep(self) -> None:
         self._drop_obsolete()
         super()._pump_upkeep()
+
+    def _keep_history(self) -> None:
+        """Undo leads back to whatever one of them may be promoted with."""
+        initial = {name for name, kept in self.bitmaps.items() if kept.is_initial}
+        had = [each.had_epoch for name, each in self.senders.items() if name not in initial]
+        self._history.keep_for_peers(min(had, default=None))
 
     def _retain(self, sender: Sender) -> None:
         mode, through, _ = self._persisted[sender.name]

@@ -117,6 +117,12 @@ class Sender:
         """Encoded bytes kept for this peer."""
         return sum(unit.held_bytes for unit in self.units)
 
+    @property
+    def had_epoch(self) -> int:
+        """The state that the peer would be promoted with, as far as it is known here."""
+        is_held = self.data_state != "consistent" and self.held_epoch >= 0
+        return self.held_epoch if is_held else self.durable_epoch
+
     def may_encode(self, sealed_epoch: int) -> bool:
         """Whether the next unit should be encoded now."""
         return (

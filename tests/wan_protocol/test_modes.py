@@ -139,6 +139,67 @@ def test_stream_fold_bitmap_resync_stream() -> None:
     stage.check_in_sync()
 
 
+def test_a_folding_peer_goes_on_so_while_another_one_has_filled_the_journal() -> None:
+    """Drained by itself, but what would come during another outage has no room."""
+    stage = Stage("west", "south", journal_bytes=4096 * KIB)
+    stage.link_down("west")
+    stage.link_down("south")
+    write_until(stage, "Fold")
+    stage.link_up("west")
+    stage.pass_time(100)
+    engine = stage.primary.engine
+    total = engine.journal.bytes_total
+    # Small enough of a backlog by the first rule, and more than half of what is free.
+    engine.journal.room_bytes = lambda: total // 40  # type: ignore[method-assign]
+    engine.bytes_backlog = lambda epoch: total // 20  # type: ignore[method-assign]
+    stage.pass_time(5000)
+    assert stage.sender("west").mode == "Fold"
+    engine.journal.room_bytes = lambda: total // 8  # type: ignore[method-assign]
+    stage.pass_time(100)
+    stage.primary.handle_timer(stage.now_ns)
+    stage.settle()
+    assert stage.sender("west").mode == "Stream"
+
+
+def test_a_peer_that_is_back_stays_in_bitmap_until_it_has_dwelt() -> None:
+    """A link that comes and goes would begin a resync each time, and overflow again."""
+    stage = Stage()
+    stage.write_epochs(1)
+    stage.link_down()
+    write_until(stage, "Bitmap")
+    overflowed_ns, dwell_ns = stage.now_ns, stage.limits.mode_dwell_ns_min
+    stage.pass_time(dwell_ns // 4 / 10**6)
+    stage.link_up()
+    while stage.now_ns < overflowed_ns + dwell_ns * 9 // 10:
+        assert stage.sender().mode == "Bitmap"
+        assert stage.primary.resyncs == {}
+        stage.pass_time(50)
+    for _ in range(4):
+        stage.reconnect()
+        assert stage.sender().mode == "Bitmap", "a new connection is no reason"
+    stage.pass_time(dwell_ns // 4 / 10**6)
+    assert "Resync" in modes(stage)
+    stage.pass_time(5000)
+    assert modes(stage) == ["Fold", "Bitmap", "Resync", "Stream"]
+    stage.check_in_sync()
+
+
+def test_each_overflow_begins_the_stay_in_bitmap_again() -> None:
+    stage = Stage()
+    stage.write_epochs(1)
+    for _ in range(2):
+        stage.link_down()
+        write_until(stage, "Bitmap")
+        overflowed_ns = stage.now_ns
+        stage.link_up()
+        while stage.sender().mode == "Bitmap":
+            stage.pass_time(20)
+        assert stage.now_ns - overflowed_ns >= stage.limits.mode_dwell_ns_min
+        assert stage.now_ns - overflowed_ns < 2 * stage.limits.mode_dwell_ns_min
+        stage.pass_time(5000)
+        stage.check_in_sync()
+
+
 def test_the_bitmap_follows_every_second_while_the_peer_is_away() -> None:
     stage = Stage()
     stage.link_down()
