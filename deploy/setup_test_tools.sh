@@ -1,20 +1,27 @@
 #!/bin/sh
-# Real NBD clients for the interop tests, a compiler and ip for the packet-level emulator, PostgreSQL
-# for the database story, mounts and namespaces for attached volumes, WireGuard for tunnels, and what the benchmarks compare
-# with. Without root the tests that need a missing one are skipped with its name as
-# the reason.
+# Real NBD clients for the interop tests and libnbd's own tests, a compiler and ip for the packet-level
+# emulator, PostgreSQL for the database story, mounts and namespaces for attached volumes, WireGuard for
+# tunnels, and what the benchmarks compare with. Without root the tests that need a missing one are
+# skipped with its name as the reason.
 set -eu
+here=$(dirname "$0")
+fetch_tests() {
+    sh "$here/fetch_libnbd_tests.sh" "$here/../build/libnbd" ||
+        echo "libnbd's source package cannot be had, its tests will be skipped" >&2
+}
 missing=
 for pair in nbdinfo:libnbd-bin nbdcopy:libnbd-bin qemu-io:qemu-utils fio:fio nbdkit:nbdkit \
             mke2fs:e2fsprogs nbd-client:nbd-client nbdsh:python3-libnbd cc:gcc ip:iproute2 \
             qemu-storage-daemon:qemu-system-common wg:wireguard-tools \
-            wireguard-go:wireguard-go rsync:rsync losetup:mount nsenter:util-linux; do
+            wireguard-go:wireguard-go rsync:rsync losetup:mount nsenter:util-linux \
+            dpkg-source:dpkg-dev; do
     PATH=$PATH:/usr/sbin:/sbin command -v "${pair%%:*}" >/dev/null 2>&1 || missing="$missing ${pair#*:}"
 done
 # The compiler alone has no headers.
 [ -e /usr/include/stdlib.h ] || missing="$missing libc6-dev"
+[ -e /usr/include/libnbd.h ] || missing="$missing libnbd-dev"
 ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || missing="$missing postgresql"
-[ -n "$missing" ] || exit 0
+[ -n "$missing" ] || { fetch_tests; exit 0; }
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     case $missing in
         *postgresql*)
@@ -29,3 +36,4 @@ if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
 else
     echo "not installed, their tests will be skipped:$missing" >&2
 fi
+fetch_tests

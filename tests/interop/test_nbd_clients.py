@@ -1,4 +1,5 @@
-"""Real NBD clients against the server: nbdinfo, nbdcopy, qemu-img, qemu-io, fio, nbdfuse.
+"""Real NBD clients: nbdinfo, nbdcopy, qemu-img, qemu-io, fio, nbdfuse; each against our server over
+a disk in RAM, and against real daemons, whose copy is judged, too.
 
 A client that is not installed skips its tests, naming the tool; in CI it is a failure.
 """
@@ -9,82 +10,48 @@ import asyncio
 import json
 import os
 import random
-import shutil
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
-from geomirror.nbd import constants as c
-from geomirror.nbd.server_io import NbdServer
-from tests.nbd.ram_export import RamExport
+from tests.interop.clients import run, tool
+from tests.interop.served_disks import SIZE, DaemonServed, RamServed, Served, daemons
 
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(240)]
 
-SIZE = 16 << 20
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonServed]:
+    with daemons(tmp_path_factory.mktemp("real")) as found:
+        yield found
 
 
-def tool(name: str) -> str:
-    """Path of a client, or the end of the test."""
-    path = shutil.which(name)
-    if path is not None:
-        return path
-    message = f"{name} is not installed"
-    if os.environ.get("CI") == "true":
-        pytest.fail(message)
-    pytest.skip(message)
-
-
-async def run(*command: str | Path, is_failure_wanted: bool = False) -> str:
-    """Run a client beside the server in this loop; its output, both streams."""
-    process = await asyncio.create_subprocess_exec(
-        tool(str(command[0])),
-        *map(str, command[1:]),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
-    try:
-        async with asyncio.timeout(120):
-            output, _ = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    text = output.decode(errors="replace")
-    assert (process.returncode != 0) == is_failure_wanted, text
-    return text
-
-
-@dataclass
-class Served:
-    disk: RamExport
-    read_only: RamExport
-    picky: RamExport
-    server: NbdServer
-    path: Path
-    tcp: str
-
-    def uri(self, name: str = "vol/0") -> str:
-        return f"nbd+unix:///{name}?socket={self.path}"
+@pytest.fixture(params=["ram", "daemons"])
+def disk(request: pytest.FixtureRequest, tmp_path: Path) -> RamServed | DaemonServed:
+    if request.param == "ram":
+        return RamServed(tmp_path / "n.sock")
+    found = request.getfixturevalue("real")
+    assert isinstance(found, DaemonServed)
+    return found
 
 
 @pytest.fixture
-async def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Served]:
+async def served(
+    disk: RamServed | DaemonServed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Served]:
     # Clients leave files where they run: fio its verify state.
     monkeypatch.chdir(tmp_path)
-    disk = RamExport(name="vol/0", size_bytes=SIZE, description="role: primary")
-    read_only = RamExport(name="ro", size_bytes=SIZE, is_read_only=True)
-    picky = RamExport(name="picky", size_bytes=SIZE, minimum_block=4096)
-    exports = {"vol/0": disk, "vol": disk, "ro": read_only, "picky": picky}
-    server = NbdServer(lambda: exports, default="vol/0")
-    path = tmp_path / "n.sock"
-    await server.start_unix(path)
-    host, port = await server.start_tcp("127.0.0.1", 0)
-    yield Served(disk, read_only, picky, server, path, f"nbd://{host}:{port}/vol/0")
-    await server.stop()
-    assert disk.open_count == 0
+    async with disk.running() as found:
+        yield found
+
+
+@pytest.fixture
+async def ram(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[RamServed]:
+    """For what only a disk in RAM shows."""
+    monkeypatch.chdir(tmp_path)
+    async with RamServed(tmp_path / "n.sock").running() as found:
+        yield found
 
 
 def pattern(seed: int) -> bytes:
@@ -102,8 +69,8 @@ async def test_nbdinfo_reads_size_flags_contexts_and_block_sizes(served: Served)
     assert told["protocol"] == "newstyle-fixed"
     assert told["structured"] is True
     assert export["export-size"] == SIZE
-    assert export["description"] == "role: primary"
-    assert export["contexts"] == ["base:allocation"]
+    assert export["description"] == served.description
+    assert tuple(export["contexts"]) == served.contexts
     can = {key: export[key] for key in export if key.startswith(("can_", "is_"))}
     assert can.pop("is_rotational") is False
     assert can.pop("is_read_only") is False
@@ -116,7 +83,7 @@ async def test_nbdinfo_reads_size_flags_contexts_and_block_sizes(served: Served)
 async def test_nbdinfo_lists_the_exports(served: Served) -> None:
     told = json.loads(await run("nbdinfo", "--json", "--list", served.uri()))
     names = sorted(export["export-name"] for export in told["exports"])
-    assert names == ["picky", "ro", "vol/0"]
+    assert tuple(names) == served.names
 
 
 async def test_nbdinfo_sees_a_read_only_export_and_an_unknown_one(served: Served) -> None:
@@ -127,7 +94,9 @@ async def test_nbdinfo_sees_a_read_only_export_and_an_unknown_one(served: Served
 
 
 async def test_nbdinfo_map_shows_data_and_holes(served: Served) -> None:
-    served.disk.data[1 << 20 : 2 << 20] = b"x" * (1 << 20)
+    await served.fill(bytes(1 << 20) + b"x" * (1 << 20) + bytes(SIZE - (2 << 20)))
+    # Zeros that were written are content; what is discarded is a hole.
+    await run("qemu-io", "-f", "raw", "-c", "discard 0 1M", "-c", "discard 2M 14M", served.uri())
     extents = json.loads(await run("nbdinfo", "--json", "--map", served.uri()))
     found = [(extent["offset"], extent["length"], extent["type"]) for extent in extents]
     assert found == [
@@ -143,25 +112,28 @@ async def test_nbdcopy_copies_in_and_out(served: Served, tmp_path: Path, transpo
     source, target = tmp_path / "source.img", tmp_path / "target.img"
     image = pattern(1)
     source.write_bytes(image)
-    served.disk.data[:] = b"\xee" * SIZE
+    await served.fill(b"\xee" * SIZE)
     await run("nbdcopy", "--flush", source, uri)
-    assert served.disk.data == image
-    assert served.disk.counts[c.CMD_FLUSH] >= 1
+    assert await served.content() == image
+    served.check_flushed()
     await run("nbdcopy", uri, target)
     assert target.read_bytes() == image
+    await served.judge_copy()
 
 
 async def test_nbdcopy_between_two_exports_over_many_connections(served: Served) -> None:
-    served.read_only.data[:] = pattern(2)
+    await served.fill_read_only(pattern(2))
     await run("nbdcopy", "-C", "4", served.uri("ro"), served.uri())
-    assert served.disk.data == served.read_only.data
+    assert await served.content() == pattern(2)
+    await served.judge_copy()
 
 
 async def test_nbdcopy_cannot_write_to_a_read_only_export(served: Served, tmp_path: Path) -> None:
     source = tmp_path / "source.img"
     source.write_bytes(pattern(3))
+    before = await served.content("ro")
     await run("nbdcopy", source, served.uri("ro"), is_failure_wanted=True)
-    assert not any(served.read_only.data)
+    assert await served.content("ro") == before
 
 
 async def test_qemu_io_writes_zeroes_discards_and_reads_back(served: Served) -> None:
@@ -182,38 +154,43 @@ async def test_qemu_io_writes_zeroes_discards_and_reads_back(served: Served) -> 
         "aio_flush",
         "read -P 0x77 8M 2M",
     ]
-    served.disk.data[:] = b"\xee" * SIZE
+    await served.fill(b"\xee" * SIZE)
     arguments = [part for command in commands for part in ("-c", command)]
     output = await run("qemu-io", "-f", "raw", *arguments, served.uri())
     assert "verification failed" not in output
-    assert served.disk.data[777:1110] == b"\xcd" * 333
-    assert served.disk.data[5 << 20 : 7 << 20] == bytes(2 << 20)
-    assert any(command == c.CMD_WRITE and flags & 1 for command, flags in served.disk.flags_seen)
+    content = await served.content()
+    assert content[777:1110] == b"\xcd" * 333
+    assert content[5 << 20 : 7 << 20] == bytes(2 << 20)
+    assert content[7 << 20 : 8 << 20] == b"\xee" * (1 << 20)
+    served.check_fua()
+    await served.judge_copy()
 
 
-async def test_qemu_io_respects_a_minimum_block(served: Served) -> None:
-    await run("qemu-io", "-f", "raw", "-c", "write -P 0x5a 5000 100", served.uri("picky"))
-    assert served.picky.data[5000:5100] == b"\x5a" * 100
-    assert not any(served.picky.data[:5000])
+async def test_qemu_io_respects_a_minimum_block(ram: RamServed) -> None:
+    await run("qemu-io", "-f", "raw", "-c", "write -P 0x5a 5000 100", ram.uri("picky"))
+    assert ram.picky.data[5000:5100] == b"\x5a" * 100
+    assert not any(ram.picky.data[:5000])
 
 
 async def test_qemu_io_past_the_end_and_read_only_fail_cleanly(served: Served) -> None:
+    await served.fill(bytes(SIZE))
     past = ("-c", f"write {SIZE - 512} 1024")
     await run("qemu-io", "-f", "raw", *past, served.uri(), is_failure_wanted=True)
     await run("qemu-io", "-f", "raw", "-c", "write 0 4k", served.uri("ro"), is_failure_wanted=True)
-    assert not any(served.disk.data)
+    assert not any(await served.content())
 
 
 async def test_qemu_img_maps_converts_and_compares(served: Served, tmp_path: Path) -> None:
     image = tmp_path / "source.img"
     image.write_bytes(pattern(4))
     await run("qemu-img", "convert", "-n", "-f", "raw", "-O", "raw", image, served.uri())
-    assert served.disk.data == image.read_bytes()
+    assert await served.content() == image.read_bytes()
     output = await run("qemu-img", "compare", "-f", "raw", "-F", "raw", image, served.uri())
     assert "identical" in output
     extents = json.loads(await run("qemu-img", "map", "--output=json", "-f", "raw", served.uri()))
     assert any(extent["data"] for extent in extents)
     assert any(extent["zero"] for extent in extents)
+    await served.judge_copy()
 
 
 @pytest.mark.parametrize(("jobs", "mode"), [(1, "randwrite"), (4, "randrw")])
@@ -241,14 +218,16 @@ async def test_fio_verifies_what_it_wrote(served: Served, jobs: int, mode: str) 
     report = json.loads(output[output.index("{") :])
     assert [job["error"] for job in report["jobs"]] == [0] * jobs
     assert sum(job["write"]["total_ios"] for job in report["jobs"]) > 100
-    assert served.disk.counts[c.CMD_FLUSH] > 0
+    served.check_flushed()
+    await served.judge_copy()
 
 
 async def test_fio_trims(served: Served) -> None:
-    served.disk.data[:] = b"\xee" * SIZE
+    await served.fill(b"\xee" * SIZE)
     uri = f"--uri={served.uri()}"
     await run("fio", "--name=t", "--ioengine=nbd", uri, "--rw=trim", "--bs=64k", f"--size={SIZE}")
-    assert not any(served.disk.data)
+    assert not any(await served.content())
+    await served.judge_copy()
 
 
 async def test_nbdfuse_carries_a_file_system_image(served: Served, tmp_path: Path) -> None:
@@ -270,8 +249,8 @@ async def test_nbdfuse_carries_a_file_system_image(served: Served, tmp_path: Pat
                 assert process.returncode is None
                 await asyncio.sleep(0.05)
         await run("dd", f"if={image}", f"of={disk}", "bs=1M", "conv=notrunc,fsync")
-        assert served.disk.data == image.read_bytes()
-        assert served.disk.counts[c.CMD_FLUSH] >= 1
+        assert await served.content() == image.read_bytes()
+        served.check_flushed()
         await run("e2fsck", "-fn", disk)
     finally:
         # SIGTERM makes nbdfuse unmount; a mount left behind would outlive the test.
@@ -284,3 +263,4 @@ async def test_nbdfuse_carries_a_file_system_image(served: Served, tmp_path: Pat
             process.kill()
             await process.wait()
     assert not mount.is_mount()
+    await served.judge_copy()

@@ -16,7 +16,7 @@ import pytest
 
 from geomirror.limits import KIB, MIB
 from geomirror.nbd.client_io import NbdClient
-from tests.interop.test_nbd_clients import run, tool
+from tests.interop.clients import run, tool
 from tests.system.support import Site, create, make_network, some_sites, until, wait_applied
 
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(240)]

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from geomirror.nbd.client_io import NbdClient
-from tests.interop.test_nbd_clients import run, tool
+from tests.interop.clients import run, tool
 from tests.system.activation import listen_unix, start_with_socket
 from tests.system.support import Site, create, some_sites, until
 

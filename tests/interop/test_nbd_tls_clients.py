@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.interop.test_nbd_clients import run
+from tests.interop.clients import run
 from tests.nbd.certificates import Authority
 from tests.system.support import Site, create, free_port, some_sites, until
 
