@@ -69,6 +69,12 @@ class Result:
         is_met = value <= bound
         self.figures.append(Figure(name, value, unit, text, is_met, max(values), min(values)))
 
+    def every_below(self, name: str, values: Sequence[float], bound: float, unit: str) -> None:
+        """The median of one value a round, none of which may reach the bound."""
+        value, text = statistics.median(values), f"every < {bound:g}"
+        is_met = max(values) < bound
+        self.figures.append(Figure(name, value, unit, text, is_met, max(values), min(values)))
+
     def median(self, name: str, values: Sequence[float], unit: str) -> None:
         """The median of one value a round, with its range."""
         value = statistics.median(values)

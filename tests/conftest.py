@@ -1,10 +1,11 @@
 """For all tests: hypothesis judges answers, not the speed of a machine that does other things, what
-a daemon's start does to its process ends with the test, and the long files come first."""
+a daemon's start does to its process ends with the test, the long files come first, and in CI
+nothing is skipped."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -15,6 +16,48 @@ settings.load_profile("patient")
 
 LONG_FIRST = ("system", "soak", "sim", "interop", "bench", "lab")
 """Directories whose files take tens of seconds, the longest first."""
+
+
+SKIPPED_IN_CI: dict[str, str] = {}
+"""Beginning of a skip's reason → why no CI can have what it lacks. Nothing is: what a kernel may
+lack (nbd, WireGuard, network emulation) the product does without, and its tests with it."""
+
+
+def is_ci() -> bool:
+    """Whether a test that cannot run is a failure: nobody reads the reasons of CI's skips."""
+    return os.environ.get("CI", "").lower() not in ("", "0", "false")
+
+
+def skip_reason(longrepr: object) -> str:
+    """What a skipped test or file said."""
+    text = str(longrepr[2]) if isinstance(longrepr, tuple) else str(longrepr)
+    return text.removeprefix("Skipped: ")
+
+
+def refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """In CI a skip is a failure, unless its reason is listed."""
+    if not report.skipped or not is_ci() or hasattr(report, "wasxfail"):
+        return
+    reason = skip_reason(report.longrepr)
+    if not any(reason.startswith(known) for known in SKIPPED_IN_CI):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, and CI skips nothing: {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Of each phase of a test."""
+    report = yield
+    refuse_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Of a file that skips itself as a whole."""
+    report = yield
+    refuse_skip(report)
+    return report
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
