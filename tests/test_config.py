@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -56,9 +57,45 @@ def test_defaults_leave_the_limits_as_they_are():
     assert Config().limits() == PRODUCTION
 
 
-def test_a_value_reaches_the_limits():
-    limits = parse_config("[replication]\nepoch_age_ms = 500\n", "x").limits()
-    assert limits.epoch_age_ns == 500_000_000
+LIMITED_BY = {
+    "links.data_connections": (3, {"data_connections": 3}),
+    "links.hello_interval_ms": (70, {"hello_interval_ns": 70_000_000}),
+    "links.hello_misses_max": (7, {"hello_misses_max": 7}),
+    "links.tcp_segment_bytes": (1000, {"tcp_segment_bytes": 1000}),
+    "replication.epoch_age_ms": (500, {"epoch_age_ns": 500_000_000}),
+    "storage.dirty_bytes_max": (17 << 20, {"dirty_bytes_max": 17 << 20}),
+    "storage.destage_age_s": (9, {"destage_age_ns_max": 9_000_000_000}),
+    "storage.undo_bytes_max": (12345, {"undo_bytes_max": 12345}),
+    "storage.branches_bytes_max": (12346, {"branches_bytes_max": 12346}),
+    "storage.resync_undo_bytes_max": (12347, {"resync_undo_bytes_max": 12347}),
+    "storage.full_disk_wait_s": (5, {"full_disk_wait_ns_max": 5_000_000_000}),
+}
+"""Key → a value, and all limits that it changes."""
+
+
+def with_one(key: str, value: int) -> Config:
+    section, name = key.split(".")
+    return parse_config(f"[{section}]\n{name} = {value}\n", "x")
+
+
+@pytest.mark.parametrize("key", LIMITED_BY)
+def test_a_key_changes_its_own_limit_and_no_other(key):
+    value, changed = LIMITED_BY[key]
+    assert with_one(key, value).limits() == replace(PRODUCTION, **changed)
+
+
+def test_no_number_is_left_out():
+    """Numbers that change no limit are used by name elsewhere."""
+    found = set()
+    for section in msgspec.structs.fields(Config):
+        if section.name == "peers":
+            continue
+        for field in msgspec.structs.fields(type(section.default)):
+            if isinstance(field.default, int) and not isinstance(field.default, bool):
+                found.add(f"{section.name}.{field.name}")
+    assert found - LIMITED_BY.keys() == {
+        *("node.worker_threads", "links.rate_bits_per_second", "tunnel.port", "tunnel.mtu")
+    }
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import rich_click as click
 
 from geomirror.cli.common import App, json_option, pass_app
 from geomirror.cli.units import parse_duration
+from geomirror.errors import RefusedError
 
 
 @click.group()
@@ -16,7 +17,13 @@ def token() -> None:
 @token.command()
 @click.option("--site", required=True, metavar="SITE", help="Site of the node that will join.")
 @click.option("--node", metavar="NODE", help="Its name. Default: the joiner proposes its host's.")
-@click.option("--role", default="member", show_default=True, help="member or witness.")
+@click.option(
+    "--role",
+    type=click.Choice(["member", "witness"]),
+    default="member",
+    show_default=True,
+    help="What the node is for; witness is refused until failover needs one.",
+)
 @click.option(
     "--expires",
     type=parse_duration,
@@ -33,6 +40,12 @@ def create(app: App, site: str, node: str | None, role: str, expires: float) -> 
     Runs on a node that holds the network authority's key: the one that created the network.
     The token is a secret until it is used or expires.
     """
+    if role == "witness":
+        raise RefusedError(
+            "there is nothing for a witness to do: failover is by command, and no lease is granted "
+            "by a quorum",
+            hint="leave --role out; a member without resources holds no data either",
+        )
     from geomirror.environment import SystemClock
     from geomirror.tunnel.network_io import create_token, load_network
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from geomirror.node.replica_runner import ReplicaRunner
 
 
+STALE = "stale: the copy went on without this reader; a new connection sees what it has now"
 _OWNER = "readers"
 """Of the pin on the undo that readers of an earlier epoch need."""
 
@@ -197,7 +198,10 @@ class SecondaryExport:
             sink.reply(cookie, errno.EIO)
             return
         is_unknown = reader.view is None and core.data_state != CONSISTENT
-        if reader.is_stale or core.fenced is not None or is_unknown:
+        if reader.is_stale:
+            sink.reply(cookie, errno.EIO, STALE)
+            return
+        if core.fenced is not None or is_unknown:
             sink.reply(cookie, errno.EIO)
             return
         if reader.view is not None:

@@ -272,7 +272,10 @@ def count_links(site: Site) -> int:
 
 
 def quick_start(a: Site, b: Site, size: str = "64M") -> None:
-    """The quick start of the README, to the letter; nothing waits in between."""
+    """The steps of the README's quick start, with free ports; nothing waits in between.
+
+    What the README itself says is played by `test_readme.py`.
+    """
     a.run(
         *("network", "create", "acme", "--site", "east", "--node", "east-1"),
         *("--listen", f"127.0.0.1:{a.port}"),

@@ -1,4 +1,4 @@
-"""The quick start, to the letter, with real daemons; then what an operator does next."""
+"""The steps of the quick start with real daemons; then what an operator does next."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ async def read(site: Site, offset: int, length: int) -> bytes:
         return bytes(await client.read(offset, length))
 
 
-async def test_the_quick_start_to_the_letter(sites: tuple[Site, Site]) -> None:
+async def test_the_steps_of_the_quick_start(sites: tuple[Site, Site]) -> None:
     a, b = sites
     quick_start(a, b)
     found = a.json("status", "pg")
@@ -198,7 +198,7 @@ def test_mistakes_have_their_exit_codes_and_no_traceback(sites: tuple[Site, Site
     assert a.json("nonsense", expected=2)["error"]["code"] == "usage"
 
 
-def test_reload_takes_over_a_peer_and_refuses_nonsense(sites: tuple[Site, Site]) -> None:
+def test_reload_refuses_nonsense_and_says_what_wants_a_restart(sites: tuple[Site, Site]) -> None:
     a, b = sites
     quick_start(a, b)
     assert a.process is not None
