@@ -24,6 +24,7 @@ class CountedFile:
         self.size, self.pread, self.pread_into = file.size, file.pread, file.pread_into
         self.pread_each, self.try_read = file.pread_each, file.try_read
         self.expect_scattered_reads = file.expect_scattered_reads
+        self.expect_reads = file.expect_reads
         self.zero, self.data_ranges = file.zero, file.data_ranges
         self.truncate, self.close = file.truncate, file.close
 

@@ -82,6 +82,10 @@ class Image:
         """A hint: reads from now on are (not) of scattered blocks."""
         self.file.expect_scattered_reads(is_scattered)
 
+    def expect_reads(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """A hint: these (offset, length) are read next."""
+        self.file.expect_reads(ranges)
+
     def write_blocks(self, blocks: Sequence[tuple[int, Buffer]]) -> None:
         """Write (first block, contents of one or more whole blocks), ascending. Not durable yet.
 

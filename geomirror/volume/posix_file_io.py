@@ -131,6 +131,12 @@ class PosixFile:
         with contextlib.suppress(OSError):
             os.posix_fadvise(self._descriptor, 0, 0, advice)
 
+    def expect_reads(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Let the kernel fetch (offset, length) of them now; a refusal is ignored."""
+        with contextlib.suppress(OSError):
+            for offset, length in ranges:
+                os.posix_fadvise(self._descriptor, offset, length, os.POSIX_FADV_WILLNEED)
+
     def pwritev(self, buffers: Sequence[Buffer], offset: int) -> None:
         """Write all buffers, completely. :raises NoSpaceError: the file system is full."""
         if self._failure:

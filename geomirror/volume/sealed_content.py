@@ -57,6 +57,15 @@ class SealedContent:
             content[start - offset : stop - offset] = part
         return content
 
+    def expect_reads(self, offset: int, length: int) -> None:
+        """A hint: this range is read next."""
+        ranges: list[tuple[int, int]] = []
+        for piece in self.pieces:
+            start, stop = max(piece.offset, offset), min(sum(piece[:2]), offset + length)
+            if start < stop and piece.source == IMAGE:
+                ranges.append((start, stop - start))
+        self.image.expect_reads(ranges)
+
 
 def pieces_of(index: DirtyIndex, offset: int, length: int) -> list[Piece]:
     """Where the bytes of a range lie now, as `DirtyIndex.lookup`; cheap for a long range with few

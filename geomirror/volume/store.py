@@ -38,6 +38,9 @@ class File(Protocol):
     def expect_scattered_reads(self, is_scattered: bool) -> None:
         """A hint: reads from now on are (not) scattered, and what follows them is not wanted."""
 
+    def expect_reads(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """A hint: these (offset, length) are read next, so that a disk may fetch all at once."""
+
     def pwritev(self, buffers: Sequence[Buffer], offset: int) -> None:
         """Write all buffers one after the other, completely. Not durable before `fdatasync`."""
 

@@ -176,10 +176,12 @@ class EpochIntake(Replica):
 
         :param queued_bytes: of a resync under way, waiting for the image.
         """
+        if queued_bytes is not None:
+            # These wait as they came. Never none: the next frame may be the one that all wait for.
+            spare = self.limits.credit_bytes - queued_bytes
+            return self.taken_bytes + max(spare, FRAME_BODY_BYTES_MAX)
         room = self.engine.journal.room_bytes()
         spare = room - self.limits.epoch_bytes_max // 2
-        if queued_bytes is not None:
-            spare = self.limits.credit_bytes - queued_bytes
         # A frame may blow up to its raw size in the journal; compressed bytes are what is granted.
         granted = max(0, min(self.limits.credit_bytes, spare // 4))
         if room >= 2 * FRAME_BODY_BYTES_MAX:

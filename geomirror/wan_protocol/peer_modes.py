@@ -297,7 +297,7 @@ class PeerModes(PeerRecords):
             resync.send_again(self.now_ns)
         for decision in resync.next_asks():
             self._decide(decision)
-        for decision in resync.next_sends(self.engine.sealed_epoch):
+        for decision in resync.next_sends(self.engine.sealed_epoch, self.now_ns):
             self._decide(decision)
 
     def _read_done(self, sender: Sender, resync: ResyncSender, pin: Any, job: Any) -> None:

@@ -63,6 +63,9 @@ class ResyncReadJob:
         """Read, compare, find zeros, encode. Raises StorageError, IntegrityError."""
         ranges: Ranges = []
         holes: list[tuple[int, int, int]] = []
+        if len(self.items) > 1:  # A long one is read from end to end, or has holes.
+            for item in self.items:
+                item.content.expect_reads(item.offset, item.stop - item.offset)
         for item in self.items:
             done = self._read(item, ranges, holes)
             self.done.append(done)

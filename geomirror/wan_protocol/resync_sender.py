@@ -37,8 +37,11 @@ from geomirror.wan_protocol.sender import Sender
 DENSE_RUN_BYTES = 16 << 20
 """Range looked at by one step while many blocks wait for destage; with few, a whole GiB."""
 LOST_AFTER_NS = 3 * SECOND
-"""No frame of a resync became durable for so long: those on the way are sent again. At 1 Mbit/s a
-frame takes half a second."""
+"""Nothing of what is on its way was received for so long: it is sent again. At 1 Mbit/s a frame
+takes half a second."""
+SLOW_AFTER_NS = 60 * SECOND
+"""The same for frames that were all received, and are not durable: the peer's disk is slow, and to
+send 32 MiB again every three seconds would only take the link."""
 
 
 @dataclass
@@ -216,16 +219,25 @@ class ResyncSender:
 
     def stuck_at(self) -> int | None:
         """When frames on the way count as lost with their connection, None when none are."""
-        is_waiting = self._frames and not self._to_send and self.sender.is_open
-        return self.progress_ns + LOST_AFTER_NS if is_waiting else None
+        if not self._frames or not self.sender.is_open or self._goes_on():
+            return None
+        after_ns = SLOW_AFTER_NS if self.sender.is_all_received else LOST_AFTER_NS
+        return max(self.progress_ns, self.sender.progress_ns) + after_ns
+
+    def _goes_on(self) -> bool:
+        """The next frame waits for room in the link only: lost ones may fill the window."""
+        body = self._frames.get(self._to_send[0]) if self._to_send else None
+        return bool(self._to_send) and (body is None or self.sender.fits(len(body)))
 
     def send_again(self, now_ns: int) -> None:
         """Nothing was heard for long: send everything on the way once more."""
         self.progress_ns = now_ns
-        self._to_send.extend(sorted(self._frames))
-        self.sender.uncount_sent(sum(map(len, self._frames.values())))
+        waiting = set(self._to_send)
+        sent = (len(body) for number, body in self._frames.items() if number not in waiting)
+        self.sender.uncount_sent(sum(sent))
+        self._to_send = deque(sorted(self._frames))
 
-    def next_sends(self, sealed_epoch: int) -> list[Decision]:
+    def next_sends(self, sealed_epoch: int, now_ns: int) -> list[Decision]:
         """Frames that may go out now, and the end once all is durable at the peer."""
         decisions: list[Decision] = []
         name, session = self.sender.name, self.sender.session
@@ -238,6 +250,8 @@ class ResyncSender:
             if not self.sender.may_send(len(body)):
                 return decisions
             self._to_send.popleft()
+            if self.sender.is_all_received:
+                self.progress_ns = now_ns  # Nothing was on its way that could have been lost.
             self.sender.count_sent(len(body))
             self.sent_bytes += len(body)
             decisions.append(SendFrame(name, session, self.number, sequence, body, is_resync=True))
@@ -252,7 +266,8 @@ class ResyncSender:
     def acknowledge(self, message: ResyncAcknowledge, now_ns: int) -> bool:
         """Take what is durable in the peer's image; True once the peer needs no more copying."""
         assert message.number == self.number
-        self.sender.grant(message.received_bytes, message.credit_bytes, now_ns)
+        received_bytes, credit_bytes = message.received_bytes, message.credit_bytes
+        self.sender.grant(received_bytes, credit_bytes, now_ns, may_fall=True)
         for sequence in [s for s in self._frames if s < message.frames]:
             del self._frames[sequence]
             self.progress_ns = now_ns

@@ -252,12 +252,18 @@ class Sender:
 
     def may_send(self, length: int) -> bool:
         """Whether window, credit and link take a frame of this length now."""
-        return length <= self.room_bytes and self._fits(length)
+        return length <= self.room_bytes and self.fits(length)
 
-    def _fits(self, length: int) -> bool:
+    def fits(self, length: int) -> bool:
+        """Whether window and credit take a frame of this length now."""
         sent_bytes = self._sent_bytes + length
         is_in_window = sent_bytes - self._received_bytes <= self.limits.window_bytes_min
         return is_in_window and sent_bytes <= self._credit_bytes
+
+    @property
+    def is_all_received(self) -> bool:
+        """Nothing that was sent is on its way, as far as the peer has said."""
+        return self._received_bytes >= self._sent_bytes
 
     def count_sent(self, length: int) -> None:
         """Account for a frame handed to the link."""
@@ -269,18 +275,24 @@ class Sender:
         """So many bytes count as lost: they will be sent again."""
         self._sent_bytes -= length
 
-    def grant(self, received_bytes: int, credit_bytes: int, now_ns: int) -> None:
-        """Positions of flow control, from an acknowledgement of any kind."""
+    def grant(
+        self, received_bytes: int, credit_bytes: int, now_ns: int, *, may_fall: bool = False
+    ) -> None:
+        """Positions of flow control, from an acknowledgement of any kind.
+
+        :param may_fall: what turned out to be damaged does not count as received any more.
+        """
         if received_bytes > self._received_bytes:
             self.progress_ns = now_ns
-        self._received_bytes = max(self._received_bytes, received_bytes)
+        if may_fall or received_bytes > self._received_bytes:
+            self._received_bytes = received_bytes
         self._credit_bytes = max(self._credit_bytes, credit_bytes)
 
     def _is_hung(self, unit: Unit) -> bool:
         """Part of the unit is on its way, and the window or the credit is used up."""
         frames = unit.encoded.frames
         is_begun = len(unit.to_send) < len(frames) and not unit.is_commit_sent
-        return is_begun and not self._fits(len(frames[unit.to_send[0]]))
+        return is_begun and not self.fits(len(frames[unit.to_send[0]]))
 
     def hung_at(self) -> int | None:
         """When `next_sends` has to look whether frames were lost, None for not at all."""

@@ -98,6 +98,9 @@ class SimFile:
     def expect_scattered_reads(self, is_scattered: bool) -> None:
         """A hint that nothing here can use."""
 
+    def expect_reads(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Another one."""
+
     def pwritev(self, buffers: Sequence[Buffer], offset: int) -> None:
         """Write into the cache."""
         self._check("pwritev")

@@ -36,6 +36,9 @@ class MemoryFile:
     def expect_scattered_reads(self, is_scattered: bool) -> None:
         self.store.operations.append(("scattered", self.name, int(is_scattered), 0))
 
+    def expect_reads(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Another one."""
+
     def pwritev(self, buffers: Sequence[Buffer], offset: int) -> None:
         content = b"".join(buffers)
         self.store.operations.append(("pwritev", self.name, offset, len(content)))
