@@ -27,6 +27,11 @@ Bytes = Annotated[int, Meta(ge=0, le=1 << 50)]
 _PORT = "6553[0-5]|655[0-2][0-9]|65[0-4][0-9]{2}|6[0-4][0-9]{3}|[1-5][0-9]{4}|0?[0-9]{1,4}"
 Endpoint = Annotated[str, Meta(pattern=rf"^(\[[0-9A-Fa-f:.%]+\]|[^:\s\[\]]+):({_PORT})\Z")]
 """HOST:PORT; an IPv6 host stands in brackets."""
+_URL = rf"wss?://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:({_PORT}))?(/[A-Za-z0-9._~/-]*)?"
+PeerEndpoint = Annotated[
+    str, Meta(pattern=rf"^((\[[0-9A-Fa-f:.%]+\]|[^:\s\[\]]+):({_PORT})|{_URL})\Z", max_length=256)
+]
+"""HOST:PORT, or the URL of a WebSocket."""
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -39,6 +44,16 @@ class NodeConfig(_Section, frozen=True):
     listen: Endpoint | None = None
     """Overrides the endpoint given to `network create` or `join` with `--listen`."""
     worker_threads: Annotated[int, Meta(ge=2, le=64)] = 4
+    listen_websocket: Endpoint | None = None
+    websocket_path: Annotated[str, Meta(pattern=r"^/[A-Za-z0-9._~/-]{0,127}\Z")] = "/geomirror"
+    websocket_certificate: str | None = None
+    websocket_key: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.websocket_certificate is None) != (self.websocket_key is None):
+            raise ValueError("websocket_certificate and websocket_key belong together")
+        if self.websocket_certificate is not None and self.listen_websocket is None:
+            raise ValueError("websocket_certificate needs listen_websocket")
 
 
 class NbdConfig(_Section, frozen=True):
@@ -69,8 +84,13 @@ class LinksConfig(_Section, frozen=True):
     hello_interval_ms: Annotated[int, Meta(ge=20, le=60_000)] = PRODUCTION.hello_interval_ns // MS
     hello_misses_max: Annotated[int, Meta(ge=3, le=100)] = PRODUCTION.hello_misses_max
     tcp_segment_bytes: Annotated[int, Meta(ge=0, le=32_767)] = PRODUCTION.tcp_segment_bytes
+    proxy: Endpoint | None = None
+    """An HTTP proxy that takes CONNECT, for peers that are not reached directly."""
+    proxy_credentials: str | None = None
 
     def __post_init__(self) -> None:
+        if self.proxy_credentials is not None and self.proxy is None:
+            raise ValueError("proxy_credentials needs proxy")
         if self.tcp_segment_bytes and not 88 <= self.tcp_segment_bytes <= 32_767:
             raise ValueError("tcp_segment_bytes is 0 or from 88 to 32767, as the kernel takes it")
 
@@ -88,7 +108,7 @@ class TunnelConfig(_Section, frozen=True):
 class PeerConfig(_Section, frozen=True):
     """`[peers.NAME]`"""
 
-    endpoints: list[Endpoint] = []
+    endpoints: list[PeerEndpoint] = []
     """Replaces the endpoints that the network knows for this node; empty replaces nothing."""
 
 
@@ -150,6 +170,8 @@ class Config(_Section, frozen=True):
 
 RELOADABLE = frozenset(
     {
+        "links.proxy",
+        "links.proxy_credentials",
         "links.rate_bits_per_second",
         "log.level",
         "nbd.tls",

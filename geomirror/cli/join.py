@@ -30,15 +30,24 @@ def join(
 
     `-` reads the token from stdin, so that it appears in no process list. Without --listen this
     node only dials out, which is right behind NAT.
+
+    Where only an HTTP proxy or HTTPS leads out, write DATA_DIR/geomirror.toml before: links.proxy,
+    or the authority's wss:// URL as an endpoint in [peers.NAME].
     """
     import asyncio
 
     from geomirror.environment import SystemClock, SystemEntropy
+    from geomirror.node.config_io import load_config
     from geomirror.node.network_view import own_object
+    from geomirror.node.way_out import load_way_out
+    from geomirror.tunnel.link_path import is_url
     from geomirror.tunnel.network_io import join as join_network
 
     text = read_token(token, token_file)
     app.data_dir.create()
+    config = load_config(app.data_dir.config)
+    way_out = load_way_out(config.links, app.data_dir.root)
+    endpoints = [e for entry in config.peers.values() for e in entry.endpoints if is_url(e)]
     give_up = time.monotonic() + RETRY_S
     while True:
         try:
@@ -47,6 +56,9 @@ def join(
                 text,
                 listen=listen,
                 node=node,
+                proxy=config.links.proxy,
+                way_out=way_out,
+                more_endpoints=endpoints,
                 clock=SystemClock(),
                 entropy=SystemEntropy(),
             )

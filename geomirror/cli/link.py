@@ -18,7 +18,11 @@ def link() -> None:
 @json_option
 @pass_app
 def list_(app: App) -> None:
-    """List this node's links."""
+    """List this node's links.
+
+    WAY is direct, proxy (through an HTTP proxy), websocket, or websocket_proxy; the last column
+    says why no better one is used, or what is wrong.
+    """
     result = app.call("link.list")
     app.show(result, lambda: _listed(result))
 
@@ -36,12 +40,13 @@ def _listed(result: dict[str, Any]) -> str:
             format_seconds(found["since_seconds"]),
             format_bytes(found["bytes_sent"]),
             format_bytes(found["bytes_received"]),
+            found["way"] or "-",
             found["endpoint"] or "-",
-            found["trouble"],
+            found["trouble"] or found["way_reason"],
         ]
         for found in result["links"]
     ]
     if not rows:
         return "no other node is known"
-    head = ["NODE", "SITE", "ADDRESS", "STATE", "RTT", "SINCE", "SENT", "RECEIVED", "ENDPOINT"]
-    return table([*head, "ERROR"], rows)
+    head = ["NODE", "SITE", "ADDRESS", "STATE", "RTT", "SINCE", "SENT", "RECEIVED", "WAY"]
+    return table([*head, "ENDPOINT", "WHY"], rows)

@@ -28,6 +28,7 @@ PANELS: dict[str, dict[str, str]] = {
         "node": "geomirror.cli.node",
         "link": "geomirror.cli.link",
         "tunnel": "geomirror.cli.tunnel",
+        "doctor": "geomirror.cli.doctor",
     },
     "Services": {
         "expose": "geomirror.cli.expose",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,10 @@ from geomirror.node.network_view import (
 )
 from geomirror.tunnel.authority_io import install_renewal, renew, renew_own, renewal_request
 from geomirror.tunnel.join_io import renew_by_join
+from geomirror.tunnel.link_path import KINDS
+from geomirror.tunnel.membership import Member
 from geomirror.tunnel.network_state_io import NetworkState
+from geomirror.tunnel.path_io import WayOut
 
 _log = structlog.get_logger(component="network")
 
@@ -56,6 +59,9 @@ class NetworkCalls:
     context: NodeContext
     on_changed: Callable[[], None]
     """Members changed: look at peers, routes and live sessions again."""
+    paths_of: Callable[[Member], Sequence[str]] = lambda member: member.endpoints
+    """On which a node is dialled."""
+    way_out: Callable[[], WayOut] = WayOut
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _closing: bool = False
     _look: asyncio.Event = field(default_factory=asyncio.Event)
@@ -109,6 +115,8 @@ class NetworkCalls:
                     "bytes_sent": link.bytes_sent,
                     "bytes_received": link.bytes_received,
                     "endpoint": link.endpoint,
+                    "way": KINDS[link.rank] if link.is_established else None,
+                    "way_reason": link.path_reason,
                     "last_error": link.last_error,
                     "trouble": link.trouble,
                 }
@@ -194,7 +202,13 @@ class NetworkCalls:
                     install_renewal(self.state, reply, wall_ns=clock.wall_ns())
                     _log.info("certificate_renewed", by=name)
                     return True
-            await renew_by_join(self.state, clock=clock, entropy=entropy)
+            await renew_by_join(
+                self.state,
+                clock=clock,
+                entropy=entropy,
+                paths_of=self.paths_of,
+                way_out=self.way_out(),
+            )
             return True
         except GeomirrorError as error:
             _log.warning("renewal_failed", reason=str(error))

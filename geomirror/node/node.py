@@ -55,6 +55,8 @@ from geomirror.node.tunnel_service import TunnelService
 from geomirror.node.verify_calls import VerifyCalls
 from geomirror.node.view_calls import ViewCalls
 from geomirror.node.volume_changes import VolumeChanges
+from geomirror.node.way_out import load_way_out, websocket_tls, websocket_url
+from geomirror.tunnel.link_path import expand_paths
 from geomirror.tunnel.membership import Member
 from geomirror.tunnel.network_state_io import NetworkState
 from geomirror.tunnel.tls_io import TlsDriver
@@ -144,8 +146,11 @@ class Node:
         path = self._status.nbd_socket
         self._nbd_addresses = await start_nbd(self._nbd, self._config.nbd, path, activated)
         self._nbd_tls_changed()
+        self._driver.way_out = load_way_out(self._config.links, self._data_dir.root)
         self._set_peers()
-        await self._links.start(self._config.node.listen or self._state.listen)
+        self._driver.websocket_tls = websocket_tls(self._config.node, self._data_dir.root)
+        listen = self._config.node.listen or self._state.listen
+        await self._links.start(listen, websocket_url(self._config.node))
         # After the links: a token that it makes can be used at once.
         await self._control.start(str(sockets / "control.sock"))
         await self._services.start()
@@ -179,6 +184,7 @@ class Node:
         try:
             config = load_config(self._data_dir.config)
             tls = load_nbd_tls(config.nbd, self._data_dir.root)
+            way_out = load_way_out(config.links, self._data_dir.root)
         except ConfigError as error:
             _log.error("configuration_not_reloaded", reason=str(error))
             self._emit("configuration_refused", {"reason": str(error)})
@@ -186,7 +192,7 @@ class Node:
             changed = changed_keys(self._config, config)
             pending = [key for key in changed if key not in RELOADABLE]
             set_level(config.log.level)
-            self._config, self._nbd.tls = config, tls
+            self._config, self._nbd.tls, self._driver.way_out = config, tls, way_out
             self._nbd_tls_changed()
             self._set_peers()
             fields = {"changed": changed, "restart_needed_for": pending}
@@ -231,6 +237,8 @@ class Node:
         self._rejoiner = Rejoiner(calls)
         ResolveCalls(calls, self._promotion, self._rejoiner).register(self._methods)
         self._network.register(self._methods)
+        self._network.paths_of = self._paths_of
+        self._network.way_out = lambda: self._driver.way_out
         self._services.register(self._methods)
         self._tunnels = TunnelService(
             self._state, self._host.context, self._config.tunnel, self._endpoints_of
@@ -317,11 +325,14 @@ class Node:
         for member in self._state.membership.active():
             if member.name == self._state.node:
                 continue
-            peers.append(PeerAddress(member.name, list(self._endpoints_of(member))))
+            peers.append(PeerAddress(member.name, self._paths_of(member)))
         self._links.set_peers(peers)
         rate = self._config.links.rate_bits_per_second
         for peer in peers:
             self._links.set_rate(peer.name, rate // 8 or None)
+
+    def _paths_of(self, member: Member) -> list[str]:
+        return expand_paths(self._endpoints_of(member), self._config.links.proxy)
 
     def _endpoints_of(self, member: Member) -> Sequence[str]:
         override = self._config.peers.get(member.name)

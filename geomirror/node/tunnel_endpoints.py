@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from geomirror.tunnel.link_path import is_url
 from geomirror.tunnel.membership import Member
 from geomirror.tunnel.names import split_endpoint
 from geomirror.tunnel.wireguard_desired import usable_host
@@ -46,13 +47,16 @@ class Endpoints:
 
     async def _host(self, member: Member) -> str | None:
         link = self._links.state(member.name)
-        if link.is_established and link.endpoint:
+        # Behind a proxy or a front end there is no tunnel's end.
+        if link.is_established and link.endpoint and link.rank == 0:
             host = await self._resolve(_host_of(link.endpoint))
             if host is not None:
                 self._last[member.node_id] = host
         if member.node_id in self._last:
             return self._last[member.node_id]
         for endpoint in self._endpoints_of(member):
+            if is_url(endpoint):
+                continue
             host = await self._resolve(split_endpoint(endpoint)[0])
             if host is not None:
                 return host

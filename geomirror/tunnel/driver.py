@@ -1,7 +1,7 @@
 """The link driver: what the WAN protocol needs of a transport, and nothing more.
 
 A driver gives authenticated, encrypted, ordered byte streams between two named nodes. `tls` is the
-embedded one; others (WebSocket, streams over a WireGuard interface) fit the same two calls.
+embedded one; which way its streams go is in the endpoint (`link_path`).
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class LinkDriver(Protocol):
     ) -> tuple[asyncio.Transport, asyncio.BaseProtocol]:
         """Connect and authenticate the other side as exactly `peer`, which has accepted us too.
 
+        :param endpoint: a path (`link_path`).
         :param connected: called when something there has answered at all, before it is known who.
         :raises AuthError: it is not `peer`, not of this network, or it refuses this node.
         :raises LinkError: unreachable, or it does not speak our protocol.
@@ -54,6 +55,7 @@ class LinkDriver(Protocol):
     ) -> Listener:
         """Accept links; `factory(peer name)` is called for each, before any of its data.
 
+        :param endpoint: `HOST:PORT`, or a URL of `link_path` for WebSockets.
         :raises InUseError: another process listens there.
         :raises ConfigError: the endpoint is not an address of this machine.
         """

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from geomirror.environment import SECOND, Clock, Entropy
 from geomirror.errors import (
@@ -31,6 +32,8 @@ from geomirror.tunnel.enrollment import (
 )
 from geomirror.tunnel.identity import NodeIdentity
 from geomirror.tunnel.key_files_io import read_file
+from geomirror.tunnel.link_path import expand_paths, parse_path
+from geomirror.tunnel.membership import Member
 from geomirror.tunnel.names import (
     check_endpoints,
     check_name,
@@ -44,6 +47,7 @@ from geomirror.tunnel.network_state_io import (
     keep_identity,
     keep_network,
 )
+from geomirror.tunnel.path_io import WayOut, open_path
 from geomirror.tunnel.tls_context_io import explain, joiner_context, network_label
 from geomirror.tunnel.token import parse_token
 
@@ -51,7 +55,7 @@ _REPLY_FACTOR = 8
 """A welcome of a full network is longer than a line that a stranger may send."""
 
 
-class _Exchange:
+class JoinExchange:
     """One connection of the join protocol."""
 
     def __init__(
@@ -66,7 +70,9 @@ class _Exchange:
                 hint="check the address; a token works only in the network that made it",
             )
         self.leaf_der: bytes = ssl_object.getpeercert(binary_form=True)
-        self.local_host: str = writer.get_extra_info("sockname")[0]
+        name = writer.get_extra_info("sockname")
+        # Out of a WebSocket it has no address; the authority puts in the one that it sees.
+        self.local_host: str = name[0] if isinstance(name, tuple) else "0.0.0.0"
 
     async def read_line(self) -> bytes:
         try:
@@ -78,21 +84,30 @@ class _Exchange:
 
 
 @contextlib.asynccontextmanager
-async def _connect(
-    endpoint: str, authority_hash: bytes, limits: Limits
-) -> AsyncIterator[_Exchange]:
-    host, port = split_endpoint(endpoint)
+async def connect_join(
+    endpoint: str, authority_hash: bytes, limits: Limits, way_out: WayOut, entropy: Entropy
+) -> AsyncIterator[JoinExchange]:
+    """A connection of the join protocol, on a path (`link_path`); nobody is judged yet.
+
+    :raises LinkError: nobody answers, the proxy does not let us out, or it takes too long.
+    :raises AuthError: who answers has no join exchange.
+    """
+    path = parse_path(endpoint)
     try:
         async with asyncio.timeout(limits.join_exchange_ns_max / SECOND):
-            reader, writer = await asyncio.open_connection(
-                host,
-                port,
-                ssl=joiner_context(),
-                server_hostname=network_label(authority_hash),
-                limit=_REPLY_FACTOR * limits.join_line_bytes_max,
-            )
+            sock = await open_path(path, way_out, limits, entropy)
+            options: dict[str, Any] = {
+                "sock": sock,
+                "ssl": joiner_context(),
+                "server_hostname": network_label(authority_hash),
+                "limit": _REPLY_FACTOR * limits.join_line_bytes_max,
+            }
+            if sock.family == socket.AF_UNIX:
+                reader, writer = await asyncio.open_unix_connection(**options)
+            else:
+                reader, writer = await asyncio.open_connection(**options)
             try:
-                yield _Exchange(reader, writer, endpoint)
+                yield JoinExchange(reader, writer, endpoint)
             finally:
                 writer.close()
                 with contextlib.suppress(OSError):
@@ -111,15 +126,19 @@ async def join(
     clock: Clock,
     entropy: Entropy,
     node: str | None = None,
+    proxy: str | None = None,
+    way_out: WayOut | None = None,
+    more_endpoints: Sequence[str] = (),
     limits: Limits = PRODUCTION,
 ) -> NetworkState:
     """Enrol this data directory in the network of a token.
 
-    The endpoints of the token are tried in turn; whoever answers must prove to be the authority
-    before the secret is sent. The node key is stored first: if the answer is lost, the same command
-    may be repeated with the same token.
+    The endpoints of the token are tried in turn; who answers must prove to be the authority before
+    the secret is sent. The node key is stored first: if the answer is lost, join may be repeated.
 
     :param listen: `HOST:PORT` where others will dial this node; None if it only dials out.
+    :param proxy: `HOST:PORT` of an HTTP proxy, tried where no endpoint answers directly.
+    :param more_endpoints: tried besides the token's, like the URL of a WebSocket.
     :param node: name to propose where the token leaves it open; else made of the host name.
     :raises TokenError: malformed, unknown, expired or used.
     :raises RefusedError: the data directory belongs to a network, or the name is taken.
@@ -133,10 +152,11 @@ async def join(
     proposed = propose_name(socket.gethostname()) if node is None else check_name(node, "node")
     identity = _load_or_create_identity(data_dir, entropy)
     failures: list[str] = []
-    for endpoint in parsed.endpoints:
+    for endpoint in expand_paths([*parsed.endpoints, *more_endpoints], proxy):
         joiner = Joiner(parsed, identity, node=proposed, limits=limits)
         try:
-            async with _connect(endpoint, parsed.authority_hash, limits) as exchange:
+            told = (parsed.authority_hash, limits, way_out or WayOut(), entropy)
+            async with connect_join(endpoint, *told) as exchange:
                 enrolled = await _enroll(exchange, joiner, listen, clock)
         except LinkError as error:
             failures.append(error.message)
@@ -151,7 +171,7 @@ async def join(
 
 
 async def _enroll(
-    exchange: _Exchange, joiner: Joiner, listen: str | None, clock: Clock
+    exchange: JoinExchange, joiner: Joiner, listen: str | None, clock: Clock
 ) -> Enrolled:
     endpoints = own_endpoints(listen, exchange.local_host)
     hello = await exchange.read_line()
@@ -181,18 +201,28 @@ def own_endpoints(listen: str | None, local_host: str) -> tuple[str, ...]:
 _ANY = ("0.0.0.0", "::")
 
 
-async def renew_by_join(state: NetworkState, *, clock: Clock, entropy: Entropy) -> None:
+async def renew_by_join(
+    state: NetworkState,
+    *,
+    clock: Clock,
+    entropy: Entropy,
+    paths_of: Callable[[Member], Sequence[str]] = lambda member: member.endpoints,
+    way_out: WayOut | None = None,
+) -> None:
     """Renew our certificate at the authority's join endpoint; works with an expired one too.
 
+    :param paths_of: on which a node is dialled.
     :raises UnreachableError: no authority node answers at the endpoints that we know.
     :raises AuthError: revoked, not a member, or the server is not an authority of this network.
     """
     failures: list[str] = []
     names = state.authority_names()
     members = [member for name in names if (member := state.membership.find(name)) is not None]
-    for endpoint in [endpoint for member in members for endpoint in member.endpoints]:
+    for endpoint in [path for member in members for path in paths_of(member)]:
         try:
-            async with _connect(endpoint, state.authority_hash, state.limits) as exchange:
+            async with connect_join(
+                endpoint, state.authority_hash, state.limits, way_out or WayOut(), entropy
+            ) as exchange:
                 line = await exchange.read_line()
                 exchange.writer.write(_renewal_line(state, line, exchange.leaf_der))
                 welcome = read_reply(await exchange.read_line())

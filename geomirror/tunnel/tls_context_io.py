@@ -62,10 +62,15 @@ def client_context(state: NetworkState, protocol: str) -> ssl.SSLContext:
 
 def joiner_context() -> ssl.SSLContext:
     """For a joiner, who trusts nobody yet: `Joiner.receive_hello` judges the server."""
+    return stranger_context(JOIN_PROTOCOL)
+
+
+def stranger_context(protocol: str) -> ssl.SSLContext:
+    """For one who shows no certificate, and judges the server's himself."""
     context = _base(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
-    context.set_alpn_protocols([JOIN_PROTOCOL])
+    context.set_alpn_protocols([protocol])
     return context
 
 

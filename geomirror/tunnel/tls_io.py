@@ -1,11 +1,14 @@
-"""The `tls` link driver: mutual TLS 1.3 streams over TCP, without root and without a TUN device.
+"""The `tls` link driver: mutual TLS 1.3 streams, without root and without a TUN device.
 
-Contexts and what OpenSSL checks: `tls_context_io`. The byte that accepts a link: `tls_preface_io`.
+They go over TCP, through an HTTP proxy, or inside a WebSocket (`path_io`): each time the same bytes
+between the same two nodes. Contexts and what OpenSSL checks: `tls_context_io`. The byte that
+accepts a link: `tls_preface_io`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import socket
 import ssl
 from collections.abc import Callable
@@ -14,13 +17,21 @@ from dataclasses import dataclass
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from geomirror.environment import SECOND, Clock, Entropy
-from geomirror.errors import AuthError, LinkError, RefusedError, RemoteProtocolError
+from geomirror.errors import (
+    AuthError,
+    GeomirrorError,
+    LinkError,
+    RefusedError,
+    RemoteProtocolError,
+)
 from geomirror.tunnel.certificates import Claims, check_dates, load_certificate, read_claims
+from geomirror.tunnel.door_io import Door, Handle
 from geomirror.tunnel.driver import CIRCUIT_PROTOCOL, LINK_PROTOCOL
 from geomirror.tunnel.join_server_io import Joined, JoinService, Refused
-from geomirror.tunnel.names import join_endpoint, split_endpoint
+from geomirror.tunnel.link_path import parse_path
 from geomirror.tunnel.network_state_io import NetworkState
-from geomirror.tunnel.tcp_io import bind_tcp, open_tcp
+from geomirror.tunnel.path_io import WayOut, connect_stream, open_path
+from geomirror.tunnel.tcp_io import bind_tcp
 from geomirror.tunnel.tls_context_io import (
     client_context,
     explain,
@@ -29,6 +40,7 @@ from geomirror.tunnel.tls_context_io import (
     server_context,
 )
 from geomirror.tunnel.tls_preface_io import AcceptPreface, DialPreface
+from geomirror.tunnel.websocket_io import accept_websocket
 
 CIRCUIT_GRACE_NS = 60 * SECOND
 """A renewed certificate is learnt from the link, which is cut when the old one ends and is made
@@ -67,7 +79,11 @@ class TlsDriver:
     ) -> None:
         self.state = state
         self.clock = clock
+        self.entropy = entropy
         self.refused = refused
+        self.way_out = WayOut()
+        self.websocket_tls: ssl.SSLContext | None = None
+        """What a `wss://` listener shows; links prove themselves inside of it."""
         self.join_service = JoinService(state, clock, entropy, refused=refused, joined=joined)
         self.accept_circuit: Callable[[str], asyncio.BaseProtocol] = no_circuits
         """Called with the name of a peer that opens a circuit; makes its protocol, as the
@@ -169,7 +185,7 @@ class TlsDriver:
         protocol: str = LINK_PROTOCOL,
     ) -> tuple[asyncio.Transport, asyncio.BaseProtocol]:
         """See `LinkDriver.dial`; `protocol`: LINK_PROTOCOL or CIRCUIT_PROTOCOL."""
-        host, port = split_endpoint(endpoint)
+        path = parse_path(endpoint)
         self._reload()
         loop = asyncio.get_running_loop()
         who = f'"{peer}" at {endpoint}'
@@ -178,11 +194,10 @@ class TlsDriver:
         link = None
         try:
             async with asyncio.timeout(limits.dial_ns_max / SECOND):
-                sock = await open_tcp(host, port, limits.tcp_segment_bytes)
-                connected()
-                await loop.create_connection(
+                sock = await open_path(path, self.way_out, limits, self.entropy, connected)
+                await connect_stream(
                     lambda: preface,
-                    sock=sock,
+                    sock,
                     ssl=self._clients[protocol],
                     server_hostname=network_label(self.state.authority_hash),
                     ssl_handshake_timeout=limits.dial_ns_max / SECOND,
@@ -200,78 +215,67 @@ class TlsDriver:
     async def listen(
         self, endpoint: str, factory: Callable[[str], asyncio.BaseProtocol]
     ) -> TlsListener:
-        """See `LinkDriver.listen`."""
-        host, port = split_endpoint(endpoint)
-        sockets = await bind_tcp(host, port, self.state.limits.tcp_segment_bytes)
-        listener = TlsListener(self, sockets, factory)
+        """See `LinkDriver.listen`; `ws://` and `wss://HOST:PORT/PATH` accept WebSockets.
+
+        A `wss` one has the certificate `websocket_tls`.
+        """
+        path = parse_path(endpoint)
+        sockets = await bind_tcp(path.host, path.port, self.state.limits.tcp_segment_bytes)
+        handle: Handle = functools.partial(self._authenticate, factory)
+        if path.scheme:
+            context = self.websocket_tls if path.scheme == "wss" else None
+            handle = functools.partial(self._unwrap, factory, path.resource, context)
+        listener = TlsListener(self, sockets, handle)
         listener.start()
         return listener
 
-
-class TlsListener:
-    """Accepts connections itself, so that those not yet authenticated can be counted and ended."""
-
-    def __init__(
+    async def _authenticate(
         self,
-        driver: TlsDriver,
-        sockets: list[socket.socket],
         factory: Callable[[str], asyncio.BaseProtocol],
+        connection: socket.socket,
+        source: str,
     ) -> None:
-        self._driver = driver
-        self._sockets = sockets
-        self._factory = factory
-        self._pending: dict[asyncio.Task[None], None] = {}
-        self._accepting: list[asyncio.Task[None]] = []
-        self.endpoint = join_endpoint(*sockets[0].getsockname()[:2])
-
-    def start(self) -> None:
-        """Begin to accept."""
         loop = asyncio.get_running_loop()
-        self._accepting = [loop.create_task(self._accept(sock)) for sock in self._sockets]
-
-    async def stop(self) -> None:
-        """See `Listener.stop`; join exchanges end too."""
-        tasks = [*self._accepting, *self._pending]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        for sock in self._sockets:
-            sock.close()
-        await self._driver.join_service.stop()
-
-    async def _accept(self, listening: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                connection, address = await loop.sock_accept(listening)
-            except ConnectionError:
-                continue  # the client was gone before we looked
-            except OSError as error:
-                # Out of descriptors or memory: the listener must survive that.
-                self._driver.refused("", LinkError(f"accepting on {self.endpoint}: {error}"))
-                await asyncio.sleep(0.1)
-                continue
-            if len(self._pending) >= self._driver.state.limits.handshakes_max:
-                # The oldest is the likeliest to be a stranger that only holds the place.
-                next(iter(self._pending)).cancel()
-            task = loop.create_task(self._authenticate(connection, str(address[0])))
-            self._pending[task] = None
-            task.add_done_callback(self._done)
-
-    def _done(self, task: asyncio.Task[None]) -> None:
-        self._pending.pop(task, None)
-
-    async def _authenticate(self, connection: socket.socket, source: str) -> None:
-        loop = asyncio.get_running_loop()
-        driver = self._driver
         try:
             await loop.connect_accepted_socket(
-                lambda: AcceptPreface(driver, self._factory, source),
+                lambda: AcceptPreface(self, factory, source),
                 connection,
-                ssl=driver.server,
-                ssl_handshake_timeout=driver.state.limits.handshake_ns_max / SECOND,
+                ssl=self.server,
+                ssl_handshake_timeout=self.state.limits.handshake_ns_max / SECOND,
                 ssl_shutdown_timeout=SHUTDOWN_SECONDS,
             )
         except OSError as error:
             cause = error.strerror or str(error) or "the connection was closed"
-            driver.refused(source, RemoteProtocolError(f"a handshake failed: {cause}"))
+            self.refused(source, RemoteProtocolError(f"a handshake failed: {cause}"))
+
+    async def _unwrap(
+        self,
+        factory: Callable[[str], asyncio.BaseProtocol],
+        resource: str,
+        context: ssl.SSLContext | None,
+        connection: socket.socket,
+        source: str,
+    ) -> None:
+        limits = self.state.limits
+        try:
+            stream = await accept_websocket(connection, resource, context, limits, self.entropy)
+        except GeomirrorError as error:
+            self.refused(source, error)
+        except OSError as error:
+            cause = error.strerror or str(error) or "the connection was closed"
+            self.refused(source, RemoteProtocolError(f"an HTTPS handshake failed: {cause}"))
+        else:
+            await self._authenticate(factory, stream, source)
+
+
+class TlsListener(Door):
+    """Accepts links, circuits and join exchanges."""
+
+    def __init__(self, driver: TlsDriver, sockets: list[socket.socket], handle: Handle) -> None:
+        super().__init__(sockets, handle, driver.refused, driver.state.limits.handshakes_max)
+        self._join_service = driver.join_service
+
+    async def stop(self) -> None:
+        """See `Listener.stop`; join exchanges end too."""
+        await super().stop()
+        await self._join_service.stop()

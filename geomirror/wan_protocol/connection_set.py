@@ -78,6 +78,8 @@ class ConnectionSet:
     is_dialled: bool
     """By this node; otherwise accepted."""
     endpoint: str
+    rank: int
+    """Of the path that it takes; 0 is the best."""
     incarnation: bytes
     """Of the peer's daemon, as its hello said."""
     opened_ns: int

@@ -7,16 +7,17 @@ A packet that is lost in an outage is sent again by TCP after 1, 3, 7 s: what th
 finds is the next attempt, not the last one. So attempts come four times a second, which costs one
 small packet each, and slower with time. As soon as the peer's host answers one of them (only its
 daemon is slow, or hangs), they come once a second.
-Deliberately not here: what is done with a connection that is up (`link`).
+Deliberately not here: which path an attempt takes (`path_choice`), and what is done with a
+connection that is up (`link`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from geomirror.environment import SECOND, Entropy
 from geomirror.limits import Limits
+from geomirror.wan_protocol.path_choice import PathChoice
 
 OPEN_NS_MAX = 10 * SECOND
 """An attempt, or a set that never had a data connection, is given up after this time."""
@@ -36,48 +37,39 @@ class Attempt:
 
     link: bytes
     endpoint: str
+    rank: int
     started_ns: int
     is_answered: bool = False
     is_data_dialled: bool = False
 
 
 class Attempts:
-    """The attempts under way, oldest first; the endpoints are tried in turn."""
+    """The attempts under way, oldest first.
 
-    def __init__(
-        self, limits: Limits, entropy: Entropy, endpoints: Sequence[str], now_ns: int
-    ) -> None:
+    :param choice: says which path each of them takes.
+    """
+
+    def __init__(self, limits: Limits, entropy: Entropy, choice: PathChoice, now_ns: int) -> None:
         self._limits = limits
         self._entropy = entropy
-        self._endpoints = list(endpoints)
-        self._turn = 0
+        self._choice = choice
         self._attempts: dict[bytes, Attempt] = {}
         self.due_ns = now_ns
         """When the next one may begin."""
         self.failing_since_ns = now_ns
 
     @property
-    def has_endpoints(self) -> bool:
-        """Whether this node can dial at all."""
-        return bool(self._endpoints)
-
-    @property
     def links(self) -> list[bytes]:
         """Their sets."""
         return list(self._attempts)
 
-    def set_endpoints(self, endpoints: Sequence[str], now_ns: int) -> bool:
-        """Use others from now on; whether they are others."""
-        if list(endpoints) == self._endpoints:
-            return False
-        self._endpoints, self._turn = list(endpoints), 0
+    def hurry(self, now_ns: int) -> None:
+        """There are other paths: do not wait for them."""
         self.due_ns = min(self.due_ns, now_ns)
-        return True
 
     def succeeded(self, endpoint: str, now_ns: int) -> None:
         """Begin with this one next time, and not at once if the set dies as soon as it is up."""
-        if endpoint in self._endpoints:
-            self._turn = self._endpoints.index(endpoint)
+        self._choice.answered(endpoint)
         self.due_ns = max(self.due_ns, now_ns + self._jittered(ANSWERED_PAUSE))
 
     def get(self, link: bytes) -> Attempt | None:
@@ -85,12 +77,20 @@ class Attempts:
         return self._attempts.get(link)
 
     def begin(self, now_ns: int) -> Attempt:
-        """A new attempt; there must be an endpoint."""
-        endpoint = self._endpoints[self._turn % len(self._endpoints)]
-        self._turn += 1
-        attempt = Attempt(self._entropy.token_bytes(16), endpoint, now_ns)
-        self._attempts[attempt.link] = attempt
+        """A new attempt; there must be a path."""
+        attempt = self._add(self._choice.choose(now_ns), now_ns)
         self.due_ns = now_ns + self._pause_ns(now_ns)
+        self._heed_fallback(now_ns)
+        return attempt
+
+    def begin_probe(self, now_ns: int) -> Attempt:
+        """A new attempt on a better path than that in use; there must be one."""
+        return self._add(self._choice.choose_probe(now_ns), now_ns)
+
+    def _add(self, endpoint: str, now_ns: int) -> Attempt:
+        rank = self._choice.rank_of(endpoint)
+        attempt = Attempt(self._entropy.token_bytes(16), endpoint, rank, now_ns)
+        self._attempts[attempt.link] = attempt
         return attempt
 
     def surplus(self) -> Attempt | None:
@@ -112,15 +112,29 @@ class Attempts:
             return None
         attempt.is_answered = True
         self.due_ns = max(self.due_ns, now_ns + self._jittered(ANSWERED_PAUSE))
+        self._heed_fallback(now_ns)
         return attempt
 
-    def end(self, link: bytes) -> Attempt | None:
-        """It is over, well or not."""
-        return self._attempts.pop(link, None)
+    def end(self, link: bytes, failure: str = "") -> Attempt | None:
+        """It is over, well or not.
+
+        :param failure: why its path is of no use now; empty: that is not known.
+        """
+        attempt = self._attempts.pop(link, None)
+        if attempt is not None and failure:
+            self._choice.failed(attempt.endpoint, failure)
+            self._heed_fallback(attempt.started_ns)
+        return attempt
 
     def deadlines_ns(self) -> list[int]:
         """When each of them is given up."""
         return [attempt.started_ns + OPEN_NS_MAX for attempt in self._attempts.values()]
+
+    def _heed_fallback(self, now_ns: int) -> None:
+        """The next attempt is not later than the first one on a worse path may be."""
+        fallback_ns = self._choice.fallback_due_ns()
+        if fallback_ns is not None:
+            self.due_ns = min(self.due_ns, max(fallback_ns, now_ns))
 
     def _pause_ns(self, now_ns: int) -> int:
         if any(attempt.is_answered for attempt in self._attempts.values()):
@@ -128,9 +142,13 @@ class Attempts:
         failing_ns = now_ns - self.failing_since_ns
         for until_ns, intervals in PAUSES:
             if failing_ns < until_ns:
-                return self._jittered(intervals)
+                return self._shared(intervals)
         limits = self._limits
-        return self._jittered(limits.reconnect_interval_ns_max // limits.reconnect_interval_ns)
+        return self._shared(limits.reconnect_interval_ns_max // limits.reconnect_interval_ns)
+
+    def _shared(self, intervals: int) -> int:
+        # Each rank is tried as often as the only one would be, once attempts are rare.
+        return self._jittered(max(1, intervals // self._choice.open_ranks))
 
     def _jittered(self, intervals: int) -> int:
         pause_ns = intervals * self._limits.reconnect_interval_ns

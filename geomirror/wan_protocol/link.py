@@ -13,6 +13,8 @@ nothing of a session can reach a side that is not up on the set that it was sent
 alternate; a change of the set is a `Down` and an `Up` on both sides.
 Why a silent set is not kept: a TCP that waits for its timer needs 3 to 16 s after an outage of 10
 to 30 s, a new connection 0.2 s, and the sessions start anew in both cases.
+While the set in use takes a path of a worse rank, sets on better ones are dialled beside it now and
+then; the leader moves to one as soon as it is ready, not before.
 Deliberately not here: sockets, what is sent, and routes over third nodes.
 """
 
@@ -24,9 +26,10 @@ from collections.abc import Sequence
 from geomirror.environment import MS, SECOND, Entropy
 from geomirror.errors import RemoteProtocolError
 from geomirror.limits import Limits
+from geomirror.tunnel.link_path import rank_of
 from geomirror.wan_protocol.connection_set import ConnectionSet, RoundTrip
 from geomirror.wan_protocol.data_progress import Reading
-from geomirror.wan_protocol.dial_attempts import OPEN_NS_MAX, Attempts
+from geomirror.wan_protocol.dial_attempts import Attempt, Attempts
 from geomirror.wan_protocol.link_decisions import (
     Close,
     CloseData,
@@ -37,9 +40,9 @@ from geomirror.wan_protocol.link_decisions import (
     SendUse,
     Up,
 )
+from geomirror.wan_protocol.path_choice import PathChoice
+from geomirror.wan_protocol.set_choice import best_ready, is_vain, vain_deadline_ns
 
-DATALESS_NS_MAX = 3 * SECOND
-"""A set in use that lost all data connections is given up unless one is back after this time."""
 DATA_RETRY_NS, DATA_RETRY_NS_MIN = 1 * SECOND, SECOND // 8
 """A data connection that failed, or died as soon as it was up, is dialled again after the first
 time; one that was lost otherwise after the second."""
@@ -52,8 +55,7 @@ ECHO_NS_MAX = 30 * SECOND
 class LinkCore:
     """Decides for one peer. Feed it events, run its decisions, call `handle_timer` when due.
 
-    :param endpoints: where the peer can be dialled, tried in turn; empty means that only the peer
-        dials.
+    :param endpoints: paths on which the peer can be dialled; empty means that only the peer dials.
     """
 
     def __init__(
@@ -70,7 +72,8 @@ class LinkCore:
         self._is_leader = node < peer
         self._limits = limits
         self._entropy = entropy
-        self._attempts = Attempts(limits, entropy, endpoints, now_ns)
+        self.choice = PathChoice(rank_of, entropy, endpoints, now_ns)
+        self._attempts = Attempts(limits, entropy, self.choice, now_ns)
         self._sets: dict[bytes, ConnectionSet] = {}
         self._current: ConnectionSet | None = None
         self._use_number = 0
@@ -80,8 +83,7 @@ class LinkCore:
         self._decisions: deque[Decision] = deque()
         self._due_ns: int | None = None
         """What `get_timer` said last: being called later means that this node did not run."""
-        self.last_used = b""
-        """The set used last. A hello tells it: the peer learns that it was given up."""
+        self._last_used = b""
         self.data_connections = limits.data_connections
         """Data connections of sets that this node dials."""
         self.round_trip = RoundTrip()
@@ -93,9 +95,20 @@ class LinkCore:
         """The set in use, if the link is up."""
         return self._current
 
+    @property
+    def given_up(self) -> bytes:
+        """The set used last, if none is used now. A hello tells it: the peer must not use it on."""
+        return self._last_used if self._current is None else b""
+
+    def rank(self, link: bytes) -> int:
+        """Of the path that an attempt takes."""
+        attempt = self._attempts.get(link)
+        return attempt.rank if attempt is not None else 0
+
     def set_endpoints(self, endpoints: Sequence[str], now_ns: int) -> None:
         """Use other endpoints for attempts from now on; sets stay."""
-        if self._attempts.set_endpoints(endpoints, now_ns):
+        if self.choice.set_paths(endpoints, now_ns):
+            self._attempts.hurry(now_ns)
             self._settle(now_ns)
 
     # Events of connections.
@@ -113,7 +126,7 @@ class LinkCore:
         self.last_error = reason
         attempt = self._attempts.get(link)
         if index < 0:
-            self._attempts.end(link)
+            self._attempts.end(link, reason)
         elif link in self._sets:
             self._sets[link].data_due_ns[index] = now_ns + self._jittered(DATA_RETRY_NS)
         elif attempt is not None:
@@ -121,12 +134,20 @@ class LinkCore:
         self._settle(now_ns)
 
     def control_up(
-        self, link: bytes, now_ns: int, *, is_dialled: bool, incarnation: bytes, after: bytes
+        self,
+        link: bytes,
+        now_ns: int,
+        *,
+        is_dialled: bool,
+        incarnation: bytes,
+        after: bytes,
+        rank: int = 0,
     ) -> None:
         """Hellos were exchanged on a control connection: the set exists from now on.
 
         :param incarnation: of the peer's daemon.
-        :param after: the set that the peer used last: a dialling peer does not use it any more.
+        :param after: a set that a dialling peer has given up.
+        :param rank: of the path that a dialling peer took.
         """
         assert link not in self._sets
         attempt = self._attempts.end(link)
@@ -142,6 +163,7 @@ class LinkCore:
             link=link,
             is_dialled=is_dialled,
             endpoint=attempt.endpoint if attempt else "",
+            rank=attempt.rank if attempt else rank,
             incarnation=incarnation,
             opened_ns=now_ns,
             heard_ns=now_ns,
@@ -260,9 +282,9 @@ class LinkCore:
             due += [item.ping_ns, *item.data_due_ns.values()]
             due.append(item.heard_deadline_ns(self._limits))
             due.append(item.echo_deadline_ns(self._limits))
-            if not item.data:
-                due.append(self._dataless_deadline_ns(item))
-        due += self._attempts.deadlines_ns()
+            if is_vain(item, self._current):
+                due.append(vain_deadline_ns(item, self._current))
+        due += self._attempts.deadlines_ns() + self._probes_due_ns()
         if self._wants_dial():
             due.append(self._attempts.due_ns)
         self._due_ns = min(due, default=None)
@@ -286,7 +308,7 @@ class LinkCore:
 
     def close(self, reason: str, now_ns: int) -> None:
         """Close everything; the core is finished afterwards."""
-        self._attempts.set_endpoints([], now_ns)
+        self.choice.set_paths([], now_ns)
         for link in self._attempts.links:
             self._give_up(link, reason)
         for item in list(self._sets.values()):
@@ -295,33 +317,34 @@ class LinkCore:
     # Decisions.
 
     def _check_set(self, item: ConnectionSet, now_ns: int) -> None:
-        silence = item.silence(now_ns, self._limits)
+        current, silence = self._current, item.silence(now_ns, self._limits)
         if silence:
             self._close(item, silence, now_ns)
-        elif not item.data and now_ns >= self._dataless_deadline_ns(item):
-            self._close(item, "no data connection came up", now_ns)
+        elif is_vain(item, current) and now_ns >= vain_deadline_ns(item, current):
+            reason = "the peer does not use it" if item.data else "no data connection came up"
+            self._close(item, reason, now_ns)
         elif now_ns >= item.ping_ns:
             item.ping_ns = now_ns + item.round_trip.interval_ns(self._limits)
             self._decisions.append(SendPing(item.link, now_ns))
 
-    def _dataless_deadline_ns(self, item: ConnectionSet) -> int:
-        return item.opened_ns + (DATALESS_NS_MAX if item is self._current else OPEN_NS_MAX)
-
     def _settle(self, now_ns: int) -> None:
         """Choose a set if this node leads, then dial what is due."""
-        ready = [item for item in self._sets.values() if item.data and self._may_be_used(item)]
-        if self._is_leader and ready:
-            self._use(max(ready, key=lambda item: item.opened_ns), now_ns)
+        if self._is_leader and (chosen := best_ready(self._sets.values(), self._current)):
+            self._use(chosen, now_ns)
         for item in self._sets.values():
             for index in [i for i, due in item.data_due_ns.items() if due <= now_ns]:
                 del item.data_due_ns[index]
                 self._decisions.append(Dial(item.link, item.endpoint, index))
         if self._wants_dial() and now_ns >= self._attempts.due_ns:
             self._dial(now_ns)
+        elif any(due_ns <= now_ns for due_ns in self._probes_due_ns()):
+            self._begin(self._attempts.begin_probe(now_ns))
 
-    def _may_be_used(self, item: ConnectionSet) -> bool:
-        # With a set in use, others were dialled before the choice was known, or by a new life.
-        return self._current is None or item.incarnation != self._current.incarnation
+    def _probes_due_ns(self) -> list[int]:
+        """When a better path is to be tried, if one is; one at a time."""
+        is_one_tried = bool(self._attempts.links) or len(self._sets) > 1
+        due_ns = None if is_one_tried else self.choice.probe_due_ns()
+        return [] if due_ns is None else [due_ns]
 
     def _use(self, chosen: ConnectionSet, now_ns: int) -> None:
         """Go up on a set. Other sets that the peer dialled are left to it: it knows of the choice
@@ -330,15 +353,16 @@ class LinkCore:
             if item.incarnation != chosen.incarnation:
                 self._close(item, "the peer was restarted", now_ns)
         if self._current is not None:
-            self._close(self._current, "the peer uses other connections", now_ns)
-        self._current, self.last_used = chosen, chosen.link
+            self._close(self._current, "others are used, on a better path or by a new life", now_ns)
+        self._current, self._last_used = chosen, chosen.link
+        self.choice.used(chosen.rank, now_ns)
         chosen.opened_ns = now_ns
         if chosen.has_echo:
             self.round_trip = chosen.round_trip
         for link in self._attempts.links:
             self._give_up(link, "")
         for item in list(self._sets.values()):
-            if item.is_dialled and item is not chosen:
+            if item.is_dialled and item is not chosen and item.rank >= chosen.rank:
                 self._close(item, "another set is used", now_ns)
         if self._is_leader:
             self._use_number += 1
@@ -346,13 +370,15 @@ class LinkCore:
         self._decisions.append(Up(chosen.link))
 
     def _wants_dial(self) -> bool:
-        return self._attempts.has_endpoints and not self._sets
+        return bool(self.choice.paths) and not self._sets
 
     def _dial(self, now_ns: int) -> None:
         surplus = self._attempts.surplus()
         if surplus is not None:
             self._give_up(surplus.link, f"{surplus.endpoint}: no answer")
-        attempt = self._attempts.begin(now_ns)
+        self._begin(self._attempts.begin(now_ns))
+
+    def _begin(self, attempt: Attempt) -> None:
         self._decisions.append(Dial(attempt.link, attempt.endpoint))
 
     def _jittered(self, pause_ns: int) -> int:
@@ -360,13 +386,14 @@ class LinkCore:
 
     def _give_up(self, link: bytes, reason: str) -> None:
         self.last_error = reason or self.last_error
-        self._attempts.end(link)
+        self._attempts.end(link, reason)
         self._decisions.append(Close(link, reason or "another set came up"))
 
     def _close(self, item: ConnectionSet, reason: str, now_ns: int) -> None:
         del self._sets[item.link]
         if item is self._current:
             self._current, self._attempts.failing_since_ns = None, now_ns
+            self.choice.lost(now_ns)
             self._decisions.append(Down(reason))
         if self._current is None:
             self.last_error = reason

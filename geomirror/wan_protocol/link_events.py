@@ -45,6 +45,10 @@ class LinkStatus:
     """Why nothing, or too little, gets through now; empty while all is well."""
     queued_bytes: int = 0
     """Frames that wait for a data connection."""
+    rank: int = 0
+    """Of the path in use (`tunnel.link_path`)."""
+    path_reason: str = ""
+    """Why it is not a better one; empty where there is none."""
     incarnation: bytes = b""
     """Of the peer's daemon, 16 bytes, new at each of its starts; empty before the first contact."""
 

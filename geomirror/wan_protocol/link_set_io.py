@@ -9,6 +9,7 @@ from typing import Any
 
 from geomirror.errors import RemoteProtocolError
 from geomirror.wan_protocol.data_progress import Reading
+from geomirror.wan_protocol.link import LinkCore
 from geomirror.wan_protocol.messages import Hello
 from geomirror.wan_protocol.negotiation import CONTROL_INDEX
 from geomirror.wan_protocol.pacing import connection_rate
@@ -135,3 +136,25 @@ def check_place(item: LinkSet | None, hello: Hello) -> None:
             raise RemoteProtocolError("hello of a control connection that is there already")
     elif item is None or item.control is None or item.control.is_dialled:
         raise RemoteProtocolError("hello of a data connection without its control connection")
+
+
+def shown(core: LinkCore, current: LinkSet | None, stall: str) -> dict[str, Any]:
+    """The fields of `LinkStatus` that say which connections are in use.
+
+    :param stall: what holds data up, if anything does.
+    """
+    chosen = core.current
+    is_up = chosen is not None and current is not None
+    connections = list(current.data.values()) if current is not None else []
+    return {
+        "is_established": is_up,
+        "rtt_ns": core.round_trip.smoothed_ns,
+        "connections": len(connections),
+        "congestion": connections[0].congestion if connections else "",
+        "last_error": core.last_error,
+        "endpoint": (chosen.endpoint or current.remote_address) if chosen and current else "",
+        "is_dialled": chosen is not None and chosen.is_dialled,
+        "trouble": stall if is_up else core.last_error,
+        "rank": chosen.rank if chosen is not None else 0,
+        "path_reason": core.choice.reason() if is_up else "",
+    }

@@ -35,8 +35,11 @@ class Hello(Message, frozen=True):
     """Number of the data connection, from 0."""
     wall_ns: int
     after: bytes = b""
-    """The set that the sender used last, empty if none. A node that dials uses none now: its peer
-    must not go on with that set."""
+    """The set that the sender used last, empty if it uses one now, or never did. Its peer must not
+    go on with it."""
+    rank: int = 0
+    """How good the path of a control connection is to the dialling node; 0 is the best. The node
+    that leads moves from a set to one of a better rank."""
 
 
 class Use(Message, frozen=True):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from geomirror.errors import RemoteProtocolError, VersionError
 from geomirror.limits import Limits
+from geomirror.tunnel.link_path import RANK_MAX
 from geomirror.wan_protocol.frame import KIND_MESSAGE, Packet
 from geomirror.wan_protocol.messages import (
     PROTOCOL_VERSION,
@@ -20,11 +21,18 @@ CONTROL_INDEX = -1
 
 
 def make_hello(
-    node: str, incarnation: bytes, link: bytes, index: int, wall_ns: int, after: bytes
+    node: str,
+    incarnation: bytes,
+    link: bytes,
+    index: int,
+    wall_ns: int,
+    after: bytes,
+    rank: int = 0,
 ) -> Hello:
     """The hello of connection `index` of a set; −1 is the control connection.
 
-    :param after: the set that this node used last.
+    :param after: the set that this node used last, if it uses none now.
+    :param rank: of the path that this node has dialled.
     """
     return Hello(
         version=PROTOCOL_VERSION,
@@ -37,6 +45,7 @@ def make_hello(
         index=index,
         wall_ns=wall_ns,
         after=after,
+        rank=rank,
     )
 
 
@@ -62,6 +71,7 @@ def read_hello(packet: Packet, peer: str, limits: Limits) -> Hello:
     is_control = hello.role == "control" and hello.index == CONTROL_INDEX
     is_data = hello.role == "data" and 0 <= hello.index < limits.data_connections_max
     is_named = len(hello.link) == len(hello.incarnation) == 16 and len(hello.after) in (0, 16)
-    if not is_named or not (is_control or is_data):
+    is_ranked = 0 <= hello.rank <= RANK_MAX
+    if not is_named or not is_ranked or not (is_control or is_data):
         raise RemoteProtocolError("hello with impossible fields")
     return hello

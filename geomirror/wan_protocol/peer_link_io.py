@@ -28,7 +28,7 @@ from geomirror.wan_protocol.link_decisions import (
     Up,
 )
 from geomirror.wan_protocol.link_events import LinkContext, LinkStatus
-from geomirror.wan_protocol.link_set_io import LinkSet, OpenConnections, check_place
+from geomirror.wan_protocol.link_set_io import LinkSet, OpenConnections, check_place, shown
 from geomirror.wan_protocol.loop_timer_io import LoopTimer
 from geomirror.wan_protocol.messages import (
     Call,
@@ -94,23 +94,13 @@ class PeerLink:
 
     def status(self) -> LinkStatus:
         """How the link is now."""
-        chosen, current = self.core.current, self._current
-        is_up = chosen is not None and current is not None
-        connections = list(current.data.values()) if current is not None else []
         return LinkStatus(
-            is_established=is_up,
-            rtt_ns=self.core.round_trip.smoothed_ns,
             since_ns=self._since_ns,
-            connections=len(connections),
-            congestion=connections[0].congestion if connections else "",
             bytes_sent=self._open.bytes_sent,
             bytes_received=self._bytes_received,
-            last_error=self.core.last_error,
-            endpoint=(chosen.endpoint or current.remote_address) if chosen and current else "",
-            is_dialled=chosen is not None and chosen.is_dialled,
-            trouble=self._stall.shown(self._clock.now_ns()) if is_up else self.core.last_error,
             queued_bytes=self.frames.queued_bytes,
             incarnation=self._twins.last,
+            **shown(self.core, self._current, self._stall.shown(self._clock.now_ns())),
         )
 
     def set_rate(self, bytes_per_second: int | None) -> None:
@@ -229,8 +219,9 @@ class PeerLink:
 
     def _send_hello(self, connection: LinkConnection) -> None:
         node, incarnation = self._context.node, self._context.incarnation
-        wall_ns, after = self._clock.wall_ns(), self.core.last_used
-        hello = make_hello(node, incarnation, connection.link, connection.index, wall_ns, after)
+        wall_ns, link = self._clock.wall_ns(), connection.link
+        after, rank = self.core.given_up, self.core.rank(link)
+        hello = make_hello(node, incarnation, link, connection.index, wall_ns, after, rank)
         connection.send(0, hello)
 
     def _greet(self, connection: LinkConnection, packet: Packet) -> None:
@@ -264,6 +255,7 @@ class PeerLink:
                 is_dialled=connection.is_dialled,
                 incarnation=hello.incarnation,
                 after=hello.after,
+                rank=hello.rank,
             )
         else:
             item.data[connection.index] = connection

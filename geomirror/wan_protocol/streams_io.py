@@ -54,27 +54,28 @@ class PeerLinks:
             node, limits, clock, entropy, driver, events, incarnation=entropy.token_bytes(16)
         )
         self._peers: dict[str, PeerLink] = {}
-        self._listener: Listener | None = None
+        self._listeners: list[Listener] = []
         self._stopping: set[asyncio.Task[None]] = set()
 
     @property
     def endpoint(self) -> str | None:
-        """`HOST:PORT` bound by `start`, if this node listens."""
-        return self._listener.endpoint if self._listener is not None else None
+        """`HOST:PORT` bound first by `start`, if this node listens."""
+        return self._listeners[0].endpoint if self._listeners else None
 
-    async def start(self, listen: str | None) -> None:
-        """Accept peers at this endpoint (`None`: only dial out) and begin to dial.
+    async def start(self, *listen: str | None) -> None:
+        """Accept peers at these endpoints (`None`: one that is not there) and begin to dial.
 
         :raises InUseError: another process listens there.
         :raises ConfigError: the endpoint is not an address of this machine.
         """
-        if listen is not None:
-            self._listener = await self._driver.listen(listen, self._accept)
+        for endpoint in listen:
+            if endpoint is not None:
+                self._listeners.append(await self._driver.listen(endpoint, self._accept))
 
     async def stop(self, reason: str = "the node stops") -> None:
         """Say goodbye to every peer and close everything; at most about a second."""
-        if self._listener is not None:
-            await self._listener.stop()
+        for listener in self._listeners:
+            await listener.stop()
         links = list(self._peers.values())
         await asyncio.gather(*(link.stop(reason) for link in links), *self._stopping)
         self._peers.clear()

@@ -44,6 +44,8 @@ class Links:
             last_error="",
             trouble="",
             endpoint="127.0.0.1:1",
+            rank=0,
+            path_reason="",
         )
 
 

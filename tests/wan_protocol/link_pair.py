@@ -44,8 +44,8 @@ class Wire:
 class Connection:
     """A TCP connection; each end is open or closed."""
 
-    def __init__(self, link: bytes, index: int, dialler: str, acceptor: str) -> None:
-        self.link, self.index, self.dialler = link, index, dialler
+    def __init__(self, link: bytes, index: int, dialler: str, acceptor: str, path: str) -> None:
+        self.link, self.index, self.dialler, self.path = link, index, dialler, path
         self.open_at = {dialler, acceptor}
         self.greeted_at: set[str] = set()
         self.wires = {name: Wire(name) for name in (dialler, acceptor)}
@@ -54,7 +54,20 @@ class Connection:
 class Network:
     """The path between a and b, and the clock."""
 
-    def __init__(self, seed: int, *, delay_ns: int, dialling: str = "ab") -> None:
+    def __init__(
+        self,
+        seed: int,
+        *,
+        delay_ns: int,
+        dialling: str = "ab",
+        paths: tuple[str, ...] = ("{peer}:1",),
+    ) -> None:
+        self.paths = paths
+        """On which a node dials the other one, whose name is put in."""
+        self.holes: set[str] = set()
+        """Paths on which nothing arrives."""
+        self.refusing: set[str] = set()
+        """Paths on which nobody listens."""
         self.random = random.Random(seed)
         self.now_ns = 0
         self.delay_ns = delay_ns
@@ -103,7 +116,7 @@ class Network:
     def _transmit(
         self, connection: Connection, wire: Wire, number: int, payload: tuple[Any, ...]
     ) -> None:
-        if wire.is_stalled or wire.to in self.cut:
+        if wire.is_stalled or wire.to in self.cut or connection.path in self.holes:
             wire.held[number] = payload
             return
         delay_ns = self.delay_ns + int(self.random.uniform(0, self.delay_ns / 8))
@@ -151,6 +164,8 @@ class Node:
         self.peer = "b" if name == "a" else "a"
         self.up: bytes | None = None
         self.changes: list[Up | Down] = []
+        self.changed_ns: list[int] = []
+        """When; but for those that it was killed in."""
         self.used: set[bytes] = set()
         self._stalled_until_ns = 0
         self._waiting: list[Callable[[], None]] = []
@@ -174,9 +189,13 @@ class Node:
             peer=self.peer,
             limits=PRODUCTION,
             entropy=SeededEntropy(f"{self._seed} {self.name} {self._lives}"),
-            endpoints=[f"{self.peer}:1"] if self._is_dialling else [],
+            endpoints=self.paths() if self._is_dialling else [],
             now_ns=self.network.now_ns,
         )
+
+    def paths(self) -> list[str]:
+        """On which it dials the other one."""
+        return [path.format(peer=self.peer) for path in self.network.paths]
 
     def restart(self) -> None:
         """The process is killed and started again; the kernel closes its connections."""
@@ -257,25 +276,36 @@ class Node:
         if step < HANDSHAKE_STEPS:
             self._send(connection, "step", step + 1)
         elif is_control or link in self._control:
-            self._send(connection, "hello", self.incarnation, self.core.last_used)
+            self._say_hello(connection)
         else:
             self._hello_waits.setdefault(link, []).append(connection)
 
-    def _on_hello(self, connection: Connection, incarnation: bytes, after: bytes) -> None:
+    def _say_hello(self, connection: Connection) -> None:
+        after, rank = self.core.given_up, self.core.rank(connection.link)
+        self._send(connection, "hello", self.incarnation, after, rank)
+
+    def _on_hello(
+        self, connection: Connection, incarnation: bytes, after: bytes, rank: int
+    ) -> None:
         link, index, now_ns = connection.link, connection.index, self.network.now_ns
         is_dialled = connection.dialler == self.name
         if not is_dialled:
             if index != CONTROL and link not in self._control:
                 self._close(connection)
                 return
-            self._send(connection, "hello", self.incarnation, self.core.last_used)
+            self._say_hello(connection)
         connection.greeted_at.add(self.name)
         if index == CONTROL:
             self._control[link] = connection
             for waiting in self._hello_waits.pop(link, []):
-                self._send(waiting, "hello", self.incarnation, self.core.last_used)
+                self._say_hello(waiting)
             self.core.control_up(
-                link, now_ns, is_dialled=is_dialled, incarnation=incarnation, after=after
+                link,
+                now_ns,
+                is_dialled=is_dialled,
+                incarnation=incarnation,
+                after=after,
+                rank=rank,
             )
         else:
             self.core.data_up(link, index, now_ns)
@@ -308,13 +338,10 @@ class Node:
     def settle(self) -> None:
         while (decision := self.core.next_decision()) is not None:
             match decision:
-                case Dial(link, _, index):
+                case Dial(link, path, index):
                     is_attempt = any(c.link == link for c in self._mine)
                     if index == CONTROL or is_attempt or link in self._control:
-                        connection = Connection(link, index, self.name, self.peer)
-                        self.network.connections.append(connection)
-                        self._mine.append(connection)
-                        self._send(connection, "step", 1)
+                        self._dial(Connection(link, index, self.name, self.peer, path))
                 case Close(link):
                     self._close_set(link)
                 case SendPing(link, now_ns) if link in self._control:
@@ -334,10 +361,20 @@ class Node:
             self.network.at(max(due_ns, self.network.now_ns), lambda: self.timer(due_ns))
         self._timer_ns = due_ns
 
+    def _dial(self, connection: Connection) -> None:
+        network = self.network
+        network.connections.append(connection)
+        self._mine.append(connection)
+        if connection.path in network.refusing:
+            network.at(network.now_ns + 2 * network.delay_ns, lambda: self.was_reset(connection))
+        else:
+            self._send(connection, "step", 1)
+
     def _change(self, change: Up | Down, up: bytes | None) -> None:
         self.network.compare()
         self.up = up
         self.changes.append(change)
+        self.changed_ns.append(self.network.now_ns)
         self.network.compare()
 
     def _close_set(self, link: bytes) -> None:

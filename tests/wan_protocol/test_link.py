@@ -95,10 +95,21 @@ class World:
         return [d.link for _, d in self.log if isinstance(d, Close)]
 
     def control_up(
-        self, link: bytes, *, is_dialled: bool, incarnation: bytes = ONE, after: bytes = b""
+        self,
+        link: bytes,
+        *,
+        is_dialled: bool,
+        incarnation: bytes = ONE,
+        after: bytes = b"",
+        rank: int = 0,
     ) -> None:
         self.core.control_up(
-            link, self.now_ns, is_dialled=is_dialled, incarnation=incarnation, after=after
+            link,
+            self.now_ns,
+            is_dialled=is_dialled,
+            incarnation=incarnation,
+            after=after,
+            rank=rank,
         )
         self.drain()
 
@@ -109,13 +120,16 @@ class World:
         round_trip_ns: int = 40 * MS,
         incarnation: bytes = ONE,
         after: bytes = b"",
+        rank: int = 0,
     ) -> bytes:
         """A set is ready: dialled by this node, or accepted under the name given."""
         is_dialled = link is None
         if link is None:
             link = self.dialled()[-1][1].link
         self.talking[link] = round_trip_ns
-        self.control_up(link, is_dialled=is_dialled, incarnation=incarnation, after=after)
+        self.control_up(
+            link, is_dialled=is_dialled, incarnation=incarnation, after=after, rank=rank
+        )
         self.core.data_up(link, 0, self.now_ns)
         self.drain()
         return link
