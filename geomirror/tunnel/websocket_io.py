@@ -45,6 +45,8 @@ class Outer(asyncio.Protocol):
 
     def __init__(self, *, is_client: bool, entropy: Entropy) -> None:
         self.head: asyncio.Future[Head] = asyncio.get_running_loop().create_future()
+        self.gone = asyncio.Event()
+        """The transport is."""
         self._reader = HeadReader()
         self._frames = WebSocketFrames(is_client=is_client, entropy=entropy)
         self._inner: Inner | None = None
@@ -81,6 +83,7 @@ class Outer(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The transport is gone."""
+        self.gone.set()
         self._fail(LinkError(f"the connection was lost: {exc or 'closed by the other side'}"))
 
     def pause_writing(self) -> None:
@@ -312,12 +315,15 @@ async def accept_websocket(
         async with asyncio.timeout(limits.handshake_ns_max / SECOND):
             loop = asyncio.get_running_loop()
             await loop.connect_accepted_socket(lambda: outer, sock, **options)
-            outer.write(answer_upgrade(await outer.head, resource))
+            head = await outer.head
+            try:
+                outer.write(answer_upgrade(head, resource))
+            except RefusedError:
+                outer.write(NOT_FOUND)
+                outer.close()
+                await outer.gone.wait()  # until then he counts as one who is handled
+                raise
             return await outer.splice()
-    except RefusedError:
-        outer.write(NOT_FOUND)
-        outer.close()
-        raise
     except TimeoutError:
         outer.abort()
         raise LinkError("a stranger took too long to ask the WebSocket listener") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,6 +77,29 @@ class Writer:
             asyncio.run(self._site.write(at, data))
             self.expected[at] = data
 
+    @contextmanager
+    def going_on(self) -> Iterator[None]:
+        """Writes all the time; each has to be answered."""
+        stopping = threading.Event()
+        failures: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                while not stopping.wait(0.05):
+                    self.write(1)
+            except BaseException as error:
+                failures.append(error)
+                raise
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        try:
+            yield
+        finally:
+            stopping.set()
+            thread.join(30)
+        assert not failures and not thread.is_alive()
+
     def check(self, copy: Site) -> None:
         wait_applied(self._site)
         for at, data in self.expected.items():
@@ -101,26 +125,26 @@ def test_replication_goes_on_through_a_proxy_and_returns(tmp_path: Path) -> None
         writer.check(b)
         assert link(b)["way_reason"] == ""
 
-        gate.close()  # refused
-        took_s = wait_way(b, "proxy", 5, "fallback when refused")
-        until(lambda: way(a) == "proxy", 5)
-        assert "refused" in link(b)["way_reason"]
-        assert proxy.requests
-        writer.write()
+        with writer.going_on():
+            gate.close()  # refused
+            took_s = wait_way(b, "proxy", 5, "fallback when refused")
+            until(lambda: way(a) == "proxy", 5)
+            assert "refused" in link(b)["way_reason"]
+            assert proxy.requests
         writer.check(b)
 
-        gate.open()
-        returned_s = wait_way(b, "direct", 60, "return to the direct path")
-        writer.write()
+        with writer.going_on():
+            gate.open()
+            returned_s = wait_way(b, "direct", 60, "return to the direct path")
         writer.check(b)
 
-        gate.swallow()
-        hole_s = wait_way(b, "proxy", 5, "fallback out of a black hole")
-        writer.write()
+        with writer.going_on():
+            gate.swallow()
+            hole_s = wait_way(b, "proxy", 5, "fallback out of a black hole")
         writer.check(b)
-        gate.let_through()
-        wait_way(b, "direct", 60, "return after the black hole")
-        writer.write()
+        with writer.going_on():
+            gate.let_through()
+            wait_way(b, "direct", 60, "return after the black hole")
         writer.check(b)
         print(f"fallback {took_s:.2f} s, black hole {hole_s:.2f} s, return {returned_s:.1f} s")
 
