@@ -76,6 +76,15 @@ def _position(sender: Sender) -> dict[str, int]:
     return {"epoch": sender.durable_epoch, "applied_epoch": sender.applied_epoch}
 
 
+def _gone_back(sender: Sender) -> str:
+    if not sender.gone_back_from:
+        return ""
+    return (
+        f"it had epoch {sender.gone_back_from} durable and came back with less: was its disk put "
+        "back to an older state? It is brought up to date"
+    )
+
+
 class PrimaryStatus:
     """Builds the status of a primary; keeps the meters that rates need."""
 
@@ -155,7 +164,7 @@ class PrimaryStatus:
             if resync is None
             else resync["eta_seconds"],
             "resync": resync,
-            "reason": sender.refusal,
+            "reason": sender.refusal or _gone_back(sender),
         }
 
     def _resync(self, sender: Sender) -> dict[str, Any] | None:

@@ -23,6 +23,8 @@ def clamped(peer: PeerRecord, record: RollbackRecord) -> PeerRecord:
     changes: dict[str, object] = {}
     if peer.durable_epoch > epoch:
         changes = {"durable_epoch": epoch, "durable_hash": record.to_hash}
+    if peer.said_epoch > epoch:
+        changes["said_epoch"] = epoch
     if peer.bitmap_base > epoch:
         changes["bitmap_base_hash"] = record.to_hash
     changes["bitmap_later"] = {n: h for n, h in peer.bitmap_later.items() if n <= epoch}

@@ -87,8 +87,20 @@ class PeerRecord(msgspec.Struct):
     """While not in sync: the first epoch that may be confirmed without it."""
     left_wall_ns: int = 0
     """When that began; 0: it never was in sync, or is."""
+    said_epoch: int = 0
+    """The highest that it ever said to be durable there, in this generation."""
     is_relied: bool = False
     """It may have been told that nothing is confirmed against the rules in force."""
+
+
+class StartRecord(msgspec.Struct):
+    """A start of a primary: see `wan_protocol/primary_starts.py`."""
+
+    identity: str
+    """Hex, new at each start."""
+    epoch: int
+    """The last sealed one when it began."""
+    chain_hash: str
 
 
 class SyncRecord(msgspec.Struct):
@@ -187,6 +199,10 @@ class Superblock(msgspec.Struct):
     sync: SyncRecord = msgspec.field(default_factory=SyncRecord)
     """At a primary."""
     rollback: RollbackRecord | None = None
+    starts: list[StartRecord] = msgspec.field(default_factory=list)
+    """The last starts of the primary, oldest first; at a secondary, of the one it followed last."""
+    starts_of: str = ""
+    """Their generation."""
     superseded_by: list[GenerationRecord] = msgspec.field(default_factory=list)
     """A chain with a higher token than the own one, of a history that lacks epochs that are here.
     A primary serves nothing then, a secondary follows nobody with less."""

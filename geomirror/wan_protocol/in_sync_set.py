@@ -20,6 +20,7 @@ from geomirror.limits import Limits
 from geomirror.volume.engine import Engine
 from geomirror.volume.superblock import SyncRecord
 from geomirror.wan_protocol.decisions import Emit
+from geomirror.wan_protocol.messages import SessionAccept
 from geomirror.wan_protocol.peer_modes import PeerModes
 from geomirror.wan_protocol.sender import FOLD, STREAM, Sender
 from geomirror.wan_protocol.sync_policy import APPLIED, RECEIVED, SyncPolicy
@@ -175,6 +176,17 @@ class InSyncSet(PeerModes):
         if after_ns is not None:
             fields["after_seconds"] = after_ns / SECOND
         self._decide(Emit("sync_degraded", fields))
+
+    def _compare_word(self, sender: Sender, message: SessionAccept) -> None:
+        """Notice a peer that has less than it once said to be durable: what counted on it does not
+        hold any more. It is sent all the same: what it has is on this history."""
+        if message.durable_epoch >= sender.said_epoch:
+            return
+        sender.gone_back_from, sender.said_epoch = sender.said_epoch, message.durable_epoch
+        fields: dict[str, object] = {"peer": sender.name, "epoch": message.durable_epoch}
+        self._decide(Emit("peer_gone_back", {**fields, "from_epoch": sender.gone_back_from}))
+        if sender.name in self._in_sync:
+            self._leave_out(sender.name, message.durable_epoch + 1)
 
     def _set_changed(self, *, is_weaker: bool = False) -> None:
         self._version += 1

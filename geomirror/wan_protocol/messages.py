@@ -120,6 +120,14 @@ class VolumeInfo(Message, frozen=True):
     """Those backings are overwritten if they hold data."""
 
 
+class StartEntry(Message, frozen=True):
+    """A start of the primary, and its last sealed epoch when it began."""
+
+    identity: bytes
+    epoch: int
+    chain_hash: bytes
+
+
 class SessionOpen(Message, frozen=True):
     """Primary to secondary: opens or resumes the session of a resource on this link."""
 
@@ -137,6 +145,9 @@ class SessionOpen(Message, frozen=True):
     incarnation: bytes = b""
     """New at each start of the primary: frames spooled from an older one are forgotten, because
     another start may cut the same epoch into other frames."""
+    starts: list[StartEntry] = msgspec.field(default_factory=list)
+    """The last starts of the primary in this generation, oldest first; durable there. Empty from a
+    node of the previous version."""
 
 
 class SessionAccept(Message, frozen=True):

@@ -58,6 +58,7 @@ class PeerRecords(Replica):
         sender.durable_epoch = sender.applied_epoch = record.durable_epoch
         sender.durable_hash = bytes.fromhex(record.durable_hash) or bytes(32)
         sender.next_number = record.durable_epoch + 1
+        sender.said_epoch = record.said_epoch
         sender.counters.resyncs = record.resyncs
         sender.mode = FOLD if record.mode == FOLD else STREAM
         sender.mode_since_ns = self.now_ns
@@ -202,6 +203,7 @@ class PeerRecords(Replica):
             kept = self.bitmaps.get(name)
             record.durable_epoch = sender.durable_epoch
             record.durable_hash = sender.durable_hash.hex()
+            record.said_epoch = sender.said_epoch
             record.resyncs = sender.counters.resyncs
             if kept is not None and (kept.covers_all or kept.bitmap.is_on_disk):
                 record.mode = BITMAP

@@ -30,7 +30,6 @@ from geomirror.volume.engine import Engine, Write
 from geomirror.volume.engine_growth import GrowJob
 from geomirror.volume.volume_change import VolumeChange
 from geomirror.wan_protocol.decisions import Emit, SendMessage
-from geomirror.wan_protocol.growth import volumes_at
 from geomirror.wan_protocol.messages import (
     Acknowledge,
     AnnounceAcknowledge,
@@ -42,16 +41,12 @@ from geomirror.wan_protocol.messages import (
     SessionRefuse,
     VerifyAnswer,
 )
-from geomirror.wan_protocol.sender import FOLD, STREAM, UNANSWERED_NS, Sender
-from geomirror.wan_protocol.session import (
-    chain_entries,
-    check_accept,
-    session_number,
-)
-from geomirror.wan_protocol.verifying import Verifying
+from geomirror.wan_protocol.offering import Offering
+from geomirror.wan_protocol.sender import FOLD, STREAM, Sender
+from geomirror.wan_protocol.session import check_accept, session_number
 
 
-class Primary(Verifying):
+class Primary(Offering):
     """Core of the primary role; see `Replica` for the shape."""
 
     def __init__(
@@ -64,9 +59,8 @@ class Primary(Verifying):
         now_ns: int,
         wall_ns: int,
     ) -> None:
-        super().__init__(engine, limits)
+        super().__init__(engine, limits, incarnation)
         self.now_ns = now_ns
-        self.incarnation = incarnation
         self.session = session_number(engine.superblock.resource_id)
         self._is_stopping = False
         self._last_wall_ns = wall_ns
@@ -153,22 +147,6 @@ class Primary(Verifying):
             return
         sender.link_up()
         self._offer(sender)
-
-    def _offer(self, sender: Sender) -> None:
-        # A superseded primary, say, has no answer, until it follows.
-        sender.reopen_at_ns = self.now_ns + UNANSWERED_NS
-        superblock = self.engine.superblock
-        message = SessionOpen(
-            self.session,
-            bytes.fromhex(superblock.resource_id),
-            superblock.name,
-            chain_entries(superblock),
-            volumes_at(self.engine, self.engine.sealed_epoch),
-            self.engine.sealed_epoch,
-            self.engine.sealed_hash,
-            self.incarnation,
-        )
-        self._decide(SendMessage(sender.name, self.session, message))
 
     def link_down(self, peer: str, now_ns: int) -> None:
         """The link is gone; positions stay, nothing is lost."""
@@ -347,6 +325,7 @@ class Primary(Verifying):
             self._decide(Emit("peer_refused", {"peer": sender.name, "reason": problem}))
             return
         self._session_opened(sender, message)
+        self._compare_word(sender, message)
         sender.open(message, self.now_ns)
         self._retain(sender)
         fields: dict[str, object] = {"peer": sender.name, "epoch": sender.durable_epoch}

@@ -96,6 +96,10 @@ class Sender:
     """Its version knows volumes that grow; of the last session."""
     gives_digests: bool = False
     """In a resync it says what it holds; of this session."""
+    said_epoch: int = 0
+    """The highest that it ever said to be durable, outside of resyncs."""
+    gone_back_from: int = 0
+    """What it had said, when it came back with less; until it has as much again."""
     refusal: str = ""
     room_bytes: int = 0
     mode_since_ns: int = 0
@@ -236,6 +240,10 @@ class Sender:
             self.counters.epochs_durable += 1
         self.durable_epoch = epoch
         self.durable_hash = chain_hash
+        if self.data_state == "consistent":
+            self.said_epoch = max(self.said_epoch, epoch)
+        if epoch >= self.gone_back_from:
+            self.gone_back_from = 0
 
     def _resend(self, epoch: int, bitmap: bytes) -> None:
         for unit in self.units:

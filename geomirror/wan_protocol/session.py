@@ -29,6 +29,7 @@ from geomirror.wan_protocol.messages import (
     SessionOpen,
     VolumeInfo,
 )
+from geomirror.wan_protocol.primary_starts import lost_epochs
 
 
 def session_number(resource_id: str) -> int:
@@ -103,6 +104,10 @@ def session_problem(engine: Engine, peer: str, message: SessionOpen) -> Geomirro
             return SplitBrainError(
                 f'"{name}" has another history here: {describe(found, engine.committed_epoch)}'
             )
+    if mine and mine == message.chain:
+        problem = _lost_epochs(engine, peer, message)
+        if problem is not None:
+            return problem
     # Volumes may be larger at the primary, and more: that comes with epochs not here yet.
     sizes = engine.sizes.now
     theirs = {v.index: v.size_bytes for v in message.volumes}
@@ -114,6 +119,26 @@ def session_problem(engine: Engine, peer: str, message: SessionOpen) -> Geomirro
 def highest_chain(superblock: Superblock) -> list[GenerationEntry]:
     """The chain with the highest claim that was heard of here, which may be the own one."""
     return chain_entries(superblock, superblock.superseded_by or superblock.chain)
+
+
+def _lost_epochs(engine: Engine, peer: str, message: SessionOpen) -> GeomirrorError | None:
+    """Of the same generation: whether the primary remembers all that it has sent here (I3)."""
+    epoch, chain_hash = engine.committed_epoch, engine.committed_hash
+    generation = engine.generation.hex()
+    problem = lost_epochs(engine.superblock, generation, message.starts, epoch, chain_hash)
+    if message.epoch < epoch:
+        problem = f"it is at epoch {message.epoch}, and epoch {epoch} is here"
+    elif message.epoch == epoch and message.chain_hash != chain_hash:
+        problem = f"its epoch {epoch} is another one than the one here"
+    if not problem:
+        return None
+    name = engine.superblock.name
+    return SplitBrainError(
+        f'the disk of "{peer}", primary of "{name}", was put back to an older state: {problem}',
+        hint="to keep what is here, stop it there and promote this copy (geomirror failover "
+        f"{name} --to NODE); to keep what is there, make this copy anew (geomirror resource "
+        f"remove-secondary {name}, then add-secondary)",
+    )
 
 
 def compare_with(engine: Engine, message: SessionOpen) -> Comparison:

@@ -40,6 +40,7 @@ from geomirror.wan_protocol.messages import (
     SessionOpen,
     SessionRefuse,
 )
+from geomirror.wan_protocol.primary_starts import follow_starts
 from geomirror.wan_protocol.resync_intake import ResyncIntake
 from geomirror.wan_protocol.session import (
     chain_entries,
@@ -102,6 +103,9 @@ class SessionIntake(ResyncIntake):
             self.standing_version = 0
             self._checkpoint_wanted = True
             self._is_adopting = not is_first
+        generation = engine.generation.hex()
+        if message.chain and follow_starts(engine.superblock, generation, message.starts):
+            self._checkpoint_wanted = self._is_adopting = True
         self.is_open = False
         self.refusal = ""
         self.resync = None
@@ -235,7 +239,8 @@ class SessionIntake(ResyncIntake):
         super()._pump_checkpoint()
 
     def _checkpoint_done(self, job: Any) -> None:
-        if job.superblock.chain == self.engine.superblock.chain:
+        written, wanted = job.superblock, self.engine.superblock
+        if (written.chain, written.starts) == (wanted.chain, wanted.starts):
             self._is_adopting = False
         super()._checkpoint_done(job)
         self._try_accept()
