@@ -113,6 +113,12 @@ class SplitBrainError(RefusedError):
     wire_code = 11
 
 
+class PutBackError(SplitBrainError):
+    """A primary's disk was put back to an older state: a copy has epochs that it has lost."""
+
+    wire_code = 27
+
+
 class StorageError(GeomirrorError):
     """Reading or writing local storage failed."""
 

@@ -90,11 +90,15 @@ class PromotionCalls:
     async def fail_over(self, caller: Caller, request: Assess) -> Result:
         """Promote a copy without its primary.
 
-        :raises RefusedError: the copy cannot be promoted, or a primary answers.
+        :raises RefusedError: the copy cannot be promoted, or a primary answers; unless the copy is
+            here and refuses it because it has lost epochs that are here.
         """
         found = await self.failover.assess(caller, request)
         writers = [m["node"] for m in found["members"] if m["role"] == "primary"]
         writers = [m for m in writers if m != request.to and self._answers(found, m)]
+        if request.to == self._self:
+            refused = self.calls.host.get(request.name).put_back_primary
+            writers = [m for m in writers if m != refused]
         if found["refusal"]:
             raise RefusedError(found["refusal"]["message"], hint=found["refusal"]["hint"])
         if writers:

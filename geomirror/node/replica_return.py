@@ -29,7 +29,6 @@ from geomirror.cluster.history import (
     Comparison,
     History,
     compare,
-    history,
 )
 from geomirror.cluster.promotion import DIVERGED as DIVERGED_STAGE
 from geomirror.cluster.promotion import DRAINING, PRIMARY, SECONDARY, SUPERSEDED, is_legal
@@ -38,11 +37,12 @@ from geomirror.node.branch_desk import REWOUND, rewind_branch
 from geomirror.node.replica_roles import ReplicaRoles
 from geomirror.node.rewinding import RETURNED, RETURNING
 from geomirror.volume.superblock import GenerationRecord
-from geomirror.wan_protocol.messages import GenerationEntry
+from geomirror.wan_protocol.messages import GenerationEntry, StartEntry
 from geomirror.wan_protocol.primary import Primary
+from geomirror.wan_protocol.primary_starts import start_records
 from geomirror.wan_protocol.rejoin_policy import is_automatic
 from geomirror.wan_protocol.secondary import BLANK, Secondary
-from geomirror.wan_protocol.session import chain_entries, state_history
+from geomirror.wan_protocol.session import chain_entries, claim_history, state_history
 
 
 class ReplicaReturn(ReplicaRoles):
@@ -57,16 +57,19 @@ class ReplicaReturn(ReplicaRoles):
 
     # A higher token was heard.
 
-    async def hear(self, peer: str, chain: Sequence[GenerationEntry]) -> bool:
+    async def hear(
+        self, peer: str, chain: Sequence[GenerationEntry], starts: Sequence[StartEntry] = ()
+    ) -> bool:
         """A member knows of this chain; whether this one is outranked now and has a tail.
 
+        :param starts: of that history, as far as they are known.
         :raises GeomirrorError: it is, and cannot write that down.
         """
         core = self._core
         if isinstance(core, Primary):
-            core.supersede(peer, chain)
+            core.supersede(peer, chain, starts)
         else:
-            core.hear_chain(peer, chain)
+            core.hear_chain(peer, chain, starts)
         self._runner.drive()
         if self._remembering is not None:
             await asyncio.wait([self._remembering])
@@ -100,7 +103,8 @@ class ReplicaReturn(ReplicaRoles):
             assert core.fenced is not None
             self._held.fail(core.fenced)
             await self._runner.idle()
-            job = self._engine.supersede(core.superseded_by)
+            starts = start_records(core.superseded_starts)
+            job = self._engine.supersede(core.superseded_by, starts)
             if job is not None:
                 await self._execute(job)
                 self._engine.complete_checkpoint(job)
@@ -137,12 +141,14 @@ class ReplicaReturn(ReplicaRoles):
         """It has a tail that a history with a higher token lacks, and accepts nothing."""
         return self.stage in (SUPERSEDED, DIVERGED_STAGE)
 
+    def is_outranked_by(self, node: str) -> bool:
+        """Likewise, by a history that this node made."""
+        superseded_by = self._engine.superblock.superseded_by
+        return self.is_outranked and bool(superseded_by) and superseded_by[-1].by == node
+
     def comparison(self) -> Comparison:
         """How what this member has relates to the chain that outranks it."""
-        superblock = self._engine.superblock
-        chain = chain_entries(superblock, superblock.superseded_by)
-        theirs = history(chain, chain[-1].parent_epoch, chain[-1].parent_hash)
-        return compare(state_history(self._engine), theirs)
+        return compare(state_history(self._engine), claim_history(self._engine.superblock))
 
     @property
     def rejoins_by_itself(self) -> bool:
@@ -171,6 +177,8 @@ class ReplicaReturn(ReplicaRoles):
             "epoch": own.epoch,
             "chain_hash": own.chain_hash.hex(),
             "has_unsealed": own.has_unsealed,
+            "starts": msgspec.to_builtins(superblock.starts),
+            "superseded_starts": msgspec.to_builtins(superblock.superseded_starts),
         }
 
     def tail_beyond(self, other: History) -> dict[str, Any]:
@@ -194,13 +202,8 @@ class ReplicaReturn(ReplicaRoles):
         """What an outranked member has that the other history has not."""
         superblock = self._engine.superblock
         last = superblock.superseded_by[-1]
-        other = history(
-            chain_entries(superblock, superblock.superseded_by),
-            last.parent_epoch,
-            bytes.fromhex(last.parent_hash),
-        )
         return {
-            **self.tail_beyond(other),
+            **self.tail_beyond(claim_history(superblock)),
             "other": {"node": last.by, "generation": last.identity, "token": last.token},
             "is_automatic": self.rejoins_by_itself,
             "refusal": self.rejoin_refusal,

@@ -217,7 +217,9 @@ class ReplicaService(ReplicaReturn, ReplicaShipping):
             "bytes_total": engine.journal.bytes_total,
             "covers_seconds": None,
         }
+        choice = ""
         if isinstance(status, PrimaryStatus):
+            choice = status.choice()
             journal["covers_seconds"] = status.covers_seconds()
             peers, disk_state = status.peers(self._runner.now_ns()), "UpToDate"
             for peer in peers:
@@ -242,7 +244,8 @@ class ReplicaService(ReplicaReturn, ReplicaShipping):
             "superseded": self.tail() if engine.superblock.superseded_by else None,
             "history": history_object(engine, self._node.limits),
             "branches": self.branches.summary(),
-            "reason": self.outranked_reason() or str(core.fenced or core.stalled or no_space or ""),
+            "reason": self.outranked_reason()
+            or str(core.fenced or core.stalled or no_space or choice),
         }
 
     async def answer(self) -> MemberAnswer:
@@ -258,6 +261,11 @@ class ReplicaService(ReplicaReturn, ReplicaShipping):
                 break
             await asyncio.sleep(POLL_S)
         return answer_of(self._node.name, self._core)
+
+    @property
+    def put_back_primary(self) -> str:
+        """The primary that this copy refuses because it has lost epochs that are here, or ""."""
+        return self._core.put_back_primary if isinstance(self._core, Secondary) else ""
 
     def volumes(self) -> list[VolumeRecord]:
         """The volumes now, or as of the applied epoch at a secondary, by index."""

@@ -130,6 +130,11 @@ class PrimaryStatus:
         good = all(s.is_open and s.mode == STREAM for s in core.senders.values())
         return "ok" if good and not core.out_of_sync else "degraded"
 
+    def choice(self) -> str:
+        """What an operator has to choose, "" for nothing: copies have epochs that the disk here has
+        lost."""
+        return next((s.refusal for s in self._core.senders.values() if s.has_what_was_lost), "")
+
     def peers(self, now_ns: int) -> list[dict[str, Any]]:
         """One object a peer."""
         return [self._peer(s, now_ns) for s in self._core.senders.values()]

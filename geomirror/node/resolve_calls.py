@@ -32,8 +32,9 @@ from geomirror.node.promotion_calls import PromotionCalls
 from geomirror.node.rejoiner import Rejoiner
 from geomirror.node.resource_calls import ResourceCalls
 from geomirror.node.resource_definition import ResourceDefinition
-from geomirror.volume.superblock import GenerationRecord
-from geomirror.wan_protocol.messages import GenerationEntry
+from geomirror.volume.superblock import GenerationRecord, StartRecord
+from geomirror.wan_protocol.messages import GenerationEntry, StartEntry
+from geomirror.wan_protocol.primary_starts import start_entries
 
 ASK_TIMEOUT_S = 10.0
 GIVE_UP_TIMEOUT_S = 110.0
@@ -42,12 +43,14 @@ KEPT = "kept"
 """Reason of a generation that an operator wanted to go on although another had a higher token."""
 
 
-class Kept(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Kept(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The history that is to go on; identities and hashes in hex."""
 
     chain: list[GenerationRecord]
     epoch: int
     chain_hash: str
+    starts: list[StartRecord] = msgspec.field(default_factory=list)
+    """Of its primaries; only to a member whose version knows them."""
 
 
 class Resolve(Parameters, frozen=True):
@@ -74,12 +77,14 @@ class OfMember(Parameters, frozen=True):
     resource_id: str
 
 
-class Insist(Parameters, frozen=True):
+class Insist(Parameters, frozen=True, omit_defaults=True):
     """From a member to the one whose history is to go on."""
 
     resource_id: str
     above: list[GenerationRecord]
     """The chain with the highest claim that anybody who answers knows."""
+    starts: list[StartRecord] = msgspec.field(default_factory=list)
+    """Of that history; only to a member whose version knows them."""
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -94,6 +99,9 @@ class Answer(msgspec.Struct, frozen=True):
     epoch: int = 0
     chain_hash: str = "00" * 32
     has_unsealed: bool = False
+    starts: list[StartRecord] | None = None
+    """None from a member of an older version, which must not be told any."""
+    superseded_starts: list[StartRecord] = msgspec.field(default_factory=list)
 
 
 @dataclass
@@ -132,17 +140,19 @@ class ResolveCalls:
         kept = answers[request.keep]
         if kept.error:
             raise UnreachableError(f"{request.keep} does not answer: {kept.error}")
-        highest = _highest([a for a in answers.values() if not a.error])
+        highest, starts = _highest([a for a in answers.values() if not a.error])
         insists = self._has_to_insist(request, kept, highest)
         taken: Result = {}
         if insists and not request.is_dry_run:
-            taken = await self._insist_at(request.keep, definition, highest)
+            told = [] if kept.starts is None else starts
+            above = Insist(definition.resource_id, highest, told)
+            taken = await self._insist_at(request.keep, above)
             kept = await self._ask(request.keep, definition)
         wanted = GiveUp(
             request.name,
             request.keep,
             request.is_dry_run,
-            Kept(kept.chain, kept.epoch, kept.chain_hash),
+            Kept(kept.chain, kept.epoch, kept.chain_hash, kept.starts or []),
         )
         others = [answers[node] for node in definition.members if node != request.keep]
         members = [await self._give_up_at(answer, wanted) for answer in others]
@@ -182,10 +192,7 @@ class ResolveCalls:
             )
         return True
 
-    async def _insist_at(
-        self, node: str, definition: ResourceDefinition, highest: list[GenerationRecord]
-    ) -> Result:
-        wanted = Insist(definition.resource_id, highest)
+    async def _insist_at(self, node: str, wanted: Insist) -> Result:
         if node == self._self:
             return await self.insist(Caller(), wanted)
         return await self._call(node, "promotion.insist", wanted, GIVE_UP_TIMEOUT_S)
@@ -194,6 +201,9 @@ class ResolveCalls:
         node = answer.node
         if answer.error:
             return {"node": node, "error": answer.error, "is_reachable": False}
+        if answer.starts is None and wanted.kept is not None:
+            untold = msgspec.structs.replace(wanted.kept, starts=[])
+            wanted = msgspec.structs.replace(wanted, kept=untold)
         try:
             if node == self._self:
                 found = await self.give_up(Caller(), wanted)
@@ -232,7 +242,8 @@ class ResolveCalls:
         definition = self._member(caller, request.resource_id)
         service = self.calls.host.get(definition.name)
         if request.above:
-            await service.hear(request.above[-1].by, _entries(request.above))
+            starts = _starts(request.starts)
+            await service.hear(request.above[-1].by, _entries(request.above), starts)
         if not service.is_outranked:
             raise RefusedError(f'nobody has outranked {self._self} for "{definition.name}"')
         return await self.promotion.take_here(definition, KEPT)
@@ -244,10 +255,14 @@ class ResolveCalls:
         service = self.calls.host.get(request.name)
         kept, nothing = request.kept, {"node": self._self, "tail": None, "branch": ""}
         if kept is not None:
-            chain = _entries(kept.chain)
+            chain, starts = _entries(kept.chain), _starts(kept.starts)
             # Whatever it has by now, it goes on.
-            other = history(chain, kept.epoch, bytes.fromhex(kept.chain_hash), has_unsealed=True)
+            chain_hash = bytes.fromhex(kept.chain_hash)
+            other = history(chain, kept.epoch, chain_hash, has_unsealed=True, starts=starts)
             tail = service.tail_beyond(other)
+            is_part = tail["relation"] in (EQUAL, ANCESTOR)
+            if is_part and service.is_outranked_by(request.keep):
+                tail = service.tail()  # More is known here of that history: its primaries' starts.
             # While the kept history is written its copies are ahead of what was asked of it before.
             own, newest = tail["own"], kept.chain[-1].identity if kept.chain else ""
             is_copy = own["generation"] == newest and not own["is_primary"]
@@ -256,7 +271,7 @@ class ResolveCalls:
             if not request.is_dry_run:
                 self.rejoiner.forget(request.name)
                 # It may come back by itself now.
-                await service.hear(request.keep, chain)
+                await service.hear(request.keep, chain, starts)
         elif not service.is_outranked:
             return nothing
         else:
@@ -320,18 +335,32 @@ def _entries(chain: Sequence[GenerationRecord]) -> list[GenerationEntry]:
         raise RefusedError("a generation chain that cannot be read") from None
 
 
+def _starts(starts: Sequence[StartRecord]) -> list[StartEntry]:
+    """Likewise. :raises RefusedError: they are none."""
+    try:
+        return start_entries(starts)
+    except ValueError:
+        raise RefusedError("starts of a primary that cannot be read") from None
+
+
 def _history_of(answer: Answer) -> History:
     chain_hash = bytes.fromhex(answer.chain_hash)
     unsealed = answer.has_unsealed
     return History(_generations(answer.chain), answer.epoch, chain_hash, unsealed)
 
 
-def _highest(answers: Sequence[Answer]) -> list[GenerationRecord]:
+_Claim = tuple[list[GenerationRecord], list[StartRecord]]
+"""A chain, and the starts of the primaries that wrote its history."""
+
+
+def _highest(answers: Sequence[Answer]) -> _Claim:
     """The chain with the highest claim that any of them has or has heard of."""
 
-    def by_claim(one: list[GenerationRecord], other: list[GenerationRecord]) -> int:
-        mine, theirs = _generations(one), _generations(other)
+    def by_claim(one: _Claim, other: _Claim) -> int:
+        mine, theirs = _generations(one[0]), _generations(other[0])
         return 1 if outranks(mine, theirs) else -1 if outranks(theirs, mine) else 0
 
-    chains = [chain for a in answers for chain in (a.chain, a.superseded_by) if chain]
-    return max(chains, key=cmp_to_key(by_claim), default=[])
+    claims = [(a.chain, a.starts or []) for a in answers]
+    claims += [(a.superseded_by, a.superseded_starts) for a in answers]
+    known = [claim for claim in claims if claim[0]]
+    return max(known, key=cmp_to_key(by_claim), default=([], []))

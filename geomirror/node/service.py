@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from geomirror.node.view_host import ViewHost
     from geomirror.volume.superblock import GenerationRecord, VolumeRecord
     from geomirror.volume.volume_change import VolumeChange
-    from geomirror.wan_protocol.messages import AnyMessage, GenerationEntry
+    from geomirror.wan_protocol.messages import AnyMessage, GenerationEntry, StartEntry
 
 
 class Service(Protocol):
@@ -56,6 +56,10 @@ class Service(Protocol):
         """`primary` or `secondary`."""
 
     @property
+    def put_back_primary(self) -> str:
+        """The primary that this copy refuses because it has lost epochs that are here, or ""."""
+
+    @property
     def primary_token(self) -> int | None:
         """Fencing token of the generation that may be written here; None at anybody else."""
 
@@ -64,7 +68,9 @@ class Service(Protocol):
     ) -> GenerationRecord:
         """Become the primary."""
 
-    async def hear(self, peer: str, chain: Sequence[GenerationEntry]) -> bool:
+    async def hear(
+        self, peer: str, chain: Sequence[GenerationEntry], starts: Sequence[StartEntry] = ()
+    ) -> bool:
         """A member knows of this chain; whether this one is outranked now and has a tail."""
 
     @property

@@ -23,7 +23,7 @@ from geomirror.volume.engine_jobs import CheckpointJob
 from geomirror.volume.engine_return import ReturningPrimary
 from geomirror.volume.generations import ChainEntry, chain_records
 from geomirror.volume.open_epoch import OpenEpoch
-from geomirror.volume.superblock import GenerationRecord, PeerRecord, SyncRecord
+from geomirror.volume.superblock import GenerationRecord, PeerRecord, StartRecord, SyncRecord
 
 
 class RoleChanges(ReturningPrimary):
@@ -84,7 +84,7 @@ class RoleChanges(ReturningPrimary):
         superblock.chain = [*chain, generation]
         self.marks.leave_others(superblock)
         superblock.role = "primary"
-        superblock.superseded_by = []
+        superblock.superseded_by, superblock.superseded_starts = [], []
         superblock.consistent_from = -1
         superblock.sync = SyncRecord()
         # LSNs are those of this journal from here on.
@@ -117,18 +117,22 @@ class RoleChanges(ReturningPrimary):
         superblock, start = self.superblock, self._history_start()
         superblock.role = "secondary"
         superblock.sync = SyncRecord()
-        superblock.superseded_by = []
+        superblock.superseded_by, superblock.superseded_starts = [], []
         self._spooled.clear()
         self._keep_for(peers, *start)
         return self._checkpoint()
 
-    def supersede(self, chain: Sequence[ChainEntry]) -> CheckpointJob | None:
-        """Remember durably that a chain with a higher token exists: nothing is accepted any more.
+    def supersede(
+        self, chain: Sequence[ChainEntry], starts: Sequence[StartRecord] = ()
+    ) -> CheckpointJob | None:
+        """Remember durably that a chain with a higher token exists, and the starts of its history as
+        far as they are known: nothing is accepted any more.
 
         Nothing is given up: the tail stays as it is. None: it is known already.
         """
         assert self.superblock.role == "primary"
         self.superblock.superseded_by = chain_records(chain)
+        self.superblock.superseded_starts = list(starts)
         return self.checkpoint_job()
 
     def keep_history(self, peers: Iterable[str], bytes_max: int) -> None:

@@ -94,7 +94,7 @@ class PeerRecord(msgspec.Struct):
 
 
 class StartRecord(msgspec.Struct):
-    """A start of a primary: see `wan_protocol/primary_starts.py`."""
+    """A start of a primary: see `cluster/history.py`."""
 
     identity: str
     """Hex, new at each start."""
@@ -200,12 +200,13 @@ class Superblock(msgspec.Struct):
     """At a primary."""
     rollback: RollbackRecord | None = None
     starts: list[StartRecord] = msgspec.field(default_factory=list)
-    """The last starts of the primary, oldest first; at a secondary, of the one it followed last."""
-    starts_of: str = ""
-    """Their generation."""
+    """The last starts of the primaries that wrote this history, oldest first, with ascending epochs;
+    at a secondary the list of the primary that it followed last, which may go on past its epochs."""
     superseded_by: list[GenerationRecord] = msgspec.field(default_factory=list)
     """A chain with a higher token than the own one, of a history that lacks epochs that are here.
     A primary serves nothing then, a secondary follows nobody with less."""
+    superseded_starts: list[StartRecord] = msgspec.field(default_factory=list)
+    """The starts of that history, as far as they were told."""
     sequence: int = 0
     """Of the slot it was loaded from; given by the file, not by the caller."""
 

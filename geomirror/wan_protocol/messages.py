@@ -146,8 +146,8 @@ class SessionOpen(Message, frozen=True):
     """New at each start of the primary: frames spooled from an older one are forgotten, because
     another start may cut the same epoch into other frames."""
     starts: list[StartEntry] = msgspec.field(default_factory=list)
-    """The last starts of the primary in this generation, oldest first; durable there. Empty from a
-    node of the previous version."""
+    """The last starts of the primaries that wrote this history, oldest first; durable there. Empty
+    from a node of the previous version."""
 
 
 class SessionAccept(Message, frozen=True):
@@ -189,6 +189,8 @@ class SessionRefuse(Message, frozen=True):
     error_text: str
     chain: list[GenerationEntry] = msgspec.field(default_factory=list)
     """The sender's generation chain, when it has a higher token than the one it was offered."""
+    starts: list[StartEntry] = msgspec.field(default_factory=list)
+    """Of that chain's history, as in `SessionOpen`."""
 
 
 class EpochCommit(Message, frozen=True):

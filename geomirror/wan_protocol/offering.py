@@ -46,7 +46,7 @@ class Offering(Verifying):
             self.engine.sealed_epoch,
             self.engine.sealed_hash,
             self.incarnation,
-            start_entries(superblock),
+            start_entries(superblock.starts),
         )
         self._decide(SendMessage(sender.name, self.session, message))
 

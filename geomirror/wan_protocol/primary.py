@@ -21,6 +21,7 @@ from geomirror.errors import (
     JournalFullError,
     LocalProtocolError,
     NoSpaceError,
+    PutBackError,
     RefusedError,
     RemoteProtocolError,
     StorageError,
@@ -179,12 +180,14 @@ class Primary(Offering):
         if sender is None or self.fenced is not None or self.is_frozen:
             return
         match message:
-            case SessionRefuse() if message.chain and self.supersede(peer, message.chain):
+            case SessionRefuse() if message.chain and self.supersede(
+                peer, message.chain, message.starts
+            ):
                 return
             case SessionAccept():
                 self._accepted(sender, message)
             case SessionRefuse():
-                self._refused(sender, message.error_text)
+                self._refused(sender, message)
             case Acknowledge() if sender.is_open:
                 self._acknowledged(sender, message)
             case ResyncAcknowledge() if sender.is_open:
@@ -331,10 +334,15 @@ class Primary(Offering):
         fields: dict[str, object] = {"peer": sender.name, "epoch": sender.durable_epoch}
         self._decide(Emit("peer_connected", fields))
 
-    def _refused(self, sender: Sender, reason: str) -> None:
+    def _refused(self, sender: Sender, message: SessionRefuse) -> None:
+        reason = message.error_text
+        is_put_back = message.error_code == PutBackError.wire_code
         if reason != sender.refusal:  # It is tried again and again.
             self._decide(Emit("peer_refused", {"peer": sender.name, "reason": reason}))
+            if is_put_back:
+                self._decide(Emit("put_back", {"peer": sender.name, "reason": reason}))
         sender.refused(reason, self.now_ns)
+        sender.has_what_was_lost = is_put_back
         self._abandon_resync(sender)
 
     def _acknowledged(self, sender: Sender, message: Acknowledge) -> None:
@@ -344,6 +352,7 @@ class Primary(Offering):
         sender.acknowledge(message, self.now_ns)
         if sender.applied_epoch >= self._consistent_from(sender):
             sender.data_state, sender.held_epoch = "consistent", -1
+            sender.said_epoch = max(sender.said_epoch, sender.durable_epoch)
         if sender.durable_epoch > before:
             self._retain(sender)
             low = min((s.durable_epoch for s in self.senders.values()), default=0)

@@ -101,6 +101,8 @@ class Sender:
     gone_back_from: int = 0
     """What it had said, when it came back with less; until it has as much again."""
     refusal: str = ""
+    has_what_was_lost: bool = False
+    """It refuses because it has epochs that the disk here has lost."""
     room_bytes: int = 0
     mode_since_ns: int = 0
     counters: SenderCounters = field(default_factory=SenderCounters)
@@ -158,7 +160,7 @@ class Sender:
         self.is_open = True
         self.reopen_at_ns = None
         self.progress_ns = now_ns
-        self.refusal = ""
+        self.refusal, self.has_what_was_lost = "", False
         self._sent_bytes = self._received_bytes = 0
         self._credit_bytes = accept.credit_bytes
         self.data_state = accept.data_state

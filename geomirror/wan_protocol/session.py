@@ -16,20 +16,21 @@ from geomirror.cluster.history import (
 )
 from geomirror.errors import (
     GeomirrorError,
+    PutBackError,
     RefusedError,
     RemoteProtocolError,
     SplitBrainError,
     SupersededError,
 )
 from geomirror.volume.engine import Engine
-from geomirror.volume.superblock import GenerationRecord, Superblock
+from geomirror.volume.superblock import GenerationRecord, StartRecord, Superblock
 from geomirror.wan_protocol.messages import (
     GenerationEntry,
     SessionAccept,
     SessionOpen,
     VolumeInfo,
 )
-from geomirror.wan_protocol.primary_starts import lost_epochs
+from geomirror.wan_protocol.primary_starts import start_points
 
 
 def session_number(resource_id: str) -> int:
@@ -71,6 +72,7 @@ def my_history(engine: Engine) -> History:
         engine.committed_epoch,
         engine.committed_hash,
         has_unsealed=engine.last_changed_epoch > engine.committed_epoch,
+        starts=start_points(engine.superblock.starts),
     )
 
 
@@ -79,10 +81,18 @@ def state_history(engine: Engine) -> History:
     and nothing when it has none."""
     chain, held = chain_entries(engine.superblock), engine.held
     if held is not None:
-        return history(chain, held.epoch, bytes.fromhex(held.chain_hash))
+        starts = start_points(engine.superblock.starts)
+        return history(chain, held.epoch, bytes.fromhex(held.chain_hash), starts=starts)
     if engine.state_epoch is None:
         return history([], 0, bytes(32))
     return my_history(engine)
+
+
+def claim_history(superblock: Superblock) -> History:
+    """The history that outranks this member, as far as its last generation's beginning."""
+    chain = chain_entries(superblock, superblock.superseded_by)
+    starts = start_points(superblock.superseded_starts)
+    return history(chain, chain[-1].parent_epoch, chain[-1].parent_hash, starts=starts)
 
 
 def session_problem(engine: Engine, peer: str, message: SessionOpen) -> GeomirrorError | None:
@@ -104,10 +114,10 @@ def session_problem(engine: Engine, peer: str, message: SessionOpen) -> Geomirro
             return SplitBrainError(
                 f'"{name}" has another history here: {describe(found, engine.committed_epoch)}'
             )
-    if mine and mine == message.chain:
-        problem = _lost_epochs(engine, peer, message)
-        if problem is not None:
-            return problem
+    elif mine:
+        found = compare_with(engine, message)
+        if not found.may_follow:
+            return _lost_there(engine, peer, message, found)
     # Volumes may be larger at the primary, and more: that comes with epochs not here yet.
     sizes = engine.sizes.now
     theirs = {v.index: v.size_bytes for v in message.volumes}
@@ -121,29 +131,33 @@ def highest_chain(superblock: Superblock) -> list[GenerationEntry]:
     return chain_entries(superblock, superblock.superseded_by or superblock.chain)
 
 
-def _lost_epochs(engine: Engine, peer: str, message: SessionOpen) -> GeomirrorError | None:
-    """Of the same generation: whether the primary remembers all that it has sent here (I3)."""
-    epoch, chain_hash = engine.committed_epoch, engine.committed_hash
-    generation = engine.generation.hex()
-    problem = lost_epochs(engine.superblock, generation, message.starts, epoch, chain_hash)
-    if message.epoch < epoch:
-        problem = f"it is at epoch {message.epoch}, and epoch {epoch} is here"
-    elif message.epoch == epoch and message.chain_hash != chain_hash:
-        problem = f"its epoch {epoch} is another one than the one here"
-    if not problem:
-        return None
-    name = engine.superblock.name
-    return SplitBrainError(
-        f'the disk of "{peer}", primary of "{name}", was put back to an older state: {problem}',
-        hint="to keep what is here, stop it there and promote this copy (geomirror failover "
-        f"{name} --to NODE); to keep what is there, make this copy anew (geomirror resource "
-        f"remove-secondary {name}, then add-secondary)",
+def highest_starts(superblock: Superblock) -> list[StartRecord]:
+    """The starts of that chain's history."""
+    return superblock.superseded_starts if superblock.superseded_by else superblock.starts
+
+
+def _lost_there(
+    engine: Engine, peer: str, message: SessionOpen, found: Comparison
+) -> GeomirrorError:
+    """Of the same chain: the primary does not remember all that it has sent here (I3)."""
+    name, epoch, branch = engine.superblock.name, engine.committed_epoch, found.branch
+    if branch is not None and branch.epoch < message.chain[-1].parent_epoch:
+        # What is here parted from it before its last generation began.
+        return SplitBrainError(f'"{name}" has another history here: {describe(found, epoch)}')
+    lost = f"its epoch {epoch} is another one than the one that this copy has"
+    if branch is not None:
+        lost = f"it has lost epochs {branch.epoch + 1}-{epoch}, which this copy has"
+    return PutBackError(
+        f'the disk of "{peer}", primary of "{name}", was put back to an older state: {lost}',
+        hint=f'to keep what this copy has, promote it ("geomirror failover {name} --to NODE", given '
+        f'at this node); to keep what is at "{peer}", do that and then "geomirror resolve {name} '
+        f'--keep {peer}"',
     )
 
 
 def compare_with(engine: Engine, message: SessionOpen) -> Comparison:
     """How this copy relates to what a primary offers."""
-    theirs = history(message.chain, message.epoch, message.chain_hash)
+    theirs = history(message.chain, message.epoch, message.chain_hash, starts=message.starts)
     mine = my_history(engine)
     if not message.chain:
         return Comparison(DESCENDANT)

@@ -19,10 +19,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
 from geomirror.cluster.history import compare, history, outranks
 from geomirror.errors import (
     GeomirrorError,
     IntegrityError,
+    PutBackError,
     RefusedError,
     SplitBrainError,
     SupersededError,
@@ -39,12 +42,14 @@ from geomirror.wan_protocol.messages import (
     SessionAccept,
     SessionOpen,
     SessionRefuse,
+    StartEntry,
 )
-from geomirror.wan_protocol.primary_starts import follow_starts
+from geomirror.wan_protocol.primary_starts import check_starts, start_entries, start_records
 from geomirror.wan_protocol.resync_intake import ResyncIntake
 from geomirror.wan_protocol.session import (
     chain_entries,
     highest_chain,
+    highest_starts,
     my_history,
     session_problem,
 )
@@ -66,16 +71,19 @@ class SessionIntake(ResyncIntake):
         self.is_open = False
         self.is_link_up = False
         self.refusal = ""
+        self.put_back_primary = ""
+        """The primary, while it is refused because it has lost epochs that are here."""
         self.primary_epoch = 0
         self._is_accepting = False
         self._is_adopting = False
         self._incarnation = b""
 
     def opened(self, peer: str, message: SessionOpen) -> None:
-        """A member offers a session as the primary."""
+        """A member offers a session as the primary. :raises RemoteProtocolError: nobody can."""
+        check_starts(message.starts)
         problem = self._problem_with(peer, message)
         if isinstance(problem, SplitBrainError):
-            self._note_higher(peer, message.chain)
+            self._note_higher(peer, message.chain, message.starts)
         if problem is not None:
             if peer == self.primary:
                 self._refuse_session(problem)
@@ -95,7 +103,7 @@ class SessionIntake(ResyncIntake):
         self.marks.forget()
         if engine.superblock.superseded_by:
             # What is here is a part of the history with the highest token, after all.
-            engine.superblock.superseded_by = []
+            engine.superblock.superseded_by, engine.superblock.superseded_starts = [], []
             self._checkpoint_wanted = True
         if message.chain and message.chain != chain_entries(engine.superblock):
             is_first = engine.generation == NO_GENERATION
@@ -103,11 +111,12 @@ class SessionIntake(ResyncIntake):
             self.standing_version = 0
             self._checkpoint_wanted = True
             self._is_adopting = not is_first
-        generation = engine.generation.hex()
-        if message.chain and follow_starts(engine.superblock, generation, message.starts):
+        starts = start_records(message.starts)
+        if message.chain and starts != engine.superblock.starts:
+            engine.superblock.starts = starts
             self._checkpoint_wanted = self._is_adopting = True
         self.is_open = False
-        self.refusal = ""
+        self.refusal = self.put_back_primary = ""
         self.resync = None
         self.primary_epoch = message.epoch
         self._is_accepting = True
@@ -115,13 +124,16 @@ class SessionIntake(ResyncIntake):
             self._sync_wanted = True  # The position is told when it stands.
         self._try_accept()
 
-    def hear_chain(self, peer: str, chain: Sequence[GenerationEntry]) -> None:
+    def hear_chain(
+        self, peer: str, chain: Sequence[GenerationEntry], starts: Sequence[StartEntry] = ()
+    ) -> None:
         """A member knows of this chain: if it has the highest claim and leaves out epochs that are
-        here, nobody with less is followed any more."""
-        theirs = history(chain, chain[-1].parent_epoch, chain[-1].parent_hash)
+        here, nobody with less is followed any more. :raises RemoteProtocolError: nobody can."""
+        check_starts(starts)
+        theirs = history(chain, chain[-1].parent_epoch, chain[-1].parent_hash, starts=starts)
         is_behind = compare(my_history(self.engine), theirs).may_follow
         if not is_behind and not self.is_frozen and self.fenced is None:
-            self._note_higher(peer, chain)
+            self._note_higher(peer, chain, starts)
             self._pump()
 
     @property
@@ -129,7 +141,9 @@ class SessionIntake(ResyncIntake):
         """A history with a higher token lacks epochs that are here."""
         return bool(self.engine.superblock.superseded_by)
 
-    def _note_higher(self, peer: str, chain: Sequence[GenerationEntry]) -> None:
+    def _note_higher(
+        self, peer: str, chain: Sequence[GenerationEntry], starts: Sequence[StartEntry] = ()
+    ) -> None:
         """Remember the chain; it is durable with the next checkpoint."""
         superblock = self.engine.superblock
         mine = chain_entries(superblock)
@@ -137,6 +151,7 @@ class SessionIntake(ResyncIntake):
         if not is_related or not outranks(chain, highest_chain(superblock)):
             return
         superblock.superseded_by = chain_records(chain)
+        superblock.superseded_starts = start_records(starts)
         self._checkpoint_wanted = True
         maker = chain[-1].by or peer
         if maker != self.primary:
@@ -144,7 +159,8 @@ class SessionIntake(ResyncIntake):
                 text = f'token {chain[-1].token} of "{superblock.name}" is known here'
                 self._refuse(self.primary, SupersededError(text))
             self.keep_standing_now()
-            self.primary, self.is_link_up, self.refusal = maker, maker == peer, ""
+            self.primary, self.is_link_up = maker, maker == peer
+            self.refusal = self.put_back_primary = ""
         self.close_session()
         self.resync = None
         fields: dict[str, object] = {"by": maker, "token": chain[-1].token}
@@ -219,13 +235,19 @@ class SessionIntake(ResyncIntake):
         self.resync = None
         if str(error) != self.refusal:  # It is tried again and again.
             self._decide(Emit("session_refused", {"reason": str(error)}))
+            if isinstance(error, PutBackError):
+                self._decide(Emit("put_back", {"peer": self.primary, "reason": str(error)}))
         self.refusal = str(error)
+        self.put_back_primary = self.primary if isinstance(error, PutBackError) else ""
         self._refuse(self.primary, error)
 
     def _refuse(self, peer: str, error: GeomirrorError) -> None:
-        is_stale = isinstance(error, SupersededError)
-        chain = highest_chain(self.engine.superblock) if is_stale else []
-        self._send_to(peer, SessionRefuse(self.session, error.wire_code, str(error), chain))
+        superblock = self.engine.superblock
+        refuse = SessionRefuse(self.session, error.wire_code, str(error))
+        if isinstance(error, SupersededError):
+            chain, starts = highest_chain(superblock), start_entries(highest_starts(superblock))
+            refuse = msgspec.structs.replace(refuse, chain=chain, starts=starts)
+        self._send_to(peer, refuse)
 
     # Persistence.
 

@@ -21,7 +21,13 @@ from geomirror.volume.engine import Engine
 from geomirror.volume.generations import chain_records
 from geomirror.wan_protocol.decisions import Emit, FlushDone, SendMessage
 from geomirror.wan_protocol.epoch_sealing import EpochSealing
-from geomirror.wan_protocol.messages import GenerationEntry, SessionOpen, SessionRefuse
+from geomirror.wan_protocol.messages import (
+    GenerationEntry,
+    SessionOpen,
+    SessionRefuse,
+    StartEntry,
+)
+from geomirror.wan_protocol.primary_starts import check_starts, start_entries
 from geomirror.wan_protocol.session import chain_entries
 
 
@@ -34,6 +40,8 @@ class Supersession(EpochSealing):
         super().__init__(engine, limits)
         self.superseded_by: list[GenerationEntry] = []
         """The chain with the higher token, once one was heard of."""
+        self.superseded_starts: list[StartEntry] = []
+        """The starts of that history, as far as they were told."""
         self.is_draining = False
 
     def resume_superseded(self) -> None:
@@ -41,10 +49,18 @@ class Supersession(EpochSealing):
         known = self.engine.superblock.superseded_by
         if known:
             chain = chain_entries(self.engine.superblock, known)
-            self._superseded(chain[-1].by, chain)
+            starts = start_entries(self.engine.superblock.superseded_starts)
+            self._superseded(chain[-1].by, chain, starts)
 
-    def supersede(self, peer: str, chain: Sequence[GenerationEntry]) -> bool:
-        """Stop if the chain has a higher claim and is about the same data; whether it has."""
+    def supersede(
+        self, peer: str, chain: Sequence[GenerationEntry], starts: Sequence[StartEntry] = ()
+    ) -> bool:
+        """Stop if the chain has a higher claim and is about the same data; whether it has.
+
+        :param starts: of that history, as far as they are known.
+        :raises RemoteProtocolError: they cannot be.
+        """
+        check_starts(starts)
         mine = chain_entries(self.engine.superblock)
         is_related = bool(chain) and bool(mine) and chain[0].identity == mine[0].identity
         if not is_related or not outranks(chain, mine):
@@ -52,7 +68,7 @@ class Supersession(EpochSealing):
         if self.is_frozen and not self.superseded_by:
             return True  # It is becoming a secondary already.
         if not self.superseded_by or outranks(chain, self.superseded_by):
-            self._superseded(peer, chain)
+            self._superseded(peer, chain, starts)
         return True
 
     def _heard_primary(self, peer: str, message: SessionOpen) -> None:
@@ -60,20 +76,23 @@ class Supersession(EpochSealing):
         superblock = self.engine.superblock
         if message.resource.hex() != superblock.resource_id:
             return
-        if self.supersede(peer, message.chain):
+        if self.supersede(peer, message.chain, message.starts):
             return
         mine = chain_entries(superblock)
         error = SupersededError(
             f'"{peer}" offers token {message.chain[-1].token if message.chain else 0} of '
             f'"{superblock.name}", token {mine[-1].token if mine else 0} is written here'
         )
-        refuse = SessionRefuse(self.session, error.wire_code, str(error), mine)
+        starts = start_entries(superblock.starts)
+        refuse = SessionRefuse(self.session, error.wire_code, str(error), mine, starts)
         self._decide(SendMessage(peer, self.session, refuse))
 
-    def _superseded(self, peer: str, chain: Sequence[GenerationEntry]) -> None:
+    def _superseded(
+        self, peer: str, chain: Sequence[GenerationEntry], starts: Sequence[StartEntry]
+    ) -> None:
         superblock = self.engine.superblock
         is_new = not self.superseded_by
-        self.superseded_by = list(chain)
+        self.superseded_by, self.superseded_starts = list(chain), list(starts)
         mine, theirs = superblock.chain[-1].token, chain[-1].token
         by = chain[-1].by or peer
         self.fenced = SupersededError(

@@ -13,7 +13,9 @@ from geomirror.cluster.history import (
     EQUAL,
     UNRELATED,
     Generation,
+    STARTS_MAX,
     History,
+    StartPoint,
     compare,
     outranks,
 )
@@ -215,3 +217,59 @@ def test_the_higher_token_outranks_and_of_equal_ones_both_sides_choose_the_same(
     assert not outranks([A, B], [A, C])
     assert outranks([A], [])
     assert not outranks([], [A])
+
+
+def wrote(
+    chain: tuple[Generation, ...], epoch: int, *starts: tuple[str, int], tag: str = "A"
+) -> History:
+    """A history with the starts of its primaries; with another tag its last epoch is another one."""
+    points = tuple(StartPoint(name.encode(), each, h("A", each)) for name, each in starts)
+    return History(chain, epoch, h(tag, epoch), starts=points)
+
+
+P, Q, R2 = ("p", 0), ("q", 60), ("r", 100)
+STARTED = {
+    # mine, theirs → relation and branch; p wrote 1…100, then its disk was put back to 60.
+    "an honest restart": (wrote((A,), 90, P), wrote((A,), 120, P, R2), ANCESTOR, 90),
+    "nothing written since": (wrote((A,), 100, P), wrote((A,), 60, P, Q), DESCENDANT, 60),
+    "a lower number": (wrote((A,), 100, P), wrote((A,), 80, P, Q, tag="q"), DIVERGED, 60),
+    "the same number": (wrote((A,), 100, P), wrote((A,), 100, P, Q, tag="q"), DIVERGED, 60),
+    "a higher number": (wrote((A,), 100, P), wrote((A,), 500, P, Q, tag="q"), DIVERGED, 60),
+    "and more starts": (wrote((A,), 100, P), wrote((A,), 500, P, Q, R2, tag="q"), DIVERGED, 60),
+    "a copy that was away": (wrote((A,), 60, P), wrote((A,), 80, P, Q, tag="q"), ANCESTOR, 60),
+    "one that followed it": (
+        wrote((A,), 80, P, Q, tag="q"),
+        wrote((A, B), 120, P, R2),
+        DIVERGED,
+        60,
+    ),
+    "a promoted copy": (wrote((A,), 100, P), wrote((A, B), 120, P, R2), ANCESTOR, 100),
+    "beyond a promotion": (wrote((A,), 105, P), wrote((A, B), 120, P, R2), DIVERGED, 100),
+    "no start in common": (wrote((A,), 100, P), wrote((A,), 500, Q, tag="q"), DIVERGED, 0),
+    "all before the first": (wrote((A,), 50, P), wrote((A,), 500, Q), ANCESTOR, 50),
+    "one that does not tell": (wrote((A,), 100, P), wrote((A,), 500), ANCESTOR, 100),
+    "who was never told": (wrote((A,), 100), wrote((A,), 500, P, Q), ANCESTOR, 100),
+}
+
+
+@pytest.mark.parametrize("story", STARTED)
+def test_a_start_below_what_is_here_tells_of_a_disk_that_was_put_back(story: str) -> None:
+    mine, theirs, relation, epoch = STARTED[story]
+    found = compare(mine, theirs)
+    assert (found.relation, found.branch and found.branch.epoch) == (relation, epoch)
+    if relation != DESCENDANT:
+        return
+    assert compare(theirs, mine).relation == ANCESTOR, "the other side has nothing of its own"
+
+
+def test_a_list_that_does_not_reach_back_tells_nothing() -> None:
+    many = [(f"{number}", 200 + number) for number in range(STARTS_MAX)]
+    assert compare(wrote((A,), 220, P), wrote((A,), 500, *many)).may_follow
+    assert not compare(wrote((A,), 220, P), wrote((A,), 500, *many[1:])).may_follow
+
+
+def test_the_point_where_starts_parted_has_its_generation_and_hash() -> None:
+    mine, theirs = wrote((A, B), 140, P, R2, ("x", 120)), wrote((A, B), 150, P, R2, ("y", 130))
+    branch = compare(mine, theirs).branch
+    assert branch is not None
+    assert (branch.generation, branch.epoch, branch.chain_hash) == (b"B", 120, h("A", 120))

@@ -34,6 +34,7 @@ class FakeService:
         self.node = node
         self.calls: list[tuple[Any, ...]] = []
         self.is_up_to_date = True
+        self.put_back_primary = ""
 
     @property
     def role(self) -> str:

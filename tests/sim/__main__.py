@@ -44,6 +44,7 @@ class Totals:
     tails: int = 0
     verifies: int = 0
     rotten: int = 0
+    put_backs: int = 0
 
     def add(self, outcome: Outcome) -> None:
         """One more run."""
@@ -62,6 +63,7 @@ class Totals:
         self.tails += outcome.tails
         self.verifies += outcome.verifies
         self.rotten += outcome.rotten
+        self.put_backs += outcome.put_backs
 
     def __str__(self) -> str:
         speed = self.simulated / self.spent if self.spent else 0.0
@@ -71,6 +73,7 @@ class Totals:
             f"{self.growths} growths, {self.resyncs} resyncs, {self.promotions} promotions, "
             f"{self.tails} tails and {self.checks} images compared, "
             f"{self.verifies} verifies, {self.rotten} blocks rotted, "
+            f"{self.put_backs} older disks of primaries put back, "
             f"{self.detected} times planted damage was noticed"
         )
 

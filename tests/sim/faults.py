@@ -261,9 +261,10 @@ class Faults:
         """Take a snapshot of a secondary's disk; the next time, put it back."""
         node = self._any_secondary()
         if node.is_primary:
-            return  # A primary with an older disk has forgotten what its mirrors have.
+            return  # See `put_back`.
         snapshot = self._snapshots.pop(node.name, None)
         if snapshot is not None:
+            self._simulation.put_back.copy_returned(node)
             if node.is_alive:
                 self._simulation.crash(node, is_kill=False)
             self._world.note(f"{node.name}: the disk is put back to its snapshot")

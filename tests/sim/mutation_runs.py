@@ -15,6 +15,7 @@ from tests.sim.mark_mutations import MARK_MUTATIONS
 from tests.sim.mutations import MUTATIONS, mutated
 from tests.sim.options import NEVER
 from tests.sim.oracle import OracleError
+from tests.sim.put_back_mutations import OLDER_PRIMARIES, PUT_BACK_MUTATIONS
 from tests.sim.resync_mutations import RESYNC_MUTATIONS
 from tests.sim.simulation import Simulation
 from tests.sim.succession import successions
@@ -72,6 +73,7 @@ FOCUS: dict[str, dict[str, Any]] = {
     "apply_while_held": {"hold_mean_ns": 2 * SECOND},
     "late_copy_wins": OVERFLOWS,
     "thinning_forgets_pins": {"marks_mean_ns": SECOND},
+    "older_copy_not_noticed": {"snapshot_mean_ns": 2 * SECOND},
 }
 FOUND_WITH = {
     "status_of_what_was_received": 21,
@@ -79,15 +81,19 @@ FOUND_WITH = {
     "unsealed_copied": 32,
 }
 """Seeds that found what takes long to find, tried first: it may be others when the code changes."""
-IN_SUCCESSIONS = {make.__name__ for make in SUCCESSION_MUTATIONS}
+IN_SUCCESSIONS = {make.__name__ for make in (*SUCCESSION_MUTATIONS, *OLDER_PRIMARIES)}
+IN_PUT_BACKS = {make.__name__ for make in OLDER_PRIMARIES}
 
 
 def focus_of(name: str, seed: int) -> dict[str, Any]:
     """What the runs lean towards in which a mutation is looked for."""
-    return successions(seed) if name in IN_SUCCESSIONS else FOCUS.get(name, {})
+    found = successions(seed) if name in IN_SUCCESSIONS else FOCUS.get(name, {})
+    return {**found, "put_back_mean_ns": 3 * SECOND} if name in IN_PUT_BACKS else found
 
 
-OF_MEMBERS = sorted(make.__name__ for make in (*SUCCESSION_MUTATIONS, *SYNC_MUTATIONS))
+OF_MEMBERS = sorted(
+    make.__name__ for make in (*SUCCESSION_MUTATIONS, *SYNC_MUTATIONS, *PUT_BACK_MUTATIONS)
+)
 """What members say and hear of each other."""
 OF_COPIES = sorted(
     make.__name__

@@ -36,6 +36,7 @@ from geomirror.wan_protocol.resync_sender import ResyncSender
 from geomirror.wan_protocol.secondary import Secondary
 from tests.sim.growth_mutations import GROWTH_MUTATIONS
 from tests.sim.mark_mutations import MARK_MUTATIONS
+from tests.sim.put_back_mutations import PUT_BACK_MUTATIONS
 from tests.sim.resync_mutations import RESYNC_MUTATIONS
 from tests.sim.succession_mutations import SUCCESSION_MUTATIONS
 from tests.sim.sync_mutations import SYNC_MUTATIONS, Patch
@@ -387,6 +388,7 @@ MUTATIONS: dict[str, Callable[[], list[Patch]]] = {
         *GROWTH_MUTATIONS,
         *SUCCESSION_MUTATIONS,
         *VERIFY_MUTATIONS,
+        *PUT_BACK_MUTATIONS,
     )
 }
 

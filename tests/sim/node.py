@@ -104,6 +104,8 @@ class Setup:
     on_promise: Callable[[SimNode], None]
     """Something was said to be durable: a good moment for the power to go away."""
     on_verify_answer: Callable[[str, str, VerifyAnswer], None]
+    on_accepted: Callable[[SimNode, str, SessionAccept], None]
+    """A primary has taken in where a copy stands."""
     node: Callable[[str], SimNode]
     """A machine by its name."""
 
@@ -147,7 +149,7 @@ class SimNode:
     @property
     def oracle(self) -> Oracle:
         """The history that it is on."""
-        return self.setup.placing.line_of(self.engine.superblock.chain)
+        return self.setup.placing.line_at(self)
 
     @property
     def is_copying(self) -> bool:
@@ -485,7 +487,10 @@ class SimNode:
     def _receive(self, source: str, payload: Any) -> None:
         now_ns, core = self.now_ns(), self.core
         if isinstance(payload, bytes):
-            core.receive(source, decode_message(payload), now_ns)
+            message = decode_message(payload)
+            core.receive(source, message, now_ns)
+            if isinstance(message, SessionAccept):
+                self.setup.on_accepted(self, source, message)
         elif isinstance(core, Secondary):
             _, epoch, sequence, is_resync, body = payload
             core.receive_frame(source, epoch, sequence, body, is_resync=is_resync, now_ns=now_ns)

@@ -55,6 +55,8 @@ class Options:
     nodes: int = 3
     succession_mean_ns: int = NEVER
     """Between two changes of the primary that an operator asks for."""
+    put_back_mean_ns: int = NEVER
+    """Between snapshots of the primary's disk that are put back later."""
     verify_mean_ns: int = NEVER
     """Between looks whether to start a verify."""
     rot_mean_ns: int = NEVER

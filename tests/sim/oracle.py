@@ -130,6 +130,13 @@ class Oracle:
     parent: Oracle | None = None
     base_epoch: int = 0
     """The last epoch that it shares with its parent."""
+    label: str = ""
+    """Tells a line of a generation from the one that it forked from; "" for the first one."""
+
+    @property
+    def key(self) -> str:
+        """One for each history."""
+        return self.label or self.generation
 
     def __post_init__(self) -> None:
         self.content = self.blank()
@@ -165,6 +172,31 @@ class Oracle:
         other.content = {volume: bytearray(content) for volume, content in self.content.items()}
         for at in range(len(self.log) - 1, prefix - 1, -1):
             self.log[at].revert(other.content, self.undo[at])
+        return other
+
+    def twin(self, label: str) -> Oracle:
+        """The same history, which may go on in another way: a machine's disk as it is now. What is
+        in no epoch yet is in doubt, as after a crash."""
+        other = Oracle(
+            self.sizes,
+            log=list(self.log),
+            undo=list(self.undo),
+            flushed=self.flushed,
+            epoch_prefix=dict(self.epoch_prefix),
+            epoch_sizes=dict(self.epoch_sizes),
+            epoch_hash=dict(self.epoch_hash),
+            changes=dict(self.changes),
+            history={k: History([*h.epochs], [*h.contents]) for k, h in self.history.items()},
+            sealed_epoch=self.sealed_epoch,
+            mirrors=self.mirrors,
+            rotten=self.rotten,
+            generation=self.generation,
+            parent=self,
+            base_epoch=self.sealed_epoch,
+            label=label,
+        )
+        other.content = {volume: bytearray(content) for volume, content in self.content.items()}
+        other.touched = set(self.touched)
         return other
 
     def common_epoch(self, other: Oracle) -> int:

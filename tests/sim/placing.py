@@ -1,6 +1,7 @@
 """Which history each node is on, and what must be true when it changes to another one.
 
-A node is on the history of the last generation of its chain. It goes over to another one by a
+A node is on the history of the last generation of its chain; where that forked because a disk was
+put back, on the line of the last start of a primary that it has heard of. It goes over to another one by a
 promotion, by following, or by giving up a tail. O6: whatever it had beyond the last common epoch
 is then a branch, whole: base and branch together are S(end of the tail), and nothing that was
 confirmed or reported as durable is beyond that end. I8: nobody goes over to a lower claim.
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from geomirror.errors import LimitExceededError, NotFoundError
 from geomirror.volume.branches import BranchRecord
-from geomirror.volume.superblock import GenerationRecord
+from geomirror.volume.superblock import GenerationRecord, Superblock
 from geomirror.volume.undo_file import KIND_SIZE
 from tests.sim.oracle import BLOCK, ENDLESS, Mirror, Oracle, OracleError
 
@@ -32,13 +33,70 @@ class Placing:
     claims: dict[str, tuple[int, str]] = field(default_factory=dict)
     """Node → (token, generation) of the highest chain that it has acted upon."""
     written: dict[str, str] = field(default_factory=dict)
-    """Generation → the node that writes it."""
+    """History → the node that writes it."""
+    forked: set[str] = field(default_factory=set)
+    """Generations of which there are several lines."""
+    of_start: dict[str, Oracle] = field(default_factory=dict)
+    """Start of a primary → the line that it writes."""
+    older: dict[str, Oracle] = field(default_factory=dict)
+    """Node whose disk was put back → the line that it is on until it leaves it."""
+    begun: set[str] = field(default_factory=set)
+    """Histories that were written to."""
+    of_branch: dict[tuple[str, str], Oracle] = field(default_factory=dict)
+    """Node and branch → the line that it was cut off from."""
     tails: int = 0
     """Branches compared."""
 
-    def line_of(self, chain: Sequence[GenerationRecord]) -> Oracle:
-        """The history that a chain ends in."""
-        return self.lines[chain[-1].identity] if chain else self.root
+    def line_of(self, superblock: Superblock, chain: Sequence[GenerationRecord]) -> Oracle:
+        """The history that a chain ends in, at somebody with this superblock."""
+        return self._line_in(superblock, chain[-1].identity) if chain else self.root
+
+    def line_at(self, node: SimNode) -> Oracle:
+        """The history that a node is on."""
+        superblock = node.engine.superblock
+        return self._own_line(node, superblock.chain[-1].identity if superblock.chain else "")
+
+    def _own_line(self, node: SimNode, generation: str) -> Oracle:
+        superblock = node.engine.superblock
+        if not generation:
+            return self.root
+        older = self.older.get(node.name)
+        if superblock.role == "primary" and older is not None and older.generation == generation:
+            return older
+        return self._line_in(superblock, generation)
+
+    def _line_in(self, superblock: Superblock, generation: str) -> Oracle:
+        line = self.lines[generation]
+        if generation not in self.forked:
+            return line
+        known = [self.of_start.get(each.identity, line) for each in superblock.starts]
+        return next((each for each in reversed(known) if each.generation == generation), line)
+
+    def put_back(self, node: SimNode, line: Oracle) -> None:
+        """The node's disk is an older one, of a primary: it goes on from there."""
+        self.forget(node)
+        self.forked.add(line.generation)
+        self.older[node.name] = line
+        self.written[line.key] = node.name
+        mirror = self.mirror(node)
+        mirror.line, mirror.durable_epoch = line, line.sealed_epoch
+
+    def is_put_back(self, node: SimNode) -> bool:
+        """Whether it writes on from an older disk, or did."""
+        return any(line.generation in self.forked for line in (self.line_at(node),))
+
+    def recovered(self, node: SimNode) -> None:
+        """A primary has come back: an older disk may hold epochs that were being sealed then."""
+        line = self.older.get(node.name)
+        if line is not None and line is self.line_at(node) and line.key not in self.begun:
+            assert line.parent is not None
+            line.base_epoch = node.engine.sealed_epoch
+
+    def began(self, node: SimNode) -> None:
+        """It serves as a primary: this start of it is listed."""
+        line = self.line_at(node)
+        self.begun.add(line.key)
+        self.of_start[node.engine.superblock.starts[-1].identity] = line
 
     def begin(self, first: GenerationRecord) -> None:
         """The resource is made, with this generation."""
@@ -52,8 +110,8 @@ class Placing:
         if not chain or chain[-1].identity in self.lines:
             return
         last = chain[-1]
-        parent = self.lines[last.parent]
-        if self.written.get(parent.generation) == node.name:
+        parent = self._own_line(node, last.parent)
+        if self.written.get(parent.key) == node.name:
             # What was in no epoch was sealed just before.
             kept = engine.epoch_numbers()
             for number in range(parent.sealed_epoch + 1, engine.sealed_epoch + 1):
@@ -83,19 +141,20 @@ class Placing:
         """Its disk is blank or an older one from now on: what it had is no promise any more."""
         self.root.mirrors[node.name] = Mirror(self.root.blank())
         self.claims.pop(node.name, None)
-        for generation in [each for each, name in self.written.items() if name == node.name]:
-            del self.written[generation]
+        self.older.pop(node.name, None)
+        for history in [each for each, name in self.written.items() if name == node.name]:
+            del self.written[history]
 
     def is_writer(self, node: SimNode) -> bool:
         """Whether the history that the node is on is its own, and it never gave up any of it."""
-        return self.written.get(node.oracle.generation) == node.name
+        return self.written.get(node.oracle.key) == node.name
 
     def look(self, node: SimNode) -> None:
         """The node may have gone over to another history, or back on its own."""
         mirror, line = self.mirror(node), node.oracle
         position, old = node.engine.sealed_epoch, mirror.line
         assert old is not None
-        was_writer = self.written.get(old.generation) == node.name
+        was_writer = self.written.get(old.key) == node.name
         floor = max(mirror.durable_epoch, old.sealed_epoch if was_writer else 0)
         if line is old and (node.is_copying or position >= floor):
             return
@@ -105,11 +164,13 @@ class Placing:
         if floor > common:
             self._check_kept(node, old, common, floor, is_writer=was_writer)
             if was_writer:
-                del self.written[old.generation]
+                del self.written[old.key]
         mirror.durable_epoch = min(floor, common)
         if mirror.at_epoch > common:
             mirror.content, mirror.at_epoch = self.root.blank(), 0
         mirror.line = line
+        if self.older.get(node.name, line) is not line:
+            del self.older[node.name]
 
     def _check_claim(self, node: SimNode, old: Oracle) -> None:
         chain, line = node.engine.superblock.chain, node.oracle
@@ -136,9 +197,10 @@ class Placing:
     ) -> None:
         """What the node had beyond a common epoch is a branch."""
         for record in node.engine.branches.records():
-            is_of_it = self.lines[record.generation] is old and record.base_epoch <= common
+            is_of_it = record.generation == old.generation and record.base_epoch <= common
             if not is_of_it or record.end_epoch < floor:
                 continue
+            self.of_branch[node.name, record.name] = old
             self.check_branch(node, record)
             count = old.epoch_prefix[record.end_epoch]
             if is_writer and old.flushed > count:
@@ -154,7 +216,7 @@ class Placing:
 
     def check_branch(self, node: SimNode, record: BranchRecord) -> None:
         """O6: its contents over those of its base are those of its end."""
-        line = self.lines[record.generation]
+        line = self.of_branch.get((node.name, record.name), self.lines[record.generation])
         base = line.content_at(record.base_epoch)
         expected = line.content_at(record.end_epoch)
         sizes = line.epoch_sizes[record.end_epoch]

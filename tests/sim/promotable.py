@@ -172,7 +172,7 @@ class CutCheck:
     def _compare(self, engine: Engine, epoch: int, name: str, where: str) -> None:
         # A generation that began here has nothing of its own.
         chain = [g for g in engine.superblock.chain if g.reason != CUT]
-        oracle = self.placing.line_of(chain)
+        oracle = self.placing.line_of(engine.superblock, chain)
         rotten = oracle.rotten.get(name, ())
         for volume, image in engine.images.items():
             content = image.read(0, image.size_bytes)

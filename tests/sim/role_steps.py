@@ -19,18 +19,19 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from functools import partial
 from typing import Generic, TypeVar
 
-from geomirror.cluster.history import ANCESTOR, DIVERGED, EQUAL, Comparison, compare, history
+from geomirror.cluster.history import ANCESTOR, DIVERGED, EQUAL, Comparison, compare
 from geomirror.errors import GeomirrorError, RefusedError
 from geomirror.volume.branches import BranchRecord
 from geomirror.volume.engine import Engine
 from geomirror.volume.engine_rollback import RollbackJob
 from geomirror.volume.superblock import GenerationRecord
 from geomirror.wan_protocol.decisions import Job
-from geomirror.wan_protocol.messages import GenerationEntry
+from geomirror.wan_protocol.messages import GenerationEntry, StartEntry
 from geomirror.wan_protocol.primary import Primary
+from geomirror.wan_protocol.primary_starts import start_records
 from geomirror.wan_protocol.secondary import BLANK
 from geomirror.wan_protocol.sender import FOLD, STREAM
-from geomirror.wan_protocol.session import chain_entries, state_history
+from geomirror.wan_protocol.session import chain_entries, claim_history, state_history
 
 Result = TypeVar("Result")
 Steps = Generator[Job, None, Result]
@@ -172,9 +173,11 @@ def demotion(engine: Engine, peers: Iterable[str]) -> Steps[None]:
     engine.complete_checkpoint(job)
 
 
-def claim(engine: Engine, chain: Sequence[GenerationEntry]) -> Steps[None]:
-    """Remember durably that a chain with a higher token exists."""
-    job = engine.supersede(chain)
+def claim(
+    engine: Engine, chain: Sequence[GenerationEntry], starts: Sequence[StartEntry]
+) -> Steps[None]:
+    """Remember durably that a chain with a higher token exists, and the starts of its history."""
+    job = engine.supersede(chain, start_records(starts))
     if job is not None:
         yield job
         engine.complete_checkpoint(job)
@@ -244,10 +247,7 @@ def check_following(engine: Engine, *, gives_up_tail: bool) -> Comparison:
 
 def compare_with_claim(engine: Engine) -> Comparison:
     """How what this member has relates to the chain that outranks it."""
-    superblock = engine.superblock
-    chain = chain_entries(superblock, superblock.superseded_by)
-    last = chain[-1]
-    return compare(state_history(engine), history(chain, last.parent_epoch, last.parent_hash))
+    return compare(state_history(engine), claim_history(engine.superblock))
 
 
 def lacking(core: Primary, heirs: Iterable[str], epoch: int) -> list[str]:

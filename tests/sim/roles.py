@@ -216,7 +216,8 @@ class Roles:
         def failed(_: GeomirrorError) -> None:
             self._is_remembering = False
 
-        self._wait_idle(lambda: self._run(claim(engine, core.superseded_by), remembered, failed))
+        chain, starts = core.superseded_by, core.superseded_starts
+        self._wait_idle(lambda: self._run(claim(engine, chain, starts), remembered, failed))
 
     def _settle_claim(self) -> None:
         engine = self.node.engine

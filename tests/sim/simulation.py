@@ -23,6 +23,7 @@ from tests.sim.options import NEVER, Options
 from tests.sim.oracle import Oracle, OracleError
 from tests.sim.placing import Placing
 from tests.sim.promotable import CutCheck
+from tests.sim.put_back import PutBack
 from tests.sim.succession import Succession, successions
 from tests.sim.sync_check import SyncCheck, draw_policy
 from tests.sim.verdict_check import VerdictCheck
@@ -67,6 +68,7 @@ class Outcome:
     tails: int
     verifies: int
     rotten: int
+    put_backs: int
     is_detected: bool
     fingerprint: str
 
@@ -134,6 +136,7 @@ class Simulation:
             on_reopen=lambda node: self.crash(node, is_kill=True),
             on_promise=lambda node: self.faults.promised(node),
             on_verify_answer=lambda *what: self.verifying.answered(*what),
+            on_accepted=lambda *what: self.put_back.accepted(*what),
             node=lambda name: self.nodes[name],
         )
         self.nodes = {name: SimNode(name, setup, seed) for name in names}
@@ -146,6 +149,7 @@ class Simulation:
         self.marking = Marking(self, seed, options.marks_mean_ns)
         self.succession = Succession(self, seed, options.succession_mean_ns)
         self.verifying = Verifying(self, seed, options.verify_mean_ns, options.rot_mean_ns)
+        self.put_back = PutBack(self, seed, options.put_back_mean_ns)
         self.crashes = self.lost = 0
         self.is_detected = False
 
@@ -171,6 +175,7 @@ class Simulation:
         last = node.engine.superblock.chain[-1]
         if (last.token, last.identity) >= self._claim:
             self._current, self._claim = node.name, (last.token, last.identity)
+        self.placing.began(node)
         self.placing.acted(node, node.engine.superblock.chain)
 
     def run(self) -> Outcome:
@@ -206,6 +211,7 @@ class Simulation:
             self.placing.tails,
             self.verifying.ended,
             self.verifying.rotten,
+            self.put_back.count,
             self.is_detected,
             self.world.fingerprint(),
         )
@@ -224,6 +230,7 @@ class Simulation:
         self.marking.begin()
         self.succession.begin()
         self.verifying.begin()
+        self.put_back.begin()
         if not self.is_succession:
             self._look_at_verdicts()
 
@@ -318,6 +325,7 @@ class Simulation:
                 self._check_gone_back(node, content)
                 return
             self.lost += oracle.recovered(content, engine.sealed_epoch)
+            self.placing.recovered(node)
             self.marking.recovered(node)
             for number in range(oracle.sealed_epoch + 1, engine.sealed_epoch + 1):
                 oracle.sealed(number, engine.epoch_info(number).chain_hash)

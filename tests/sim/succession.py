@@ -15,11 +15,13 @@ from geomirror.errors import RefusedError
 from geomirror.volume.engine import Engine
 from geomirror.wan_protocol.member_answer import answer_of
 from geomirror.wan_protocol.primary import Primary
+from geomirror.wan_protocol.primary_starts import start_entries
 from geomirror.wan_protocol.secondary import CONSISTENT, Secondary
-from geomirror.wan_protocol.session import chain_entries, highest_chain
+from geomirror.wan_protocol.session import chain_entries, highest_chain, highest_starts
 from tests.sim.node import SimNode
 from tests.sim.options import NEVER
 from tests.sim.oracle import OracleError
+from tests.sim.put_back import draw_put_backs
 from tests.sim.role_steps import lacking
 from tests.sim.roles import Position
 from tests.sim.world import MS, SECOND
@@ -42,6 +44,7 @@ def successions(seed: int) -> dict[str, Any]:
         "nodes": chance.choice([2, 3, 3, 4, 5]),
         "succession_mean_ns": int(chance.uniform(2, 8) * SECOND),
         "bit_flips": False,
+        "put_back_mean_ns": draw_put_backs(seed),
     }
 
 
@@ -72,6 +75,8 @@ class Succession:
         if not simulation.client.is_storm and self._chance.random() * CALM_FACTOR >= 1:
             return
         kinds = [self._fail_over, self._fail_over, self._switch_over, self._demote, self._resolve]
+        if simulation.put_back.is_on:
+            kinds += [self._choose, self._choose]
         self._chance.choice([*kinds, self._insist])()
 
     def _count(self, kind: str) -> None:
@@ -110,7 +115,8 @@ class Succession:
             for node in self._simulation.nodes.values()
             if node is not heir and self._answers(heir, node) and isinstance(node.core, Primary)
         ]
-        if any(node.core.fenced is None for node in answering):
+        refused = heir.core.put_back_primary if isinstance(heir.core, Secondary) else ""
+        if any(node.core.fenced is None and node.name != refused for node in answering):
             return False
         self._check_verdict(heir)
         self._count("failover")
@@ -125,8 +131,9 @@ class Succession:
         verdict = assess(heir.name, answers)
         epoch = next(each.epoch for each in answers if each.node == heir.name)
         held = heir.oracle.epoch_prefix[epoch]
-        if heir.name in self._simulation.verdicts.restored:
-            return  # It does not know that it forgot something.
+        is_older = heir.oracle.generation in self._simulation.placing.forked
+        if is_older or heir.name in self._simulation.verdicts.restored:
+            return  # Somebody does not know that it forgot something.
         if verdict.confirmed.verdict == COMPLETE and held < heir.oracle.flushed:
             raise OracleError(
                 f"O10: {heir.name} at epoch {epoch} is said to be complete; it holds {held} "
@@ -210,17 +217,34 @@ class Succession:
             return
         kept = self._chance.choice(outranked)
         answering = [node for node in nodes if node is kept or self._answers(kept, node)]
-        chains = [chain_entries(n.engine.superblock) for n in answering]
-        chains += [highest_chain(n.engine.superblock) for n in answering]
-        highest = max(filter(None, chains), key=lambda chain: (chain[-1].token, chain[-1].identity))
-        core = kept.core
+        blocks = [node.engine.superblock for node in answering]
+        claims = [(chain_entries(each), each.starts) for each in blocks]
+        claims += [(highest_chain(each), highest_starts(each)) for each in blocks]
+        known = [claim for claim in claims if claim[0]]
+        highest, records = max(known, key=lambda found: (found[0][-1].token, found[0][-1].identity))
+        core, starts = kept.core, start_entries(records)
         if isinstance(core, Primary):
-            kept.call(lambda: core.supersede("", highest))
+            kept.call(lambda: core.supersede("", highest, starts))
         else:
-            kept.call(lambda: core.hear_chain("", highest))
+            kept.call(lambda: core.hear_chain("", highest, starts))
         if kept.is_alive and kept.roles.may_promote():
             self._count("insist")
             kept.roles.promote("kept")
+
+    def _choose(self) -> None:
+        """A copy has what the primary's disk has lost: the operator keeps one of the two."""
+        for node in self._simulation.nodes.values():
+            core = node.core
+            is_free = node.is_alive and not core.is_frozen
+            if not is_free or not isinstance(core, Secondary) or not core.put_back_primary:
+                continue
+            if self._chance.random() < 0.7:
+                if self._try(node):
+                    self._count("keep what was lost")
+                    return
+            else:
+                self._count("give up what was lost")
+                self._simulation.make_anew(node)
 
     def followed(self, node: SimNode) -> None:
         """It gave up its tail, or had none."""
@@ -251,6 +275,7 @@ class Succession:
         if not all(node.is_alive for node in nodes):
             return
         self._resolve()
+        self._choose()
         self._make_anew()
         if any(isinstance(n.core, Primary) or n.core.is_frozen for n in nodes):
             return

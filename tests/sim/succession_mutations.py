@@ -21,7 +21,7 @@ def stale_token_accepted() -> list[Patch]:
 def claim_not_durable() -> list[Patch]:
     """A primary stops for a higher token, and has forgotten that after a crash."""
 
-    def supersede(self: Engine, chain: Any) -> None:
+    def supersede(self: Engine, chain: Any, *starts: Any) -> None:
         self.superblock.superseded_by = chain_records(chain)
 
     return [(Engine, "supersede", supersede)]

@@ -6,6 +6,7 @@ not is out of sync, and every later life of the primary knows that, until it was
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -56,7 +57,11 @@ class SyncCheck:
         return SyncPolicy(acks, copies, policy.degrade_after_ns) if acks else ASYNCHRONOUS
 
     def _of(self, oracle: Oracle) -> _Line:
-        return self._lines.setdefault(oracle.generation, _Line())
+        return self._lines.setdefault(oracle.key, _Line())
+
+    def fork(self, oracle: Oracle, twin: Oracle) -> None:
+        """A history may go on in another way from here."""
+        self._lines[twin.key] = copy.deepcopy(self._of(oracle))
 
     def report(self, oracle: Oracle, name: str, message: object) -> None:
         """A mirror on this history sends this."""

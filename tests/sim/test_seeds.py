@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.sim.options import NEVER
 from tests.sim.simulation import Simulation
 from tests.sim.succession import successions
 
@@ -41,7 +42,7 @@ def test_what_a_change_of_the_primary_once_found_stays_mended(
     seed: int, seconds: int, found: str
 ) -> None:
     assert found
-    Simulation(seed, seconds, **successions(seed)).run()
+    Simulation(seed, seconds, **{**successions(seed), "put_back_mean_ns": NEVER}).run()
 
 
 @pytest.mark.parametrize(("seed", "seconds", "found"), SEEDS)

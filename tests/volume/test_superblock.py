@@ -17,6 +17,7 @@ from geomirror.volume.superblock import (
     SLOT_BYTES,
     GenerationRecord,
     PeerRecord,
+    StartRecord,
     Superblock,
     SuperblockFile,
     VolumeRecord,
@@ -76,6 +77,16 @@ def test_golden_vector_is_read_for_ever() -> None:
     assert (found.name, found.scan_lsn, found.applied_epoch) == ("orders", 1 << 18, 6)
     assert found.volumes == superblock().volumes
     assert found.peers["west-1"].durable_epoch == 6
+    assert found.starts == found.superseded_starts == [], "of before starts were listed"
+
+
+def test_the_starts_of_primaries_are_kept() -> None:
+    written = superblock(6)
+    written.starts = [StartRecord("ab" * 16, 0, "00" * 32), StartRecord("cd" * 16, 5, "ef" * 32)]
+    written.superseded_starts = written.starts[:1]
+    found = parse_slot(pack_slot(written, 3))
+    assert found is not None
+    assert (found.starts, found.superseded_starts) == (written.starts, written.starts[:1])
 
 
 def test_a_key_of_newer_software_is_ignored_and_a_missing_one_has_its_default() -> None:

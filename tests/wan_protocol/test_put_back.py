@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
-from geomirror.volume.superblock import StartRecord
-from geomirror.wan_protocol.messages import SessionRefuse, StartEntry
+from geomirror.cluster.history import DIVERGED, STARTS_MAX, compare
+from geomirror.errors import PutBackError, RemoteProtocolError, SupersededError
+from geomirror.wan_protocol.messages import SessionOpen, SessionRefuse, StartEntry
 from geomirror.wan_protocol.primary_starts import (
-    STARTS_MAX,
+    LISTED_MAX,
     add_start,
-    follow_starts,
-    lost_epochs,
+    check_starts,
     start_entries,
+    start_records,
 )
+from geomirror.wan_protocol.session import claim_history, state_history
 from geomirror.wan_protocol.sync_policy import parse_policy
-from tests.wan_protocol.core_support import PEER, PRIMARY, Stage
+from tests.wan_protocol.core_support import PEER, PRIMARY, Stage, noise
 
 
 def put_back_primary(stage: Stage, epochs_after: int, *, seed: int = 77) -> None:
@@ -105,8 +108,8 @@ def test_a_copy_that_was_away_for_more_starts_than_are_listed_comes_back() -> No
     for at in range(STARTS_MAX + 3):
         stage.crash(PRIMARY, is_kill=True)
         stage.start(PRIMARY, is_connected=False)
-        if at % 10 == 0:
-            stage.write_epochs(1, seed=at + 3)
+        stage.write_epochs(1, seed=at + 3)
+    assert len(stage.primary.engine.superblock.starts) == STARTS_MAX
     stage.link_up()
     stage.pass_time(3000)
     stage.check_in_sync()
@@ -181,54 +184,141 @@ def test_a_copy_that_crashes_has_what_it_said_and_is_not_suspected() -> None:
     assert "peer_gone_back" not in stage.east.event_kinds()
 
 
-def entries(*starts: tuple[int, int]) -> list[StartEntry]:
-    return [
-        StartEntry(bytes([name] * 16), epoch, bytes([epoch % 256] * 32)) for name, epoch in starts
-    ]
+@pytest.mark.parametrize("field", ["identity", "epoch", "chain_hash", "order", "count"])
+def test_a_list_of_starts_that_cannot_be_closes_the_link(field: str) -> None:
+    good = [StartEntry(bytes([at]) * 16, at, bytes(32)) for at in range(3)]
+    check_starts(good)
+    wrong: dict[str, list[StartEntry]] = {
+        "identity": [*good, StartEntry(b"short", 9, bytes(32))],
+        "epoch": [StartEntry(bytes(16), -1, bytes(32)), *good],
+        "chain_hash": [*good, StartEntry(bytes(16), 9, bytes(33))],
+        "order": [*good, good[-1]],
+        "count": [StartEntry(bytes(16), at, bytes(32)) for at in range(LISTED_MAX + 1)],
+    }
+    stage = Stage()
+    offer = msgspec.structs.replace(stage.east.sent(SessionOpen)[-1], starts=wrong[field])
+    before = stage.secondary.engine.superblock.starts
+    with pytest.raises(RemoteProtocolError, match="starts of a primary that cannot be"):
+        stage.secondary.receive(PRIMARY, offer, stage.now_ns)
+    assert stage.secondary.engine.superblock.starts == before
+    with pytest.raises(RemoteProtocolError, match="starts of a primary that cannot be"):
+        stage.primary.receive(PEER, offer, stage.now_ns)
 
 
-@pytest.mark.parametrize(
-    ("mine", "theirs", "epoch", "said"),
-    [
-        ([(1, 0)], [(1, 0)], 100, ""),
-        ([(1, 0)], [(1, 0), (2, 100)], 100, ""),
-        ([(1, 0)], [(1, 0), (2, 120), (3, 130)], 100, ""),
-        ([(1, 0)], [(1, 0), (2, 60)], 100, "it began at epoch 60, and has lost 61-100"),
-        ([(1, 0)], [(1, 0), (2, 60), (3, 500)], 100, "it began at epoch 60, and has lost 61-100"),
-        ([(1, 0), (2, 50)], [(1, 0), (3, 40)], 100, "it began at epoch 40, and has lost 41-100"),
-        ([(1, 0), (2, 50)], [(1, 0), (2, 50), (3, 90)], 80, ""),
-        ([(1, 0), (2, 50)], [(3, 40)], 100, "it began at epoch 40, and has lost 41-100"),
-        ([], [(3, 40)], 100, ""),
-        ([(1, 0)], [], 100, ""),
-    ],
-)
-def test_what_the_lists_of_starts_tell(
-    mine: list[tuple[int, int]], theirs: list[tuple[int, int]], epoch: int, said: str
-) -> None:
-    superblock = Stage().secondary.engine.superblock
-    assert follow_starts(superblock, "aa", entries(*mine)) or not mine
-    chain_hash = bytes([epoch] * 32)
-    assert lost_epochs(superblock, "aa", entries(*theirs), epoch, chain_hash) == said
-    assert lost_epochs(superblock, "bb", entries(*theirs), epoch, chain_hash) == ""
-
-
-def test_an_equal_number_with_another_hash_is_another_epoch() -> None:
-    superblock = Stage().secondary.engine.superblock
-    follow_starts(superblock, "aa", entries((1, 0)))
-    found = lost_epochs(superblock, "aa", entries((1, 0), (2, 100)), 100, bytes(32))
-    assert found == "it began at another epoch 100 than the one here"
-
-
-def test_the_list_is_bounded_and_begins_anew_with_a_generation() -> None:
+def test_the_list_is_bounded_and_starts_that_sealed_nothing_are_not_kept() -> None:
     superblock = Stage().primary.engine.superblock
     for number in range(2 * STARTS_MAX):
-        add_start(superblock, number.to_bytes(16, "big"), number, bytes(32))
-    assert [each.epoch for each in start_entries(superblock)] == [
-        *range(STARTS_MAX, 2 * STARTS_MAX)
-    ]
-    superblock.chain[-1].identity = "ff" * 16
-    add_start(superblock, bytes(16), 5, bytes(32))
-    assert superblock.starts == [StartRecord("00" * 16, 5, "00" * 32)]
+        for again in range(2):
+            identity = (2 * number + again).to_bytes(16, "big")
+            add_start(superblock, identity, number, bytes(32))
+    listed = start_entries(superblock.starts)
+    assert [each.epoch for each in listed] == [*range(STARTS_MAX, 2 * STARTS_MAX)]
+    assert all(int.from_bytes(each.identity, "big") % 2 for each in listed), "the last of each"
+    add_start(superblock, bytes(16), 40, bytes(32))
+    assert [each.epoch for each in superblock.starts] == [*range(STARTS_MAX, 40), 40]
+
+
+def heir_of(stage: Stage, name: str) -> SessionOpen:
+    """What a copy would offer after its promotion."""
+    offer, superblock = stage.east.sent(SessionOpen)[-1], stage.mirror(name).engine.superblock
+    engine = stage.mirror(name).engine
+    last = offer.chain[-1]
+    heir = msgspec.structs.replace(
+        last,
+        identity=noise(9, 16),
+        token=last.token + 1,
+        parent=last.identity,
+        parent_epoch=engine.sealed_epoch,
+        parent_hash=engine.sealed_hash,
+        by=name,
+    )
+    start = StartEntry(noise(8, 16), engine.sealed_epoch, engine.sealed_hash)
+    return msgspec.structs.replace(
+        offer,
+        chain=[*offer.chain, heir],
+        epoch=engine.sealed_epoch,
+        chain_hash=engine.sealed_hash,
+        starts=[*start_entries(superblock.starts), start],
+    )
+
+
+@pytest.mark.parametrize("epochs_after", [1, 4, 9])
+def test_several_copies_one_of_which_was_away(epochs_after: int) -> None:
+    """It follows the older disk, since it has nothing that was lost; the other one refuses. When
+    that one is promoted, both who went on from the older disk have a tail from there on."""
+    stage = Stage(PEER, "north")
+    before = stage.write_epochs(3)
+    stage.pass_time(1000)
+    store = stage.snapshot(PRIMARY)
+    stage.link_down("north")
+    held = stage.write_epochs(4, seed=5)
+    stage.pass_time(1000)
+    stage.crash(PRIMARY, is_kill=True)
+    stage.nodes[PRIMARY].store = store
+    stage.start(PRIMARY, is_connected=False)
+    stage.write_epochs(epochs_after, seed=77)
+    stage.link_up("north")
+    stage.link_up(PEER)
+    stage.pass_time(60_000)
+    stage.check_in_sync("north")
+    assert stage.secondary.put_back_primary == PRIMARY
+    assert f"it has lost epochs {before + 1}-{held}, which" in stage.sender().refusal
+    assert stage.sender().has_what_was_lost
+    assert not stage.sender("north").has_what_was_lost
+    assert stage.east.event_kinds().count("put_back") == 1
+    assert stage.west.event_kinds().count("put_back") == 1
+    assert stage.secondary.engine.sealed_epoch == held
+
+    promoted = heir_of(stage, PEER)
+    image = stage.image("north")
+    stage.mirror("north").receive(PEER, promoted, stage.now_ns)
+    stage.primary.receive(PEER, promoted, stage.now_ns)
+    stage.settle()
+    north = stage.mirror("north")
+    assert north.is_outranked
+    assert f"diverged after epoch {before}" in north.refusal or north.primary == PEER
+    for engine in (north.engine, stage.primary.engine):
+        superblock = engine.superblock
+        if superblock.role == "primary":
+            starts = start_records(stage.primary.superseded_starts)
+            engine.supersede(stage.primary.superseded_by, starts)
+        found = compare(state_history(engine), claim_history(superblock))
+        assert found.relation == DIVERGED
+        assert found.branch is not None
+        assert found.branch.epoch == before, "not where the numbers part"
+    assert stage.image("north") == image
+
+
+def test_a_primary_of_an_older_generation_that_was_put_back_learns_where_it_parted() -> None:
+    """It has other epochs below where the copy was promoted: by numbers it would just follow."""
+    stage = Stage()
+    before = stage.write_epochs(3)
+    stage.pass_time(1000)
+    put_back_primary(stage, 2)
+    promoted = heir_of(stage, PEER)
+    refuse = SessionRefuse(
+        stage.primary.session,
+        SupersededError.wire_code,
+        "token 1",
+        promoted.chain,
+        promoted.starts,
+    )
+    stage.link_up()
+    stage.primary.receive(PEER, refuse, stage.now_ns)
+    stage.settle()
+    primary = stage.primary
+    assert primary.fenced is not None
+    job = primary.engine.supersede(
+        primary.superseded_by, start_records(primary.superseded_starts)
+    )
+    assert job is not None
+    job.run()
+    stage.crash(PRIMARY, is_kill=True)
+    stage.start(PRIMARY, is_connected=False)
+    engine = stage.primary.engine
+    found = compare(state_history(engine), claim_history(engine.superblock))
+    assert (found.relation, found.branch and found.branch.epoch) == (DIVERGED, before)
+    assert stage.primary.superseded_starts == promoted.starts
 
 
 def test_a_refusal_names_both_ways_out() -> None:
@@ -239,5 +329,6 @@ def test_a_refusal_names_both_ways_out() -> None:
     stage.link_up()
     stage.pass_time(1000)
     (refuse, *_) = stage.west.sent(SessionRefuse)
-    assert "geomirror failover orders" in refuse.error_text
-    assert "remove-secondary orders" in refuse.error_text
+    assert refuse.error_code == PutBackError.wire_code
+    assert '"geomirror failover orders --to NODE", given at this node' in refuse.error_text
+    assert f'"geomirror resolve orders --keep {PRIMARY}"' in refuse.error_text

@@ -30,6 +30,7 @@ def sample_messages() -> list[messages.Message]:
         id16.hex(), 1, 4, 5, 7, 100, 8, 7, {"a": "durable"}, 1, -1, True, ["a"], out, {"a": 3}
     )
     chain = [m.GenerationEntry(id16, 1, b"", 0, b"", "created", "east-1", 5)]
+    starts, volume = [m.StartEntry(id16, 3, hash32)], m.VolumeInfo(0, "0", 4096)
     return [
         m.Hello(1, 1, ["x"], "east-1", id16, id16, "control", 0, 5),
         m.Use(3),
@@ -38,9 +39,9 @@ def sample_messages() -> list[messages.Message]:
         m.Goodbye("stop"),
         m.Call(1, "resource.define", b'{"a":1}'),
         m.Reply(1, 5, "no", b"{}", "hint"),
-        m.SessionOpen(1, id16, "pg", chain, [m.VolumeInfo(0, "0", 4096)], 7, hash32, id16),
+        m.SessionOpen(1, id16, "pg", chain, [volume], 7, hash32, id16, starts),
         m.SessionAccept(1, id16, 6, hash32, 5, "consistent", [(7, b"\3")], 1 << 20),
-        m.SessionRefuse(1, 6, "no"),
+        m.SessionRefuse(1, 6, "no", chain, starts),
         m.EpochCommit(1, 8, 7, id16, 1, 2, 3, 4, 5, 6, hash32, hash32, True),
         m.Acknowledge(1, 8, 7, hash32, 6, 9, b"\5", 100, 200),
         m.ResyncBegin(1, id16, 7, hash32, 100, 1),
