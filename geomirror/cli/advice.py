@@ -7,6 +7,9 @@ from typing import Any
 
 from geomirror.cli.units import format_bytes, format_seconds
 
+PUT_BACK = "was put back to an older state"
+"""In the reason of a copy that refuses its primary for it; the next commands follow there."""
+
 
 @dataclass(frozen=True)
 class Advice:
@@ -163,6 +166,9 @@ def _about_peer(resource: dict[str, Any], peer: dict[str, Any], here: str) -> li
         meaning = f"Replication to {node} is held back by an operator; writes go on."
         action = f"geomirror resume {resource['name']} --peer {node}"
         found.append(Advice("paused", meaning, action))
+    elif state == "Refused" and PUT_BACK in str(peer.get("reason")):
+        meaning, _, action = str(peer["reason"]).partition("; ")
+        found.append(Advice("put back", f"{_begun(meaning)}.", f"{_begun(action)}."))
     elif state == "Refused":
         meaning = f"{node} refuses this resource: {peer.get('reason')}; its copy stays as it is."
         found.append(Advice("refused", meaning, f'Look at "geomirror status" on {node}.'))
@@ -177,6 +183,11 @@ def _about_peer(resource: dict[str, Any], peer: dict[str, Any], here: str) -> li
         meaning = f"{node} is slower than the writers; it skips intermediate versions."
         found.append(Advice("behind", meaning, "Nothing, if the link is known to be slow."))
     return found
+
+
+def _begun(text: str) -> str:
+    """As the beginning of a sentence."""
+    return text[:1].upper() + text[1:]
 
 
 def _disconnected(resource: dict[str, Any], peer: dict[str, Any], here: str) -> Advice:

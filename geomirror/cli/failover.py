@@ -25,7 +25,9 @@ def failover(app: App, name: str, to: str, yes: bool, dry_run: bool) -> int:
     lost by what they know, and asks. The copy goes on at its last durable epoch, as a new
     generation with a higher fencing token. Copies that have no more than that follow by
     themselves; an old primary that comes back accepts no writes any more and keeps what it has.
-    Exits 5 when the copy cannot be promoted, or when the primary answers (then use switchover).
+    Exits 5 when the copy cannot be promoted, or when the primary answers (then use switchover);
+    not when this node has the copy and refuses the primary, whose disk was put back to an older
+    state.
     """
     parameters = {"name": name, "to": to}
     found = app.call("failover.assess", parameters, timeout_s=20)
