@@ -37,8 +37,8 @@ DIVERGED = "diverged"
 UNRELATED = "unrelated"
 RELATIONS = (EQUAL, ANCESTOR, DESCENDANT, DIVERGED, UNRELATED)
 STARTS_MAX = 32
-"""Starts that are listed, 150 bytes each in a superblock; one that sealed nothing is not. A copy that
-was away for more is compared by generations and hashes alone."""
+"""Starts that are listed, 150 bytes each in a superblock; one that sealed nothing is not. A copy
+that was away for more is compared by generations and hashes alone."""
 
 
 class ChainLink(Protocol):

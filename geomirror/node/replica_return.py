@@ -141,11 +141,6 @@ class ReplicaReturn(ReplicaRoles):
         """It has a tail that a history with a higher token lacks, and accepts nothing."""
         return self.stage in (SUPERSEDED, DIVERGED_STAGE)
 
-    def is_outranked_by(self, node: str) -> bool:
-        """Likewise, by a history that this node made."""
-        superseded_by = self._engine.superblock.superseded_by
-        return self.is_outranked and bool(superseded_by) and superseded_by[-1].by == node
-
     def comparison(self) -> Comparison:
         """How what this member has relates to the chain that outranks it."""
         return compare(state_history(self._engine), claim_history(self._engine.superblock))

@@ -260,9 +260,6 @@ class ResolveCalls:
             chain_hash = bytes.fromhex(kept.chain_hash)
             other = history(chain, kept.epoch, chain_hash, has_unsealed=True, starts=starts)
             tail = service.tail_beyond(other)
-            is_part = tail["relation"] in (EQUAL, ANCESTOR)
-            if is_part and service.is_outranked_by(request.keep):
-                tail = service.tail()  # More is known here of that history: its primaries' starts.
             # While the kept history is written its copies are ahead of what was asked of it before.
             own, newest = tail["own"], kept.chain[-1].identity if kept.chain else ""
             is_copy = own["generation"] == newest and not own["is_primary"]

@@ -125,8 +125,8 @@ class RoleChanges(ReturningPrimary):
     def supersede(
         self, chain: Sequence[ChainEntry], starts: Sequence[StartRecord] = ()
     ) -> CheckpointJob | None:
-        """Remember durably that a chain with a higher token exists, and the starts of its history as
-        far as they are known: nothing is accepted any more.
+        """Remember durably that a chain with a higher token exists, and the starts of its history
+        as far as they are known: nothing is accepted any more.
 
         Nothing is given up: the tail stays as it is. None: it is known already.
         """

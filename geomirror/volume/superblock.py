@@ -200,8 +200,8 @@ class Superblock(msgspec.Struct):
     """At a primary."""
     rollback: RollbackRecord | None = None
     starts: list[StartRecord] = msgspec.field(default_factory=list)
-    """The last starts of the primaries that wrote this history, oldest first, with ascending epochs;
-    at a secondary the list of the primary that it followed last, which may go on past its epochs."""
+    """The last starts of the primaries that wrote this history, oldest first, epochs ascending; at
+    a secondary the list of the primary that it followed last, which may go on past its epochs."""
     superseded_by: list[GenerationRecord] = msgspec.field(default_factory=list)
     """A chain with a higher token than the own one, of a history that lacks epochs that are here.
     A primary serves nothing then, a secondary follows nobody with less."""

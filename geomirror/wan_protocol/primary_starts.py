@@ -1,11 +1,11 @@
-"""The starts of primaries, as the superblock and messages have them; `cluster.history` compares them.
+"""The starts of primaries as superblock and messages have them; `cluster.history` compares them.
 
 ```
- start ─▶ listed, with the last sealed epoch ─▶ durable ─▶ SessionOpen ─▶ durable at the copy ─▶ accept
+ start ─▶ listed with its epoch ─▶ durable ─▶ SessionOpen ─▶ durable at the copy ─▶ SessionAccept
 ```
-A copy keeps the list of the primary that it followed last: what it has is a part of that history, up
-to its last epoch. So when a primary offers a session after its disk was put back to an older state,
-the copy sees a start that began below what it holds.
+A copy keeps the list of the primary that it followed last: what it has is a part of that history,
+up to its last epoch. So when a primary offers a session after its disk was put back to an older
+state, the copy sees a start that began below what it holds.
 Deliberately not here: what follows from it (`session`), who keeps the list durable (`offering`,
 `session_intake`).
 """
@@ -13,6 +13,7 @@ Deliberately not here: what follows from it (`session`), who keeps the list dura
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from geomirror.cluster.history import STARTS_MAX, StartLink, StartPoint
 from geomirror.errors import RemoteProtocolError
@@ -59,7 +60,7 @@ def start_records(starts: Sequence[StartLink]) -> list[StartRecord]:
 def check_starts(starts: Sequence[StartLink]) -> None:
     """Believe no list that cannot be. :raises RemoteProtocolError: it cannot."""
     epochs = [each.epoch for each in starts]
-    is_ascending = all(before < after for before, after in zip(epochs, epochs[1:], strict=False))
+    is_ascending = all(before < after for before, after in pairwise(epochs))
     is_bounded = len(starts) <= LISTED_MAX and all(0 <= epoch < EPOCH_MAX for epoch in epochs)
     is_whole = all((len(each.identity), len(each.chain_hash)) == (16, 32) for each in starts)
     if not (is_ascending and is_bounded and is_whole):

@@ -149,9 +149,9 @@ def _lost_there(
         lost = f"it has lost epochs {branch.epoch + 1}-{epoch}, which this copy has"
     return PutBackError(
         f'the disk of "{peer}", primary of "{name}", was put back to an older state: {lost}',
-        hint=f'to keep what this copy has, promote it ("geomirror failover {name} --to NODE", given '
-        f'at this node); to keep what is at "{peer}", do that and then "geomirror resolve {name} '
-        f'--keep {peer}"',
+        hint=f'to keep what this copy has, promote it ("geomirror failover {name} --to NODE", '
+        f'given at this node); to keep what is at "{peer}", do that and then '
+        f'"geomirror resolve {name} --keep {peer}"',
     )
 
 
@@ -162,8 +162,10 @@ def compare_with(engine: Engine, message: SessionOpen) -> Comparison:
     if not message.chain:
         return Comparison(DESCENDANT)
     # Of a later generation only what it began from counts here, however little it has yet.
-    begun = max(message.epoch, message.chain[-1].parent_epoch)
-    return compare(mine, replace(theirs, epoch=begun))
+    last = message.chain[-1]
+    if message.epoch < last.parent_epoch:
+        theirs = replace(theirs, epoch=last.parent_epoch, chain_hash=last.parent_hash)
+    return compare(mine, theirs)
 
 
 def describe(found: Comparison, epoch: int) -> str:

@@ -11,9 +11,9 @@ from geomirror.cluster.history import (
     DESCENDANT,
     DIVERGED,
     EQUAL,
+    STARTS_MAX,
     UNRELATED,
     Generation,
-    STARTS_MAX,
     History,
     StartPoint,
     compare,
@@ -222,7 +222,7 @@ def test_the_higher_token_outranks_and_of_equal_ones_both_sides_choose_the_same(
 def wrote(
     chain: tuple[Generation, ...], epoch: int, *starts: tuple[str, int], tag: str = "A"
 ) -> History:
-    """A history with the starts of its primaries; with another tag its last epoch is another one."""
+    """A history with the starts of its primaries; another tag makes its last epoch another one."""
     points = tuple(StartPoint(name.encode(), each, h("A", each)) for name, each in starts)
     return History(chain, epoch, h(tag, epoch), starts=points)
 

@@ -1,9 +1,9 @@
 """Which history each node is on, and what must be true when it changes to another one.
 
 A node is on the history of the last generation of its chain; where that forked because a disk was
-put back, on the line of the last start of a primary that it has heard of. It goes over to another one by a
-promotion, by following, or by giving up a tail. O6: whatever it had beyond the last common epoch
-is then a branch, whole: base and branch together are S(end of the tail), and nothing that was
+put back, on the line of the last start of a primary that it has heard of. It goes over to another
+one by a promotion, by following, or by giving up a tail. O6: whatever it had beyond the last common
+epoch is then a branch, whole: base and branch together are S(end of the tail), and nothing that was
 confirmed or reported as durable is beyond that end. I8: nobody goes over to a lower claim.
 """
 
@@ -34,16 +34,14 @@ class Placing:
     """Node → (token, generation) of the highest chain that it has acted upon."""
     written: dict[str, str] = field(default_factory=dict)
     """History → the node that writes it."""
-    forked: set[str] = field(default_factory=set)
-    """Generations of which there are several lines."""
+    forked: dict[str, list[Oracle]] = field(default_factory=dict)
+    """Generation → its lines after the first one."""
     of_start: dict[str, Oracle] = field(default_factory=dict)
     """Start of a primary → the line that it writes."""
     older: dict[str, Oracle] = field(default_factory=dict)
     """Node whose disk was put back → the line that it is on until it leaves it."""
     begun: set[str] = field(default_factory=set)
     """Histories that were written to."""
-    of_branch: dict[tuple[str, str], Oracle] = field(default_factory=dict)
-    """Node and branch → the line that it was cut off from."""
     tails: int = 0
     """Branches compared."""
 
@@ -75,7 +73,7 @@ class Placing:
     def put_back(self, node: SimNode, line: Oracle) -> None:
         """The node's disk is an older one, of a primary: it goes on from there."""
         self.forget(node)
-        self.forked.add(line.generation)
+        self.forked.setdefault(line.generation, []).append(line)
         self.older[node.name] = line
         self.written[line.key] = node.name
         mirror = self.mirror(node)
@@ -83,7 +81,7 @@ class Placing:
 
     def is_put_back(self, node: SimNode) -> bool:
         """Whether it writes on from an older disk, or did."""
-        return any(line.generation in self.forked for line in (self.line_at(node),))
+        return self.line_at(node).generation in self.forked
 
     def recovered(self, node: SimNode) -> None:
         """A primary has come back: an older disk may hold epochs that were being sealed then."""
@@ -200,8 +198,7 @@ class Placing:
             is_of_it = record.generation == old.generation and record.base_epoch <= common
             if not is_of_it or record.end_epoch < floor:
                 continue
-            self.of_branch[node.name, record.name] = old
-            self.check_branch(node, record)
+            self.check_branch(node, record, old)
             count = old.epoch_prefix[record.end_epoch]
             if is_writer and old.flushed > count:
                 raise OracleError(
@@ -214,9 +211,26 @@ class Placing:
             "no branch holds the rest"
         )
 
-    def check_branch(self, node: SimNode, record: BranchRecord) -> None:
+    def check_branches(self, node: SimNode) -> None:
+        """O6 for all that a node has; of which line one is, nobody remembers where disks were put
+        back."""
+        for record in node.engine.branches.records():
+            first, *others = self.lines[record.generation], *self.forked.get(record.generation, [])
+            wrong: OracleError | None = None
+            for line in (first, *others):
+                try:
+                    self.check_branch(node, record, line)
+                    break
+                except (OracleError, KeyError) as error:
+                    if not others:
+                        raise
+                    wrong = OracleError(f"of {1 + len(others)} lines of none: {error}")
+            else:
+                assert wrong is not None
+                raise wrong
+
+    def check_branch(self, node: SimNode, record: BranchRecord, line: Oracle) -> None:
         """O6: its contents over those of its base are those of its end."""
-        line = self.of_branch.get((node.name, record.name), self.lines[record.generation])
         base = line.content_at(record.base_epoch)
         expected = line.content_at(record.end_epoch)
         sizes = line.epoch_sizes[record.end_epoch]

@@ -1,11 +1,12 @@
 """An older state of a node's whole disk is put back under it, and it does not win.
 
 Of a copy (`faults` does it): P2 a primary that was told more in this life notices it, and does not
-count the copy as in sync any more. Of the primary: whoever writes keeps a snapshot of its disk now and then; later the disk is that again, whatever
-became of the node meanwhile. It goes on from there, so the history forks within a generation: what
-it writes from then on is on another line than what the copies have of it (`Oracle.twin`). Which of
-the two lines a node is on is what its list of starts says; O1 to O6 are judged by that line, so
-none of its epochs is overwritten, forgotten or shown as another one's without a branch of it.
+count the copy as in sync any more. Of the primary: whoever writes keeps a snapshot of its disk now
+and then; later the disk is that again, whatever became of the node meanwhile. It goes on from
+there, so the history forks within a generation: what it writes from then on is on another line than
+what the copies have of it (`Oracle.twin`). Which of the lines a node is on is what its list of
+starts says; O1 to O6 are judged by that line, so none of its epochs is overwritten, forgotten or
+shown as another one's without a branch of it.
 P1: a copy with epochs that the primary has lost says so, and so does the primary.
 """
 

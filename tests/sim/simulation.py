@@ -377,8 +377,7 @@ class Simulation:
         for node in self.secondaries:
             node.watch.check_image()
         for node in self.nodes.values():
-            for record in node.engine.branches.records():
-                self.placing.check_branch(node, record)
+            self.placing.check_branches(node)
         self.marking.check()
         self.verifying.finish()
 

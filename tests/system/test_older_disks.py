@@ -1,4 +1,4 @@
-"""Real daemons under which an older state of their disk is put back: it is said, and does not win."""
+"""Real daemons under which an older state of the disk is put back: it is said, it does not win."""
 
 from __future__ import annotations
 
@@ -12,7 +12,16 @@ import pytest
 
 from geomirror.nbd.client_io import NbdClient
 from tests.system.support import MIB, Site, quick_start, some_sites, until, wait_applied
-from tests.system.trio import agreed, branch_letters, branches, letters, outranked, put, trio
+from tests.system.trio import (
+    agreed,
+    branch_letters,
+    branches,
+    letters,
+    outranked,
+    put,
+    streams,
+    trio,
+)
 
 SOCKETS = shutil.ignore_patterns("*.sock")
 pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]
@@ -50,9 +59,13 @@ async def read_uri(uri: str, offset: int) -> bytes:
 
 def refused(a: Site, peer: str) -> dict[str, Any]:
     """The peer's object at a primary that was told of its older disk."""
-    found: dict[str, Any] = until(
-        lambda: "put back" in a.peer(peer=peer)["reason"] and a.peer(peer=peer), what="it is told"
-    )
+
+    def told() -> dict[str, Any] | None:
+        peers = {each["node"]: each for each in a.status()["peers"]}
+        found = peers.get(peer)
+        return found if found is not None and "put back" in found["reason"] else None
+
+    found: dict[str, Any] = until(told, what="it is told")
     assert found["state"] == "Refused"
     return found
 
@@ -71,7 +84,7 @@ def test_a_secondary_whose_disk_was_put_back_is_noticed_and_brought_up_to_date(t
         wait_applied(a)
         assert asyncio.run(b.read(0, MIB)) == version(2)
         # The primary had let the epochs go, which were durable at every copy and in its own image,
-        # or had not yet: it is copied by what differs, or streamed to. Either way only that crosses.
+        # or had not yet: it is copied, or streamed to. Either way only what differs crosses.
         assert a.peer()["resyncs"] <= 1
         assert a.peer()["wire_bytes"] - wire_bytes < 2 * MIB
         assert a.peer()["reason"] == ""
@@ -123,14 +136,14 @@ def test_a_primary_whose_disk_was_put_back_does_not_win(tmp_path: Path, kept: st
 
 
 def test_a_copy_that_was_away_and_one_that_was_not(tmp_path: Path):
-    """One follows the older disk, since it lost nothing by that; both come back when the other one is
-    promoted, with what they wrote since then as a branch."""
+    """One follows the older disk, since it lost nothing by that; both come back when the other one
+    is promoted, with what they wrote since then as a branch."""
     with trio(tmp_path) as sites:
         a, b, c = sites
         put(a, 0, "1")
         wait_applied(a)
         take_disk(a, tmp_path / "older")
-        until(lambda: a.peer(peer="north-1")["state"] == "Stream", what="it streams again")
+        until(lambda: streams(a, "west-1", "north-1"), what="it streams again")
         wait_applied(a)
         c.stop()
         put(a, 1, "2")
@@ -141,7 +154,7 @@ def test_a_copy_that_was_away_and_one_that_was_not(tmp_path: Path):
         put(a, 1, "x")
         c.restart()
         refused(a, "west-1")
-        until(lambda: a.peer(peer="north-1")["disk_state"] == "UpToDate", what="it follows")
+        until(lambda: streams(a, "north-1"), what="it follows")
         assert (letters(c, 2), letters(b, 2)) == ("1x", "12")
         b.run("failover", "pg", "--to", "west-1", "--yes")
         assert outranked(a, "superseded")["branch_epoch"] < held

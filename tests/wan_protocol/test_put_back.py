@@ -308,9 +308,7 @@ def test_a_primary_of_an_older_generation_that_was_put_back_learns_where_it_part
     stage.settle()
     primary = stage.primary
     assert primary.fenced is not None
-    job = primary.engine.supersede(
-        primary.superseded_by, start_records(primary.superseded_starts)
-    )
+    job = primary.engine.supersede(primary.superseded_by, start_records(primary.superseded_starts))
     assert job is not None
     job.run()
     stage.crash(PRIMARY, is_kill=True)
