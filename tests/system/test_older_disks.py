@@ -16,6 +16,7 @@ from tests.system.trio import (
     agreed,
     branch_letters,
     branches,
+    has_all,
     letters,
     outranked,
     put,
@@ -147,9 +148,8 @@ def test_a_copy_that_was_away_and_one_that_was_not(tmp_path: Path):
         wait_applied(a)
         c.stop()
         put(a, 1, "2")
-        held = until(
-            lambda: a.peer(peer="west-1")["lag"]["epochs"] == 0 and b.status()["position"]["epoch"]
-        )
+        until(lambda: has_all(a, "west-1"), what="west-1 has what north-1 has not")
+        held = b.status()["position"]["epoch"]
         put_back(a, tmp_path / "older")
         put(a, 1, "x")
         c.restart()
