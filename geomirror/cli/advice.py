@@ -141,6 +141,8 @@ def _about_behind(resource: dict[str, Any]) -> list[Advice]:
 
 def _about_peer(resource: dict[str, Any], peer: dict[str, Any], here: str) -> list[Advice]:
     node, state, disk = peer["node"], peer["state"], peer.get("disk_state")
+    if peer.get("is_member") is False:
+        return [_no_member(resource, node, here)]
     found = []
     if state == "Pending":
         reason = f" ({peer['pending']})" if peer.get("pending") else ""
@@ -188,6 +190,17 @@ def _about_peer(resource: dict[str, Any], peer: dict[str, Any], here: str) -> li
 def _begun(text: str) -> str:
     """As the beginning of a sentence."""
     return text[:1].upper() + text[1:]
+
+
+def _no_member(resource: dict[str, Any], node: str, here: str) -> Advice:
+    """Revoked, or it has left: it never comes back under its key."""
+    name, gone = resource["name"], "is not in the network any more (revoked, or it has left)"
+    if resource["role"] == "secondary":
+        meaning = f"{node}, the primary, {gone}; this copy stays as old as it is."
+        return Advice("primary gone", meaning, f"geomirror failover {name} --to {here}")
+    meaning = f"{node} {gone}: its copy gets nothing, and the journal keeps epochs for it."
+    action = f"geomirror resource remove-secondary {name} {node}"
+    return Advice("secondary gone", meaning, action)
 
 
 def _disconnected(resource: dict[str, Any], peer: dict[str, Any], here: str) -> Advice:

@@ -57,6 +57,15 @@ class App:
         if not self.is_json:
             click.echo(text, err=True)
 
+    def note(self, act: str, parameters: Mapping[str, Any]) -> None:
+        """Append an act without a daemon to the audit log; it counts where that cannot be."""
+        from geomirror.node.audit import append_act
+
+        try:
+            append_act(self.data_dir.root, act, parameters)
+        except GeomirrorError as error:
+            self.progress(f"warning: not in the audit log: {error}")
+
     def confirm(self, question: str, *, is_confirmed: bool) -> None:
         """Ask before something that cannot be undone.
 

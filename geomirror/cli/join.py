@@ -69,6 +69,7 @@ def join(
                 raise
             app.progress(f"{error.message}; trying again")
             time.sleep(0.5)
+    app.note("network.join", {"network": state.network, "node": state.node})
     said = f'joined network "{state.network}" as node "{state.node}" at "{state.site}"\n'
     said += f'next: "geomirror --data-dir {app.data_dir.root} node run"'
     app.show(own_object(state), said)

@@ -25,7 +25,7 @@ PANELS: dict[str, dict[str, str]] = {
         "network": "geomirror.cli.network",
         "token": "geomirror.cli.token",
         "join": "geomirror.cli.join",
-        "node": "geomirror.cli.node",
+        "node": "geomirror.cli.node_changes",
         "link": "geomirror.cli.link",
         "tunnel": "geomirror.cli.tunnel",
         "doctor": "geomirror.cli.doctor",

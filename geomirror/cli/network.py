@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 
 import rich_click as click
 
 from geomirror.cli.common import App, json_option, pass_app, table
+from geomirror.cli.timeline import local
+from geomirror.cli.units import format_seconds
 
 
 @click.group()
@@ -55,6 +58,7 @@ def create(
         clock=SystemClock(),
         entropy=SystemEntropy(),
     )
+    app.note("network.create", {"network": name, "site": site, "node": state.node})
     overlaps = [str(overlap) for overlap in find_overlaps(state.range, host_routes())]
     if overlaps:
         app.progress(
@@ -71,14 +75,17 @@ def create(
 @json_option
 @pass_app
 def show(app: App) -> None:
-    """Show the network as this node knows it; works without a daemon too."""
-    from geomirror.node.network_view import network_object
-    from geomirror.tunnel.network_state_io import load_network
+    """Show the network as this node knows it; works without a daemon too.
+
+    CERTIFICATE: how long the one is good that the node showed last; it renews itself at half of
+    its 24 hours. LAST SEEN: the last time with a link to it, also before a restart.
+    """
+    from geomirror.node.sightings import shown_network
 
     if app.client().is_running():
         result = app.call("network.show")
     else:
-        result = network_object(load_network(app.data_dir.root))
+        result = shown_network(app.data_dir.root)
     app.show(result, lambda: _shown(result))
 
 
@@ -89,17 +96,47 @@ def _shown(result: dict[str, Any]) -> str:
         f"this node  {result['node']} at {result['site']}",
         "",
     ]
-    return "\n".join(head) + nodes_table(result["nodes"])
+    return "\n".join(head) + nodes_table(result)
 
 
-def nodes_table(nodes: list[dict[str, Any]]) -> str:
-    """Nodes as a table."""
+def nodes_table(result: dict[str, Any]) -> str:
+    """Nodes as a table, and those whose keys are refused."""
+    from geomirror.environment import SystemClock
+
+    now_s = SystemClock().wall_ns() / 1e9
     rows = []
-    for found in nodes:
-        state = "self" if found.get("is_self") else "up" if found.get("is_connected") else "-"
-        endpoints = ",".join(found["endpoints"]) or "(dials out)"
-        roles = ",".join(found["roles"])
-        addresses = [found["address"], found["address_ipv6"]]
-        rows.append([found["node"], found["site"], state, *addresses, roles, endpoints])
-    head = ["NODE", "SITE", "LINK", "ADDRESS", "IPV6 ADDRESS", "ROLES", "ENDPOINTS"]
-    return table(head, rows)
+    for found in result["nodes"]:
+        state = "self" if found["is_self"] else "up" if found.get("is_connected") else "-"
+        rows.append(
+            [
+                found["node"],
+                found["site"],
+                state,
+                found["address"],
+                found["address_ipv6"],
+                ",".join(found["roles"]),
+                _left(found["certificate_expires_at"], now_s),
+                "now" if state in ("self", "up") else _ago(found["last_seen_at"], now_s),
+                ",".join(found["endpoints"]) or "(dials out)",
+            ]
+        )
+    head = ["NODE", "SITE", "LINK", "ADDRESS", "IPV6 ADDRESS", "ROLES", "CERTIFICATE", "LAST SEEN"]
+    lines = [table([*head, "ENDPOINTS"], rows)]
+    for gone in result["revoked"]:
+        verb = "left" if gone["has_left"] else "was revoked"
+        lines.append(f"{gone['node']} {verb} {local(gone['revoked_at'])}; key {gone['node_id']}")
+    return "\n".join(lines)
+
+
+def _left(expires_at: str | None, now_s: float) -> str:
+    """How long a certificate is still good; it is renewed at half of its life."""
+    if expires_at is None:
+        return "-"
+    left_s = datetime.fromisoformat(expires_at).timestamp() - now_s
+    return f"{format_seconds(left_s)} left" if left_s > 0 else "expired"
+
+
+def _ago(seen_at: str | None, now_s: float) -> str:
+    if seen_at is None:
+        return "never"
+    return f"{format_seconds(max(0.0, now_s - datetime.fromisoformat(seen_at).timestamp()))} ago"

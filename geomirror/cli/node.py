@@ -48,14 +48,14 @@ def show(app: App) -> None:
 def list_(app: App) -> None:
     """List the nodes of the network; works without a daemon too."""
     from geomirror.cli.network import nodes_table
-    from geomirror.node.network_view import network_object
-    from geomirror.tunnel.network_state_io import load_network
+    from geomirror.node.sightings import shown_network
 
     if app.client().is_running():
         result = app.call("node.list")
     else:
-        result = {"nodes": network_object(load_network(app.data_dir.root))["nodes"]}
-    app.show(result, lambda: nodes_table(result["nodes"]))
+        network = shown_network(app.data_dir.root)
+        result = {key: network[key] for key in ("nodes", "revoked")}
+    app.show(result, lambda: nodes_table(result))
 
 
 @node.command("check-config")

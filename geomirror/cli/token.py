@@ -57,4 +57,6 @@ def create(app: App, site: str, node: str | None, role: str, expires: float) -> 
         expires_seconds=int(expires),
         wall_ns=SystemClock().wall_ns(),
     )
+    parameters = {"site": site, "node": node, "role": role, "expires_seconds": int(expires)}
+    app.note("token.create", parameters)
     app.show({"token": text, "site": site, "node": node, "expires_seconds": int(expires)}, text)

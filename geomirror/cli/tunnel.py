@@ -44,6 +44,23 @@ def down(app: App) -> None:
     app.show({"removed": removed}, text or "there was nothing of this node's tunnels on this host")
 
 
+@tunnel.command("rotate-keys")
+@json_option
+@pass_app
+def rotate_keys(app: App) -> None:
+    """Replace this node's WireGuard key and its shares of all pre-shared keys.
+
+    Neighbours with a link are told at once; connections through the tunnels go on after a new
+    handshake. The tunnel to a node without a link is down until there is one.
+    """
+    result = app.call("tunnel.rotate_keys")
+    lines = [f"new public key {result['public_key']}"]
+    lines += [f"told: {', '.join(result['told'])}"] if result["told"] else []
+    if result["not_told"]:
+        lines.append(f"no tunnel until there is a link: {', '.join(result['not_told'])}")
+    app.show(result, "\n".join(lines))
+
+
 @tunnel.command()
 @json_option
 @pass_app

@@ -31,6 +31,8 @@ class Caller:
 
     peer: str | None = None
     """Authenticated node at the other end of the link; None: this machine's operator."""
+    user: str = ""
+    """The operator, as the kernel knows him."""
 
     @property
     def name(self) -> str:
@@ -52,11 +54,20 @@ class Method(Generic[P]):
     """Other nodes may call it; the handler then checks which of them."""
 
 
+Note = Callable[[Caller, str, Mapping[str, Any], GeomirrorError | None], Awaitable[None]]
+"""Told of every call that ended: who, which method, its parameters, and its error."""
+
+
+async def _note_nothing(*_: object) -> None:
+    pass
+
+
 class MethodRegistry:
     """All methods of a node."""
 
     def __init__(self) -> None:
         self._methods: dict[str, Method[Any]] = {}
+        self.note: Note = _note_nothing
 
     def add(
         self, name: str, parameters: type[P], handler: Handler[P], *, from_peers: bool = False
@@ -86,13 +97,23 @@ class MethodRegistry:
         except msgspec.ValidationError as error:
             raise UsageError(f"method {name}: {error}") from error
         try:
+            result = await self._run(method, caller, parameters)
+        except GeomirrorError as error:
+            await self.note(caller, name, raw, error)
+            raise
+        await self.note(caller, name, raw, None)
+        return result
+
+    async def _run(self, method: Method[P], caller: Caller, parameters: P) -> Result:
+        try:
             return await method.handler(caller, parameters)
         except GeomirrorError:
             raise
         except Exception as error:
             # Supervisor: a bug in one call ends that call, not the node.
-            _log.exception("call_failed", method=name, caller=caller.name)
+            _log.exception("call_failed", method=method.name, caller=caller.name)
             kind = type(error).__name__
             raise LocalProtocolError(
-                f"internal error in {name}: {kind}: {error}", hint="the daemon's log has more"
+                f"internal error in {method.name}: {kind}: {error}",
+                hint="the daemon's log has more",
             ) from error

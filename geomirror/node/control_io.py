@@ -9,12 +9,15 @@ import asyncio
 import contextlib
 import json
 import os
+import socket
+import struct
 from typing import Any
 
 from aiohttp import web
 
 from geomirror.errors import GeomirrorError, StorageError, UsageError
 from geomirror.limits import MIB
+from geomirror.node.audit import local_user
 from geomirror.node.calls import Caller, MethodRegistry
 from geomirror.node.error_json import error_object
 from geomirror.node.events import EVENTS_MAX, Event, EventRing
@@ -61,7 +64,8 @@ class ControlServer:
         method = request.match_info["method"]
         try:
             parameters = await _parameters(request)
-            result = await self._methods.dispatch(Caller(), method, parameters)
+            caller = Caller(user=_user_of(request))
+            result = await self._methods.dispatch(caller, method, parameters)
         except GeomirrorError as error:
             return web.json_response({"error": error_object(error)}, status=_http_status(error))
         return web.json_response({"result": result})
@@ -98,6 +102,20 @@ class ControlServer:
                 await response.write(_line(following.result()))
         finally:
             stopping.cancel()
+
+
+def _user_of(request: web.Request) -> str:
+    """Who is at the other end of the socket, by the kernel; "" when it is gone."""
+    assert request.transport is not None
+    found = request.transport.get_extra_info("socket")
+    try:
+        # A copy: the loop's own object may be one that cannot be asked.
+        with socket.socket(fileno=os.dup(found.fileno())) as sock:
+            size = struct.calcsize("3i")
+            data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+    except OSError:
+        return ""
+    return local_user(struct.unpack("3i", data)[1])
 
 
 async def _parameters(request: web.Request) -> dict[str, Any]:

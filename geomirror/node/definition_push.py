@@ -7,12 +7,13 @@ so a session is never opened for a resource that the peer does not know.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any, Protocol
 
 import msgspec
 import structlog
 
-from geomirror.errors import GeomirrorError
+from geomirror.errors import GeomirrorError, StorageError
 from geomirror.node.definition_store import DefinitionStore, ResourceEntry
 from geomirror.node.resource_host import ResourceHost
 
@@ -69,6 +70,23 @@ class DefinitionPush:
         if entry is not None and entry.confirmed.pop(peer, None) is not None:
             _log.warning("definition_lost_by_peer", resource=name, peer=peer)
             self.changed()
+
+    def members_changed(self, known: set[str]) -> None:
+        """Do not wait for nodes that are in the network no more to forget anything."""
+        for entry in self._store.entries():
+            if not self._is_ours(entry):
+                continue
+            gone = [name for name in entry.pending_peers() if name not in known]
+            leaving = [name for name in gone if name in entry.leaving]
+            for name in leaving:
+                del entry.leaving[name]
+                entry.confirmed.pop(name, None)
+            if entry.state == "deleting":
+                entry.confirmed.update(dict.fromkeys(gone, 0))
+            if leaving or entry.state == "deleting":
+                # Where the disk is full it is found again at the next start.
+                with contextlib.suppress(StorageError):
+                    self._settle(entry)
 
     def is_confirmed(self, name: str, peer: str) -> bool:
         """Whether the peer knows the resource."""

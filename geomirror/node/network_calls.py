@@ -12,15 +12,18 @@ import msgspec
 import structlog
 
 from geomirror.environment import SECOND
-from geomirror.errors import GeomirrorError
+from geomirror.errors import GeomirrorError, UnreachableError
+from geomirror.limits import PRODUCTION
 from geomirror.node.calls import Caller, MethodRegistry, Parameters, Result
 from geomirror.node.context import NodeContext
+from geomirror.node.membership_spread import MembershipSpread
 from geomirror.node.network_view import (
     address_fields,
     network_object,
-    node_object,
     own_object,
+    revoked_objects,
 )
+from geomirror.node.sightings import Sightings
 from geomirror.tunnel.authority_io import install_renewal, renew, renew_own, renewal_request
 from geomirror.tunnel.join_io import renew_by_join
 from geomirror.tunnel.link_path import KINDS
@@ -35,8 +38,8 @@ RENEWAL_CHECK_S = 600.0
 """Between two looks at our certificate's age; a lifetime is 24 h."""
 RENEWAL_RETRY_S = 30.0
 """After an authority could not be asked."""
-ENTRIES_MAX = 256
-"""Membership entries in one exchange; four per possible node."""
+ENTRIES_MAX = 4 * PRODUCTION.peers_max + 1
+"""Records in one exchange: four entries per possible node, and the list of revoked keys."""
 
 
 class Exchange(Parameters, frozen=True):
@@ -59,12 +62,16 @@ class NetworkCalls:
     context: NodeContext
     on_changed: Callable[[], None]
     """Members changed: look at peers, routes and live sessions again."""
+    certificate_ends_ns: Callable[[str], int | None] = lambda node_id: None
+    """When the newest certificate ends that a node has shown."""
     paths_of: Callable[[Member], Sequence[str]] = lambda member: member.endpoints
     """On which a node is dialled."""
     way_out: Callable[[], WayOut] = WayOut
-    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
-    _closing: bool = False
     _look: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.spread = MembershipSpread(self.state, self.context, self._apply)
+        self.sightings = Sightings(self.state, self.context, self.certificate_ends_ns)
 
     def register(self, methods: MethodRegistry) -> None:
         """Add every method."""
@@ -77,7 +84,7 @@ class NetworkCalls:
 
     async def network_show(self, _caller: Caller, _request: Parameters) -> Result:
         """The network."""
-        return network_object(self.state)
+        return {**network_object(self.state), **self._nodes()}
 
     async def node_show(self, _caller: Caller, _request: Parameters) -> Result:
         """This node."""
@@ -85,13 +92,14 @@ class NetworkCalls:
 
     async def node_list(self, _caller: Caller, _request: Parameters) -> Result:
         """Every node, with the state of our link to it."""
-        nodes = []
-        for member in self.state.membership.active():
-            found = node_object(self.state, member)
-            found["is_self"] = member.name == self.context.name
-            link = None if found["is_self"] else self.context.links.state(member.name)
+        return {**self._nodes(), "revoked": revoked_objects(self.state)}
+
+    def _nodes(self) -> Result:
+        self.sightings.look()
+        nodes = self.sightings.nodes()
+        for found in nodes:
+            link = None if found["is_self"] else self.context.links.state(found["node"])
             found["is_connected"] = bool(link and link.is_established)
-            nodes.append(found)
         return {"nodes": nodes}
 
     async def link_list(self, _caller: Caller, _request: Parameters) -> Result:
@@ -125,7 +133,7 @@ class NetworkCalls:
 
     async def exchange(self, caller: Caller, request: Exchange) -> Result:
         """Take over newer entries and answer with ours."""
-        await self._apply(caller.name, request.updates)
+        self._apply(caller.name, request.updates, is_asked=True)
         return {"updates": self.state.export_updates()}
 
     async def renew(self, caller: Caller, request: Renewal) -> Result:
@@ -142,10 +150,8 @@ class NetworkCalls:
 
     def link_up(self, peer: str) -> None:
         """Exchange entries with a node that is reachable again."""
-        if not self._closing:
-            task = asyncio.ensure_future(self._exchange_with(peer))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        self.spread.link_up(peer)
+        self.sightings.look()
 
     async def keep_certificate(self) -> None:
         """Renew our certificate in time, and when members changed, for ever."""
@@ -153,7 +159,10 @@ class NetworkCalls:
             self._look.clear()
             delay_s = RENEWAL_CHECK_S
             if self.state.is_renewal_due(self.context.clock.wall_ns()):
+                before = self.state.membership.fingerprint()
                 delay_s = RENEWAL_CHECK_S if await self._renew_own() else RENEWAL_RETRY_S
+                if self.state.membership.fingerprint() != before:
+                    self._changed("the authority")  # records come with a certificate
             # Not wait_for: Python 3.11's loses a cancellation that comes with the event.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay_s):
@@ -165,27 +174,24 @@ class NetworkCalls:
 
     async def stop(self) -> None:
         """Cancel exchanges under way."""
-        self._closing = True
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.spread.stop()
+        await self.sightings.stop()
 
-    async def _exchange_with(self, peer: str) -> None:
-        parameters = {"updates": self.state.export_updates()}
-        try:
-            reply = await self.context.links.call(
-                peer, "membership.exchange", parameters, CALL_TIMEOUT_S
-            )
-            await self._apply(peer, reply.get("updates", []))
-        except GeomirrorError as error:
-            _log.warning("exchange_failed", peer=peer, reason=str(error))
-
-    async def _apply(self, source: str, updates: list[dict[str, Any]]) -> None:
+    def _apply(self, source: str, updates: list[dict[str, Any]], *, is_asked: bool = False) -> None:
         # On the loop: the state is read by everybody here; a merge is a few signatures.
-        if self.state.apply_updates(updates[:ENTRIES_MAX]):
-            _log.info("members_changed", source=source)
-            self.on_changed()
+        before = self.state.membership.fingerprint()
+        try:
+            self.state.apply_updates(updates[:ENTRIES_MAX])
+            if is_asked:
+                self.spread.answered(source)
+        finally:
+            # Also where a full disk did not take them: they are in force.
+            if self.state.membership.fingerprint() != before:
+                self._changed(source)
+
+    def _changed(self, source: str) -> None:
+        _log.info("members_changed", source=source)
+        self.on_changed()
 
     async def _renew_own(self) -> bool:
         clock, entropy = self.context.clock, self.context.entropy
@@ -194,13 +200,7 @@ class NetworkCalls:
                 renew_own(self.state, wall_ns=clock.wall_ns(), entropy=entropy)
                 return True
             for name in self.state.authority_names():
-                if self.context.links.state(name).is_established:
-                    request = renewal_request(self.state)
-                    reply = await self.context.links.call(
-                        name, "certificate.renew", request, CALL_TIMEOUT_S
-                    )
-                    install_renewal(self.state, reply, wall_ns=clock.wall_ns())
-                    _log.info("certificate_renewed", by=name)
+                if await self._renew_by(name):
                     return True
             await renew_by_join(
                 self.state,
@@ -213,3 +213,19 @@ class NetworkCalls:
         except GeomirrorError as error:
             _log.warning("renewal_failed", reason=str(error))
         return False
+
+    async def _renew_by(self, authority: str) -> bool:
+        """Over the link; a node that has just been renamed loses it, maybe in the middle."""
+        if not self.context.links.state(authority).is_established:
+            return False
+        request = renewal_request(self.state)
+        try:
+            reply = await self.context.links.call(
+                authority, "certificate.renew", request, CALL_TIMEOUT_S
+            )
+        except UnreachableError as error:
+            _log.info("renewal_interrupted", reason=str(error))
+            return False
+        install_renewal(self.state, reply, wall_ns=self.context.clock.wall_ns())
+        _log.info("certificate_renewed", by=authority)
+        return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from geomirror.node.rfc3339 import rfc3339
 from geomirror.tunnel.addresses import dns_name, ipv6_address, ipv6_range
 from geomirror.tunnel.membership import Member
 from geomirror.tunnel.network_state_io import NetworkState
@@ -20,7 +21,21 @@ def network_object(state: NetworkState) -> dict[str, Any]:
         "node": state.node,
         "site": state.site,
         "nodes": [node_object(state, member) for member in state.membership.active()],
+        "revoked": revoked_objects(state),
     }
+
+
+def revoked_objects(state: NetworkState) -> list[dict[str, Any]]:
+    """Keys that are refused for ever, oldest first."""
+    return [
+        {
+            "node": item.name,
+            "node_id": item.node_id,
+            "revoked_at": rfc3339(item.wall_ns),
+            "has_left": item.is_left,
+        }
+        for item in state.membership.revocations.revoked
+    ]
 
 
 def node_object(state: NetworkState, member: Member) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from geomirror.environment import SECOND, SystemClock, SystemEntropy
 from geomirror.errors import ConfigError, GeomirrorError
 from geomirror.nbd.server_io import NbdServer
 from geomirror.node.activation_io import ActivatedSocket
+from geomirror.node.audit import AuditLog
 from geomirror.node.branch_calls import BranchCalls
 from geomirror.node.calls import Caller, MethodRegistry, Parameters, Result
 from geomirror.node.config_io import load_config
@@ -30,6 +31,8 @@ from geomirror.node.drill_calls import DrillCalls
 from geomirror.node.events import EventRing
 from geomirror.node.failover_calls import FailoverCalls
 from geomirror.node.held_calls import HeldCalls
+from geomirror.node.leave_calls import LeaveCalls
+from geomirror.node.lifecycle_calls import LifecycleCalls
 from geomirror.node.link_router import LinkRouter
 from geomirror.node.log import set_level
 from geomirror.node.mark_calls import MarkCalls
@@ -47,6 +50,7 @@ from geomirror.node.resource_definition import ResourceDefinition
 from geomirror.node.resource_host import ResourceHost, remove_tree
 from geomirror.node.rewind_calls import RewindCalls
 from geomirror.node.rfc3339 import rfc3339
+from geomirror.node.roster import Roster
 from geomirror.node.service import Service, ServiceFactory
 from geomirror.node.service_calls import ServiceCalls
 from geomirror.node.status import StatusReport
@@ -120,7 +124,6 @@ class Node:
         self._status = StatusReport(
             self._host, self._store, self._push.refusals, self._site_of, self._links.state
         )
-        self._network = NetworkCalls(state, context, self._members_changed)
         self._services = ServiceCalls(context, state, self._driver, data_dir.services_file)
         self._nbd = NbdServer(self._host.exports, limits=limits)
         self._nbd_addresses: NbdAddresses | None = None
@@ -159,6 +162,7 @@ class Node:
             self._run_for_ever(name, work)
         self._run_for_ever("certificate", self._network.keep_certificate())
         self._run_for_ever("enforcement", self._enforce())
+        self._run_for_ever("sightings", self._network.sightings.keep())
         self._run_for_ever("notifications", self._keep_notified())
         self._run_for_ever("tunnels", self._tunnels.keep())
         self.notifier.ready(self._summary())
@@ -236,16 +240,24 @@ class Node:
         self._promotion.register(self._methods)
         self._rejoiner = Rejoiner(calls)
         ResolveCalls(calls, self._promotion, self._rejoiner).register(self._methods)
-        self._network.register(self._methods)
-        self._network.paths_of = self._paths_of
-        self._network.way_out = lambda: self._driver.way_out
+        self._register_network()
         self._services.register(self._methods)
-        self._tunnels = TunnelService(
-            self._state, self._host.context, self._config.tunnel, self._endpoints_of
-        )
-        TunnelCalls(self._tunnels).register(self._methods)
         self._calls = calls
         self._methods.add("status", StatusRequest, self._show_status)
+
+    def _register_network(self) -> None:
+        state, context, methods = self._state, self._host.context, self._methods
+        methods.note = AuditLog(context.data_dir, self._emit).note
+        self._roster = Roster(state.membership)
+        changed, ends_ns = self._members_changed, self._driver.certificate_ends_ns
+        self._network = network = NetworkCalls(state, context, changed, ends_ns)
+        network.paths_of = self._paths_of
+        network.way_out = lambda: self._driver.way_out
+        network.register(methods)
+        LifecycleCalls(network, self._store, changed).register(methods)
+        self._tunnels = TunnelService(state, context, self._config.tunnel, self._endpoints_of)
+        TunnelCalls(self._tunnels, context.entropy).register(methods)
+        LeaveCalls(network, self._store, changed, self._tunnels.down).register(methods)
 
     def _link_up(self, peer: str) -> None:
         self._network.link_up(peer)
@@ -321,8 +333,8 @@ class Node:
         return old if entry is None else entry.definition
 
     def _set_peers(self) -> None:
-        peers = []
-        for member in self._state.membership.active():
+        peers, members = [], self._state.membership.active()
+        for member in members:
             if member.name == self._state.node:
                 continue
             peers.append(PeerAddress(member.name, self._paths_of(member)))
@@ -330,6 +342,7 @@ class Node:
         rate = self._config.links.rate_bits_per_second
         for peer in peers:
             self._links.set_rate(peer.name, rate // 8 or None)
+        self._push.members_changed({member.name for member in members})
 
     def _paths_of(self, member: Member) -> list[str]:
         return expand_paths(self._endpoints_of(member), self._config.links.proxy)
@@ -339,16 +352,22 @@ class Node:
         return override.endpoints if override and override.endpoints else member.endpoints
 
     def _members_changed(self) -> None:
+        self._cut()
+        context = self._host.context
+        if context.name != self._state.node:
+            context.name = self._state.node
+            self._links.rename(self._state.node)
         self._set_peers()
         self._tunnels.members_changed()
         self._network.look_at_certificate()
+        self._network.spread.changed()
+        for kind, fields in self._roster.changes(self._state.membership):
+            self._emit(kind, fields)
         self._emit("members_changed", {"nodes": len(self._state.membership.active())})
 
     def _joined(self, name: str) -> None:
         self._emit("node_joined", {"peer": name})
         self._members_changed()
-        for peer in self._links_up():
-            self._network.link_up(peer)  # tell the others
 
     def _refused(self, source: str, error: GeomirrorError) -> None:
         untold = self._refusals.admit(self._clock.now_ns())
@@ -356,16 +375,15 @@ class Node:
             fields: dict[str, Any] = {"source": source, "reason": str(error), "untold": untold}
             self._emit("connection_refused", fields, is_foreign=True)
 
-    def _links_up(self) -> list[str]:
-        names = [member.name for member in self._state.membership.active()]
-        return [name for name in names if self._router.is_up(name)]
-
     async def _enforce(self) -> None:
         """Cut live links of revoked or expired nodes."""
         while True:
             await asyncio.sleep(ENFORCE_INTERVAL_S)
-            for name in self._driver.enforce():
-                self._emit("link_cut", {"peer": name, "reason": "revoked or expired"})
+            self._cut()
+
+    def _cut(self) -> None:
+        for name in self._driver.enforce():
+            self._emit("link_cut", {"peer": name, "reason": "revoked or expired"})
 
     def _site_of(self, name: str) -> str:
         member = self._state.membership.find(name)

@@ -154,6 +154,7 @@ class ResourceCalls:
         entry.state, entry.keep_data = "deleting", request.keep_data
         self.store.put(entry)
         kept = await self.remove_local(entry, keep_data=request.keep_data)
+        self.push.members_changed(set(self.known_nodes()))
         pending = entry.pending_peers()
         if not pending:
             self.store.remove(entry.definition.resource_id)

@@ -89,7 +89,11 @@ class ResourceChanges:
             backings={name: paths for name, paths in before.backings.items() if name != node},
             settings={k: v for k, v in before.settings.items() if k != f"ack.{node}"},
         )
-        self._install(entry, definition, leaving={**entry.leaving, node: request.keep_data})
+        leaving = dict(entry.leaving)
+        # A node that is in the network no more would never say that it has forgotten.
+        if node in self.calls.known_nodes():
+            leaving[node] = request.keep_data
+        self._install(entry, definition, leaving=leaving)
         fields = {"resource": request.name, "peer": node, "by": caller.name}
         self.calls.host.context.emit("secondary_removed", fields)
         return {"name": request.name, "node": node, "pending": self._pending(request.name)}

@@ -61,9 +61,10 @@ def _run_locked(data_dir: DataDir, activated: list[ActivatedSocket]) -> None:
     from geomirror.node.log import set_up_logging
     from geomirror.node.nbd_listeners import check_names
     from geomirror.node.replica_service import ReplicaService
-    from geomirror.tunnel.network_state_io import load_network
+    from geomirror.tunnel.network_state_io import check_staying, load_network
 
     check_names(activated)
+    check_staying(data_dir.root)
     config = load_config(data_dir.config)
     state = load_network(data_dir.root, config.limits())
     set_up_logging(config.log.level, config.log.format, state.node)

@@ -65,6 +65,7 @@ class StatusReport:
             link = self._link_of(peer["node"])
             peer["reason"] = peer["reason"] or link.trouble
             peer["site"] = self._site_of(peer["node"])
+            peer["is_member"] = bool(peer["site"])
             peer["path"] = [here, peer["node"]] if link.is_established else []
             peer["pending"] = self._refusals.get((name, peer["node"]))
             if entry.definition.primary == here and not entry.is_known_to(peer["node"]):

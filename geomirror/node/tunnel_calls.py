@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
-from geomirror.environment import SECOND
+from geomirror.environment import SECOND, Entropy
+from geomirror.errors import RefusedError
 from geomirror.node.calls import Caller, MethodRegistry, Parameters, Result
 from geomirror.node.network_view import address_fields
 from geomirror.node.tunnel_service import LOOK_S, TunnelService
@@ -34,12 +36,14 @@ class TunnelCalls:
     """Handlers."""
 
     service: TunnelService
+    entropy: Entropy
 
     def register(self, methods: MethodRegistry) -> None:
         """Add every method."""
         methods.add("tunnel.status", Parameters, self.status)
         methods.add("tunnel.up", Parameters, self.up)
         methods.add("tunnel.down", Parameters, self.down)
+        methods.add("tunnel.rotate_keys", Parameters, self.rotate_keys)
         methods.add("tunnel.exchange", Exchange, self.exchange, from_peers=True)
 
     async def status(self, _caller: Caller, _request: Parameters) -> Result:
@@ -55,6 +59,26 @@ class TunnelCalls:
     async def down(self, _caller: Caller, _request: Parameters) -> Result:
         """Take everything away."""
         return {"removed": await self.service.down()}
+
+    async def rotate_keys(self, _caller: Caller, _request: Parameters) -> Result:
+        """Replace the WireGuard key and all shares, and tell them to whom there is a link.
+
+        :raises RefusedError: there are no tunnels here.
+        """
+        service = self.service
+        if not service.is_wanted:
+            raise RefusedError("there are no tunnels here", hint='run "geomirror tunnel up"')
+        book = await service.store.load_or_create(self.entropy)
+        book.rotate(self.entropy)
+        await service.store.save()
+        connected = service.neighbours_up()
+        await asyncio.gather(*(service.tell(peer) for peer in connected))
+        service.members_changed()
+        own = service.state.node
+        others = [m.name for m in service.state.membership.active() if m.name != own]
+        told = [name for name in connected if name not in service.reasons]
+        not_told = [name for name in others if name not in told]
+        return {"public_key": book.public_key, "told": told, "not_told": not_told}
 
     async def exchange(self, caller: Caller, request: Exchange) -> Result:
         """Learn a neighbour's keys and tell ours."""

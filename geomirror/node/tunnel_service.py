@@ -96,7 +96,7 @@ class TunnelService:
     def link_up(self, peer: str) -> None:
         """A link is up: exchange keys over it."""
         if self.is_wanted:
-            self._begin(self._tell(peer))
+            self._begin(self.tell(peer))
 
     def members_changed(self) -> None:
         """Somebody joined, left or has another name."""
@@ -133,8 +133,8 @@ class TunnelService:
         self.is_wanted = True
         async with self._busy:
             await self._pass()
-        for peer in self._neighbours_up():
-            self._begin(self._tell(peer))
+        for peer in self.neighbours_up():
+            self._begin(self.tell(peer))
         self._wake.set()
 
     async def down(self) -> list[str]:
@@ -167,7 +167,8 @@ class TunnelService:
 
     # ---- keys
 
-    async def _tell(self, peer: str) -> None:
+    async def tell(self, peer: str) -> None:
+        """Tell a neighbour our key record and learn its; `reasons` says why not."""
         member = self.state.membership.find(peer)
         if member is None or not self.is_wanted:
             return
@@ -207,16 +208,17 @@ class TunnelService:
             self._wake.set()
         return {"record": own}
 
-    def _neighbours_up(self) -> list[str]:
+    def neighbours_up(self) -> list[str]:
+        """Nodes with which there is a link."""
         names = [m.name for m in self.state.membership.active() if m.name != self.state.node]
         return [name for name in names if self._context.links.state(name).is_established]
 
     def _confirm(self) -> None:
         now_ns = self.clock.now_ns()
-        for peer in self._neighbours_up():
+        for peer in self.neighbours_up():
             if now_ns - self._told_ns.setdefault(peer, now_ns) > TELL_S * SECOND:
                 self._told_ns[peer] = now_ns
-                self._begin(self._tell(peer))
+                self._begin(self.tell(peer))
 
     # ---- passes
 

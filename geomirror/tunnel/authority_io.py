@@ -237,11 +237,12 @@ def rename_node(state: NetworkState, node: str, new_name: str) -> Member:
         return changed
 
 
-def revoke_node(state: NetworkState, node: str, *, wall_ns: int) -> Member:
+def revoke_node(state: NetworkState, node: str, *, wall_ns: int, is_left: bool = False) -> Member:
     """Revoke a member's key, durably and for ever; its name becomes free.
 
     The caller spreads `state.export_updates()` and calls the driver's `enforce`.
 
+    :param is_left: the node itself asks for it, because it leaves.
     :raises NotFoundError: no such node. :raises RefusedError: it holds the authority's key.
     """
     with _desk(state) as desk:
@@ -253,7 +254,8 @@ def revoke_node(state: NetworkState, node: str, *, wall_ns: int) -> Member:
             )
         changed = msgspec.structs.replace(member, revoked=True, version=desk.membership.version + 1)
         known = desk.membership.revocations
-        revoked = (*known.revoked, Revoked(member.node_id, member.name, wall_ns))
+        gone = Revoked(member.node_id, member.name, wall_ns, is_left)
+        revoked = (*known.revoked, gone)
         revocations = Revocations(state.network, known.number + 1, revoked)
         entries = [
             sign_member(desk.authority, changed),

@@ -2,9 +2,10 @@
 
     Membership = { node id → newest signed Member }   +   newest signed Revocations (numbered)
 
-Every change by the authority gets the next version of the whole network, so "newest wins" is total
-and merging is commutative: nodes that saw the same entries, in any order, hold the same state. A
-signature is checked over the very bytes that were signed; nothing is re-encoded for it.
+Every change by the authority gets the next version of the whole network, so the newest wins. Where
+an authority that was put back from a backup gave one version twice, the greater text does: what
+wins is total, so merging is commutative, and nodes that saw the same entries, in any order, hold
+the same state. A signature is checked over the very bytes that were signed; nothing is re-encoded.
 
 Not done here: who may sign (there is one authority key), and files.
 """
@@ -12,7 +13,8 @@ Not done here: who may sign (there is one authority key), and files.
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 import msgspec
@@ -53,6 +55,8 @@ class Revoked(msgspec.Struct, frozen=True):
     node_id: str
     name: str
     wall_ns: int
+    is_left: bool = False
+    """It has left by itself; nobody took its right away."""
 
 
 class Revocations(msgspec.Struct, frozen=True):
@@ -149,9 +153,15 @@ class Membership:
 
     def updates(self) -> list[Signed]:
         """Everything known, for another node's `merge`."""
-        ordered = sorted(self._members.values(), key=lambda entry: entry[0].version)
-        found = [signed for _, signed in ordered]
-        return found + ([self._signed_revocations] if self._signed_revocations else [])
+        ordered = sorted(
+            self._members.values(), key=lambda entry: (entry[0].version, entry[1].payload)
+        )
+        found = [self._signed_revocations] if self._signed_revocations else []
+        return found + [signed for _, signed in ordered]
+
+    def fingerprint(self) -> bytes:
+        """32 bytes that are equal at two nodes exactly when they hold the same records."""
+        return fingerprint_of(self.updates())
 
     def digest(self) -> tuple[int, int]:
         """(version, revocation number): equal digests of two nodes mean nothing to exchange."""
@@ -174,7 +184,7 @@ class Membership:
         merged = dict(self._members)
         for member, signed in members:
             known = merged.get(member.node_id)
-            if known is None or member.version > known[0].version:
+            if known is None or _rank(member.version, signed) > _rank(known[0].version, known[1]):
                 merged[member.node_id] = (member, signed)
         # Revoked entries stay, so there may be more entries than the `peers_max` active nodes.
         if len(merged) > 4 * self._limits.peers_max:
@@ -182,7 +192,9 @@ class Membership:
         is_changed = merged != self._members
         self._members = merged
         for item, signed in revocations:
-            if item.number > self._revocations.number:
+            known_list = self._signed_revocations
+            number = self._revocations.number
+            if known_list is None or _rank(item.number, signed) > _rank(number, known_list):
                 self._revocations, self._signed_revocations = item, signed
                 is_changed = True
         return is_changed
@@ -215,6 +227,20 @@ class Membership:
         except AuthError as error:
             raise IntegrityError(f"the membership file is damaged: {error.message}") from None
         return membership
+
+
+def _rank(version: int, signed: Signed) -> tuple[int, int, str]:
+    """Which of two records of one thing holds. A longer list of revoked keys has more of them."""
+    return version, len(signed.payload), signed.payload
+
+
+def fingerprint_of(updates: Iterable[Signed]) -> bytes:
+    """Of records in any order. Signatures are not part of it: they say nothing more."""
+    found = hashlib.sha256(b"geomirror records v1\0")
+    for text in sorted(f"{signed.kind}\0{signed.payload}" for signed in updates):
+        data = text.encode("utf-8", "surrogatepass")
+        found.update(len(data).to_bytes(8, "little") + data)
+    return found.digest()
 
 
 def decode_updates(data: bytes) -> list[Signed]:

@@ -60,6 +60,8 @@ class NetworkState:
     authority: Authority | None
     """Set on a node that holds the authority's key."""
     limits: Limits
+    _is_stored: bool = True
+    """Whether the file has what `membership` has."""
 
     @property
     def claims(self) -> Claims:
@@ -145,12 +147,15 @@ class NetworkState:
         """
         unreadable = AuthError("membership entries cannot be read")
         entries: list[Signed] = convert(updates, list[Signed], unreadable)
-        if not self.membership.merge(entries):
-            return False
-        with locked(self.lock_path):
-            self.membership.merge(load_membership(self).updates())
-            write_file(self.membership_path, self.membership.to_json())
-        return True
+        is_changed = self.membership.merge(entries)
+        if is_changed or not self._is_stored:
+            # In force at once, also where the disk is full; then it is stored with the next one.
+            self._is_stored = False
+            with locked(self.lock_path):
+                self.membership.merge(load_membership(self).updates())
+                write_file(self.membership_path, self.membership.to_json())
+            self._is_stored = True
+        return is_changed
 
 
 def load_network(data_dir: Path, limits: Limits = PRODUCTION) -> NetworkState:
@@ -229,8 +234,23 @@ def _load_authority(data_dir: Path, root: x509.Certificate, network: str) -> Aut
     return authority
 
 
+def leaving_path(data_dir: Path) -> Path:
+    """There from the moment when a node has begun to leave until nothing of it is left."""
+    return data_dir / "leaving.json"
+
+
+def check_staying(data_dir: Path) -> None:
+    """:raises RefusedError: the node of this data directory has begun to leave its network."""
+    if leaving_path(data_dir).exists():
+        raise RefusedError(
+            f"the node in {data_dir} is leaving its network",
+            hint=f'"geomirror --data-dir {data_dir} node leave" removes what is left of it',
+        )
+
+
 def check_unused(data_dir: Path) -> None:
-    """:raises RefusedError: the data directory belongs to a network already."""
+    """:raises RefusedError: the data directory belongs to a network already, or still."""
+    check_staying(data_dir)
     if (data_dir / "network" / "network.json").exists():
         raise RefusedError(
             f"{data_dir} already belongs to a network", hint="use another --data-dir"

@@ -153,6 +153,11 @@ class TlsDriver:
                 return
         self._judge(claims)
 
+    def certificate_ends_ns(self, node_id: str) -> int | None:
+        """When the newest certificate ends that a node has shown; None: none since the start."""
+        claims = self._newest.get(node_id)
+        return claims.not_after_ns if claims is not None else None
+
     def enforce(self) -> list[str]:
         """Cut live links of revoked keys and of expired certificates; call it each second.
 

@@ -107,6 +107,13 @@ class TunnelBook:
         book.hosts_file = file.hosts_file
         return book
 
+    def rotate(self, entropy: Entropy) -> None:
+        """A new key, and a new share for each neighbour; ports and what they told us stay."""
+        self.private_key = new_private_key(entropy)
+        self.public_key = public_key_of(self.private_key)
+        for node_id in sorted(self.neighbours):
+            self.neighbours[node_id].share = entropy.token_bytes(KEY_BYTES)
+
     def own_record(self, node_id: str, first_port: int, entropy: Entropy) -> KeyRecord:
         """What to tell a neighbour; the first time it gets a port and a share, then the same ones.
 

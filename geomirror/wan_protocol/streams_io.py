@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from geomirror.environment import Clock, Entropy
@@ -92,6 +93,12 @@ class PeerLinks:
             if name not in self._peers:
                 self._peers[name] = PeerLink(self._context, name)
             self._peers[name].set_endpoints(list(peer.endpoints))
+
+    def rename(self, node: str) -> None:
+        """This node has another name: all links are closed, `set_peers` makes them anew."""
+        self.set_peers([])
+        self._node = node
+        self._context = replace(self._context, node=node)
 
     def set_rate(self, peer: str, bytes_per_second: int | None) -> None:
         """Pace for a link of this rate (bytes of the link, headers included); `None`: unpaced.

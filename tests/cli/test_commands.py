@@ -146,6 +146,16 @@ def test_status_reads_like_a_report():
         ({"state": "storage_full"}, "storage_full", "full"),
         ({"error": {"code": "x", "message": "torn", "hint": "mend"}}, "failed", "torn"),
         ({"peers": [peer(state="Disconnected")]}, "disconnected", "covers 3 h 10 min"),
+        (
+            {"peers": [peer(state="Disconnected", is_member=False)]},
+            "secondary gone",
+            "remove-secondary pg west-1",
+        ),
+        (
+            {"peers": [peer(is_member=False)], "role": "secondary"},
+            "primary gone",
+            "failover pg --to east-1",
+        ),
         ({"peers": [peer(state="Paused")]}, "paused", "resume pg --peer west-1"),
         ({"peers": [peer(state="Pending", pending="no disk")]}, "pending", "(no disk)"),
         ({"peers": [peer(state="Refused", reason="other size")]}, "refused", "other size"),

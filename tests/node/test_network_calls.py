@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import stat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,10 +11,13 @@ from typing import Any
 import pytest
 
 from geomirror.environment import SECOND
-from geomirror.errors import AuthError, LinkError, UsageError
+from geomirror.errors import AuthError, LinkError, NoSpaceError, UsageError
 from geomirror.node.calls import Caller, MethodRegistry
 from geomirror.node.network_calls import NetworkCalls
+from geomirror.node.sightings import shown_network
+from geomirror.tunnel import network_state_io
 from geomirror.tunnel.authority_io import revoke_node
+from geomirror.tunnel.network_state_io import load_network
 from tests.tunnel.network_kit import Site, join_as, pair, token_of
 
 DAY_NS = 24 * 3600 * SECOND
@@ -65,6 +70,7 @@ class Member:
 
     def changed(self) -> None:
         self.changes += 1
+        self.calls.spread.changed()
 
     async def ask(self, method: str) -> dict[str, Any]:
         return await self.methods.dispatch(Caller(), method, {})
@@ -76,8 +82,8 @@ def connect(a: Member, b: Member) -> None:
 
 
 async def settle(member: Member) -> None:
-    for task in list(member.calls._tasks):
-        await task
+    while member.calls.spread.tasks:
+        await asyncio.wait(set(member.calls.spread.tasks))
 
 
 async def test_a_third_member_is_learnt_when_the_link_comes_up(tmp_path: Path) -> None:
@@ -119,6 +125,105 @@ async def test_a_revocation_reaches_the_other_member(tmp_path: Path) -> None:
         await settle(east)
         assert west.state.membership.is_revoked(south.state.identity.node_id)
         await south.stop()
+
+
+async def test_a_revocation_is_passed_on_by_a_node_in_the_middle(tmp_path: Path) -> None:
+    async with pair(tmp_path) as (east_site, west_site):
+        south_site = await join_as(
+            tmp_path / "south", token_of(east_site, "south-1"), west_site.clock
+        )
+        lost = await join_as(tmp_path / "lost", token_of(east_site, "lost-1"), west_site.clock)
+        members = east, west, south = Member(east_site), Member(west_site), Member(south_site)
+        # east ── west ── south: the authority and south have no link.
+        connect(east, west)
+        connect(west, south)
+        east.calls.link_up("west-1")
+        west.calls.link_up("south-1")
+        for member in (*members, *members):
+            await settle(member)
+        assert len({m.state.membership.fingerprint() for m in members}) == 1
+        assert south.state.membership.find("lost-1") is not None
+        revoke_node(east.state, "lost-1", wall_ns=east_site.clock.wall_ns())
+        east.calls.spread.changed()
+        for member in (*members, *members):
+            await settle(member)
+        for member in members:
+            assert member.state.membership.is_revoked(lost.state.identity.node_id)
+        told, untold = await west.calls.spread.settled(1)
+        assert (told, untold) == (["south-1"], [])
+        # It is on disk: a restart does not forget it, and a list from before does not replace it.
+        path = south.state.membership_path
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        again = load_network(tmp_path / "south")
+        assert again.membership.is_revoked(lost.state.identity.node_id)
+        before = lost.state.export_updates()
+        assert again.apply_updates(before) is False
+        assert again.membership.is_revoked(lost.state.identity.node_id)
+        for site in (south_site, lost):
+            await site.stop()
+
+
+async def test_a_neighbour_whose_answer_is_nonsense_is_asked_again_later(tmp_path: Path) -> None:
+    async with pair(tmp_path) as (east_site, west_site):
+        east, west = Member(east_site), Member(west_site)
+        connect(east, west)
+        answers: list[Any] = [7, [{"kind": "member"}], [{"kind": "x", "payload": 1}], None]
+
+        async def nonsense(*_: Any) -> dict[str, Any]:
+            return {"updates": answers.pop()}
+
+        east.links.call = nonsense  # type: ignore[method-assign]
+        before = east.state.export_updates()
+        east.calls.link_up("west-1")
+        await settle(east)
+        assert (len(answers), east.state.export_updates()) == (3, before)
+        assert (await east.calls.spread.settled(0.1))[1] == ["west-1"]
+        await east.calls.stop()
+
+
+async def test_records_that_a_full_disk_did_not_take_are_stored_with_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with pair(tmp_path) as (east_site, west_site):
+        west, member = west_site.state, Member(west_site)
+        lost = await join_as(tmp_path / "lost", token_of(east_site, "lost-1"), west_site.clock)
+        revoke_node(east_site.state, "lost-1", wall_ns=east_site.clock.wall_ns())
+        updates = east_site.state.export_updates()
+
+        def full(path: Path, data: bytes) -> None:
+            raise NoSpaceError("no space")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(network_state_io, "write_file", full)
+            with pytest.raises(NoSpaceError):
+                await member.methods.dispatch(
+                    Caller("east-1"), "membership.exchange", {"updates": updates}
+                )
+        # In force all the same, and stored as soon as that is possible.
+        node_id = lost.state.identity.node_id
+        assert member.changes == 1
+        assert west.membership.is_revoked(node_id)
+        assert not load_network(tmp_path / "west").membership.is_revoked(node_id)
+        west.apply_updates(updates)
+        assert load_network(tmp_path / "west").membership.is_revoked(node_id)
+        await lost.stop()
+
+
+async def test_when_a_node_was_seen_last_survives_a_restart(tmp_path: Path) -> None:
+    async with pair(tmp_path) as (east_site, west_site):
+        east, west = Member(east_site), Member(west_site)
+        listed = (await east.ask("node.list"))["nodes"]
+        assert [n["last_seen_at"] for n in listed] == [None, None]
+        assert listed[0]["certificate_expires_at"] is not None  # its own
+        connect(east, west)
+        seen_at = (await east.ask("node.list"))["nodes"][1]["last_seen_at"]
+        assert seen_at is not None
+        east.links.others.clear()
+        await east.calls.stop()
+        again = shown_network(tmp_path / "east")["nodes"]
+        assert [n["node"] for n in again if n["last_seen_at"]] == ["west-1"]
+        (tmp_path / "east" / "network" / "seen.json").write_bytes(b'{"format": 7')
+        assert [n["last_seen_at"] for n in shown_network(tmp_path / "east")["nodes"]] == [None] * 2
 
 
 async def test_forged_entries_are_refused_and_change_nothing(tmp_path: Path) -> None:

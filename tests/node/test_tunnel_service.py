@@ -98,7 +98,7 @@ class Member:
         )
         self.host = ModelHost(self.service)
         self.service.host = self.host  # type: ignore[assignment]
-        TunnelCalls(self.service).register(self.methods)
+        TunnelCalls(self.service, site.entropy).register(self.methods)
 
     @property
     def world(self) -> World:

@@ -165,6 +165,27 @@ def test_a_restarted_daemon_keeps_addresses_and_leaks_nothing_meanwhile(
             assert target.recv(100) == b"still there?"
 
 
+def test_keys_are_replaced_under_a_connection(pair: tuple[Host, Host]) -> None:
+    a, b = pair
+    old_key, old_secrets = b.neighbour()["public_key"], set(secrets(a))
+    here, there = connection(a, b, addresses(b)[0])
+    here.sendall(b"before")
+    assert there.recv(6) == b"before"
+    found = a.json("tunnel", "rotate-keys")
+    assert (found["told"], found["not_told"]) == (["west-1"], [])
+    here.sendall(b"after!")
+    assert there.recv(6) == b"after!"
+    until(lambda: b.neighbour()["public_key"] == found["public_key"] != old_key, UP_S_MAX, "it")
+    until(lambda: a.is_through() and b.is_through(), UP_S_MAX, "both see a new session")
+    there.sendall(b"back")
+    assert here.recv(4) == b"back"
+    for sock in (here, there):
+        sock.close()
+    # Key and share are new: the old ones open nothing.
+    assert len(old_secrets - set(secrets(a))) >= 2
+    everything_works(a, b)
+
+
 def test_down_takes_everything_away_and_nothing_else(pair: tuple[Host, Host]) -> None:
     a, b = pair
     removed = a.json("tunnel", "down")["removed"]
