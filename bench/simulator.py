@@ -11,13 +11,15 @@ from geomirror.errors import GeomirrorError
 from geomirror.lab.process_io import run as run_process
 
 NAME = "simulator"
+KIND = "mixed"
+TITLE = "The simulator: one primary for ever or one after the other, two to five nodes with disks"
 SPEED_MIN = 300.0
 _SPEED = re.compile(r"([0-9]+(?:\.[0-9]+)?) times real time")
 
 
 async def run(options: Options) -> Result:
     """Run the simulator for some seeds, the same ones in every run."""
-    result = Result(NAME, "The simulator: a primary and two secondaries with disks")
+    result = Result(NAME, TITLE)
     rounds, seeds = options.choose_rounds(5, 1), options.choose(20, 4)
     # Storms and the calms between them; a short run is little but one storm.
     length = options.choose(600, 150)
@@ -26,7 +28,8 @@ async def run(options: Options) -> Result:
     for number in range(rounds):
         first = number * seeds
         arguments = ("--seeds", str(seeds), "--first", str(first), "--length", str(length))
-        output = await run_process(python_command("-m", "tests.sim", *arguments), timeout_s=1800)
+        command = python_command("-m", "tests.sim", *arguments, "--kind", KIND)
+        output = await run_process(command, timeout_s=1800)
         text = (output.stdout + output.stderr).decode(errors="replace")
         found = _SPEED.search(text)
         if output.returncode != 0 or found is None:
