@@ -21,6 +21,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("target", nargs="?", default="all", choices=["all", *corpus.names()])
     parser.add_argument("--seconds", type=int, default=SECONDS, help=f"for each target ({SECONDS})")
+    parser.add_argument("--seed", type=int, help="of all that is chosen; another each time without")
     parser.add_argument("--engine", choices=ENGINES, help="atheris where it is installed")
     parser.add_argument("--replay", type=Path, metavar="FILE", help="run one input, nothing else")
     parser.add_argument(
@@ -29,6 +30,8 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="show the targets")
     arguments = parser.parse_args()
     engine = arguments.engine or ("atheris" if has_atheris() else "hypothesis")
+    # libFuzzer takes 0 for "choose one".
+    seed = arguments.seed if arguments.seed is not None else 1 + secrets.randbelow((1 << 31) - 1)
     chosen = corpus.names() if arguments.target == "all" else [arguments.target]
     if arguments.list:
         print("\n".join(corpus.names()))
@@ -38,13 +41,13 @@ def main() -> int:
         for name in chosen:
             _keep(name)
     elif len(chosen) > 1:
-        return max(_run_apart(name, engine, arguments.seconds) for name in chosen)
+        return max(_run_apart(name, engine, arguments.seconds, seed) for name in chosen)
     elif engine == "hypothesis":
-        rounds = run_hypothesis(chosen[0], arguments.seconds, secrets.randbelow(1 << 31))
+        rounds = run_hypothesis(chosen[0], arguments.seconds, seed)
         print(f"{chosen[0]}: {rounds} rounds, nothing found")
     else:
         os.nice(5)
-        run_atheris(chosen[0], arguments.seconds)
+        run_atheris(chosen[0], arguments.seconds, seed)
     return 0
 
 
@@ -54,11 +57,11 @@ def _one(parser: argparse.ArgumentParser, chosen: list[str]) -> str:
     return chosen[0]
 
 
-def _run_apart(name: str, engine: str, seconds: int) -> int:
+def _run_apart(name: str, engine: str, seconds: int, seed: int) -> int:
     """A process of its own per target: libFuzzer ends the one that it runs in."""
     print(f"== {name}", flush=True)
     command = [sys.executable, "-m", "tests.fuzz", name, "--seconds", str(seconds)]
-    done = subprocess.run([*command, "--engine", engine], check=False)
+    done = subprocess.run([*command, "--engine", engine, "--seed", str(seed)], check=False)
     if done.returncode:
         for path in sorted((BUILD / name).glob("crash-*")):
             print(f"replay: python -m tests.fuzz {name} --replay {path}")

@@ -24,7 +24,7 @@ def has_atheris() -> bool:
     return importlib.util.find_spec("atheris") is not None
 
 
-def run_atheris(name: str, seconds: int) -> None:
+def run_atheris(name: str, seconds: int, number: int) -> None:
     """Fuzz until the time is over or something fails; does not return: libFuzzer ends the process.
 
     New inputs go to `build/fuzz/NAME/corpus`, one that fails to `build/fuzz/NAME/crash-HASH`.
@@ -44,6 +44,7 @@ def run_atheris(name: str, seconds: int) -> None:
     options = [
         *([f"-dict={words}"] if corpus.words(target) else []),
         f"-max_total_time={seconds}",
+        f"-seed={number}",
         f"-max_len={corpus.bytes_max(target)}",
         f"-artifact_prefix={BUILD / name}/",
         f"-malloc_limit_mb={MALLOC_MIB_MAX}",

@@ -1,7 +1,7 @@
 """The kinds of rounds, each run in a process of its own, and how a kind is judged.
 
-Nothing is tested here: a round is the simulator, the lab of this package, or a file of
-`tests/system` with another seed and more repetitions.
+Nothing is tested here: a round is the simulator, the lab of this package, the fuzzers, or files of
+`tests/system` with another seed where they take chances, and more repetitions.
 """
 
 from __future__ import annotations
@@ -23,21 +23,42 @@ BROKEN_SIM = "drop_last_write"
 """A mutation of `tests/sim/mutations.py` that every few seeds find."""
 LAB_S = 40.0
 ROOT = Path(__file__).parents[2]
-TESTS: dict[str, tuple[str, dict[str, str]]] = {
-    "power": ("test_power_cut.py", {"GEOMIRROR_POWER_CUTS": "4"}),
-    "kills": ("test_under_load.py", {"GEOMIRROR_KILLS": "4"}),
-    "packets": ("test_packet_wan.py", {}),
-    "postgres": ("test_postgres.py", {}),
-    "full-disk": ("test_full_disk.py", {}),
-    "damage": ("test_damaged_storage.py", {}),
-    "hostile": ("test_hostile_peer.py", {}),
+TESTS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
+    "power": (("test_power_cut.py",), {"GEOMIRROR_POWER_CUTS": "4"}),
+    "kills": (("test_under_load.py",), {"GEOMIRROR_KILLS": "4"}),
+    "packets": (("test_packet_wan.py",), {}),
+    "postgres": (("test_postgres.py", "test_postgres_failover.py"), {}),
+    "full-disk": (("test_full_disk.py", "test_read_only_disk.py"), {}),
+    "damage": (("test_damaged_storage.py",), {}),
+    "hostile": (("test_hostile_peer.py",), {}),
+    "failover": (("test_failover.py",), {}),
+    "reconcile": (("test_reconcile.py",), {}),
+    "resync-cuts": (("test_resync_cuts.py",), {"GEOMIRROR_RESYNC_CUTS": "4"}),
+    "growth": (("test_growing_volumes.py", "test_attach_growth.py"), {}),
+    "attach": (("test_attach.py",), {}),
+    "views": (("test_views.py",), {}),
 }
-KINDS = ("sim", "lab", *TESTS)
+KINDS = ("sim", "lab", "fuzz", *TESTS)
 SCHEDULE = (
-    *("lab", "sim", "power", "lab", "packets", "sim", "lab", "kills", "lab", "postgres"),
-    *("lab", "sim", "full-disk", "lab", "damage", "lab", "hostile"),
+    *(
+        "lab",
+        "sim",
+        "power",
+        "lab",
+        "packets",
+        "sim",
+        "lab",
+        "kills",
+        "failover",
+        "lab",
+        "postgres",
+    ),
+    *("lab", "sim", "full-disk", "reconcile", "lab", "damage", "resync-cuts", "lab", "hostile"),
+    *("fuzz", "sim", "growth", "lab", "attach", "sim", "views"),
 )
 """In turn; what a machine cannot do is skipped at no cost."""
+FUZZ_S = 15
+"""For each target."""
 ROUND_S_MAX = 1500
 
 
@@ -65,6 +86,8 @@ def run_round(
         return Outcome(FAILED if found["why"] else PASSED, **found)
     if kind == "sim":
         return _simulate(seed, directory, is_broken=is_broken)
+    if kind == "fuzz":
+        return _fuzz(seed, directory)
     return _pytest(kind, seed, directory)
 
 
@@ -82,8 +105,20 @@ def _simulate(seed: int, directory: Path, *, is_broken: bool) -> Outcome:
     return Outcome(FAILED, said[-600:], figures=figures)
 
 
+def _fuzz(seed: int, directory: Path) -> Outcome:
+    command = [sys.executable, "-m", "tests.fuzz", "all", "--seconds", str(FUZZ_S)]
+    command += ["--seed", str(1 + seed)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    (directory / "fuzz.log").write_text(done.stdout + done.stderr)
+    figures: dict[str, int | float] = {"targets": done.stdout.count("== ")}
+    if done.returncode == 0:
+        return Outcome(PASSED, figures=figures)
+    replays = [line for line in done.stdout.splitlines() if line.startswith("replay:")]
+    return Outcome(FAILED, "; ".join(replays) or done.stderr[-600:], figures=figures)
+
+
 def _pytest(kind: str, seed: int, directory: Path) -> Outcome:
-    name, environment = TESTS[kind]
+    names, environment = TESTS[kind]
     report = directory / "report.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     command += [f"--basetemp={directory / 'tests'}", f"--junitxml={report}"]
@@ -91,7 +126,7 @@ def _pytest(kind: str, seed: int, directory: Path) -> Outcome:
     # In CI a missing tool is a failure; a soak takes a machine as it is.
     environment.pop("CI", None)
     done = subprocess.run(
-        [*command, f"tests/system/{name}"],
+        [*command, *(f"tests/system/{name}" for name in names)],
         capture_output=True,
         text=True,
         check=False,

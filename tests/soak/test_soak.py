@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.soak.kinds import KINDS, SCHEDULE, judge_report
+from tests.soak.kinds import KINDS, SCHEDULE, TESTS, judge_report
 from tests.soak.state import FAILED, PASSED, SKIPPED, Round, State
 
 ROOT = Path(__file__).parents[2]
@@ -114,6 +114,21 @@ def test_totals_are_counted_once_by_kind_and_verdict(tmp_path: Path) -> None:
     assert again.verdicts == {"sim": {PASSED: 2, FAILED: 1, SKIPPED: 1}}
     assert again.under_way == ""
     assert set(SCHEDULE) == set(KINDS)
+
+
+def test_every_file_of_a_round_is_there_and_draws_from_its_seed_unless_said() -> None:
+    system = ROOT / "tests" / "system"
+    helpers = {
+        "test_packet_wan.py": "far_sites.py",
+        "test_postgres.py": "pgbench.py",
+    }
+    without = set()
+    for kind, (names, _) in TESTS.items():
+        texts = [(system / name).read_text() for name in names]
+        texts += [(system / helpers[name]).read_text() for name in names if name in helpers]
+        if not any("SEED" in text for text in texts):
+            without.add(kind)
+    assert without == {"damage", "hostile", "failover", "reconcile"}, "CONTRIBUTING names them"
 
 
 @pytest.mark.parametrize(

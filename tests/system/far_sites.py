@@ -19,7 +19,7 @@ from geomirror.lab.namespace_io import Namespace
 from geomirror.lab.packet_emulator_io import PacketEmulator, PacketLink
 from geomirror.limits import BLOCK_BYTES
 from geomirror.nbd.client_io import NbdClient
-from tests.system.support import Site, count_links, create, until, wait_applied
+from tests.system.support import SEED, Site, count_links, create, until, wait_applied
 
 SLOTS = 512
 RESOURCE = "pg"
@@ -76,7 +76,7 @@ class Wan:
 
     def __init__(self, settings: str) -> None:
         self._loop = Loop("packet-emulator")
-        self.emulator = PacketEmulator(["a", "b"], {("a", "b"): settings})
+        self.emulator = PacketEmulator(["a", "b"], {("a", "b"): settings}, seed=1 + SEED)
         try:
             self._loop.run(self.emulator.start())
         except BaseException:
@@ -116,7 +116,7 @@ class Writer:
     """A client of the primary that writes numbered blocks at a steady rate, and judges mirrors."""
 
     def __init__(self, site: Site, *, batch: int = 4, pause_s: float = 0.02) -> None:
-        entropy = SeededEntropy("far writer")
+        entropy = SeededEntropy(f"far writer {SEED}")
         self._maker = BlockMaker(entropy)
         self.ledger = Ledger([i * BLOCK_BYTES for i in range(SLOTS)], self._maker, entropy)
         self.size_bytes = SLOTS * BLOCK_BYTES

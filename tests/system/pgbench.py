@@ -19,7 +19,7 @@ from tests.system.attach import Attached
 from tests.system.database import Cluster, require_postgres
 from tests.system.power import require_power, run
 from tests.system.private_mounts import own_mounts
-from tests.system.support import Site, create, make_network, some_sites
+from tests.system.support import SEED, Site, create, make_network, some_sites
 
 BALANCES = (
     "select (select sum(abalance) from pgbench_accounts) = (select sum(delta) from pgbench_history)"
@@ -58,7 +58,7 @@ def public_directory() -> Iterator[Path]:
 def start_load(cluster: Cluster, logs: Path) -> subprocess.Popen[bytes]:
     """pgbench with four clients for a minute, unless it is killed."""
     command = cluster.client_command("pgbench", "-c", "4", "-n", "-T", "60", "-l")
-    command += ["--log-prefix", str(logs), "postgres"]
+    command += [f"--random-seed={1 + SEED}", "--log-prefix", str(logs), "postgres"]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/")
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from tests.system.power import run
 from tests.system.private_mounts import MountSite, require_attach
-from tests.system.support import create, make_network, some_sites, until, wait_applied
+from tests.system.support import SEED, create, make_network, some_sites, until, wait_applied
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 
@@ -116,7 +116,7 @@ def test_a_mounted_file_system_does_not_notice_that_the_daemon_is_killed(tmp_pat
             create(a, "pg", size="256M")
             format_volume(a)
             path = attach(a)
-            writer = Writer(a.seen(path), 1)
+            writer = Writer(a.seen(path), 1 + SEED)
             writer.start()
             for wait_s in (0.0, 0.3, 1.5):
                 until(lambda: len(writer.confirmed) > 5, what="load")

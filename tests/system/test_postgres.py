@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,10 +24,11 @@ from tests.system.pgbench import (
     start_load,
 )
 from tests.system.power import run
-from tests.system.support import Site, wait_applied
+from tests.system.support import SEED, Site, wait_applied
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]
-LOAD_S = 4
+LOAD_S = random.Random(SEED).uniform(3, 6)
+"""Until everything is killed."""
 
 
 @pytest.fixture

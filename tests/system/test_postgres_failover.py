@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -25,10 +26,10 @@ from tests.system.pgbench import (
     ticks,
 )
 from tests.system.power import run
-from tests.system.support import Site, until, wait_applied
+from tests.system.support import SEED, Site, until, wait_applied
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]
-ALONE_COMMITS = 50
+ALONE_COMMITS = random.Random(SEED).randrange(30, 120)
 """So many are not shipped before the primary is lost: it leaves a tail."""
 
 
