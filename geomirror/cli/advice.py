@@ -82,7 +82,7 @@ def _outranked(resource: dict[str, Any]) -> Advice:
         action = f"Nothing: the tail becomes a branch, then {other['node']} is followed."
         return Advice(resource["state"], meaning, action)
     if tail["refusal"]:
-        meaning += f" It did not come back by itself: {tail['refusal']}."
+        meaning += f" It has not come back yet: {tail['refusal']}."
     keep = f"geomirror resolve {resource['name']} --keep {own['node']}"
     action = (
         f"To keep the tail as a branch and follow {other['node']}: {tail['next']}. To let this "

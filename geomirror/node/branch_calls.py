@@ -64,11 +64,19 @@ class BranchCalls:
         return self.views.described(host, view)
 
     async def drop(self, caller: Caller, request: OfBranch) -> Result:
-        """Forget a branch."""
+        """Forget a branch.
+
+        :raises RefusedError: it is looked at, or the way back of the last rewind.
+        """
         other = self.views.elsewhere(request.name, request.node)
         if other is not None:
             return await self.views.forward(caller, other, "branch.drop", request)
-        await self._desk(request.name).drop(request.branch)
+        desk, service = self._desk(request.name), self.calls.host.get(request.name)
+        if service.role == "primary":
+            desk.check_needless(request.branch)
+        await desk.drop(request.branch)
+        if service.is_outranked:
+            service.on_outranked()  # There may be room for its tail now.
         fields = {"resource": request.name, "branch": request.branch, "by": caller.name}
         self.calls.host.context.emit("branch_dropped", fields)
         return {"resource": request.name, "branch": request.branch, "node": self._self}

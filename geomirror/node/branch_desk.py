@@ -76,6 +76,19 @@ class BranchDesk:
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._node.executor, self._engine.drop_branch, name)
 
+    def check_needless(self, name: str) -> None:
+        """Refuse the branch that `rewind rollback` would go back with: that it is not wanted any
+        more is said by `rewind commit`, to the copies too.
+
+        :raises RefusedError: it is that one.
+        """
+        if name == self._rewound_name() and any(r.name == name for r in self._records()):
+            raise RefusedError(
+                f'branch "{name}" is the way back of the last rewind of "{self._resource}"',
+                hint=f"geomirror rewind commit {self._resource} gives it up, here and at the "
+                "copies; rewind rollback goes back",
+            )
+
     def check_retreat(self, epoch: int, chain_hash: bytes) -> None:
         """Refuse what this copy cannot go back to (or before, to be sent the rest), or leave a
         branch of.
@@ -122,16 +135,23 @@ class BranchDesk:
 
     def rewound(self) -> BranchRecord:
         """The branch that the last rewind left. :raises NotFoundError: nothing is rewound."""
-        chain = self._engine.superblock.chain
-        if chain and chain[-1].reason == REWOUND:
-            name = rewind_branch(chain[-1].identity)
-            found = [each for each in self._engine.branches.records() if each.name == name]
-            if found:
-                return found[0]
+        name = self._rewound_name()
+        for each in self._records():
+            if each.name == name:
+                return each
         raise NotFoundError(
             f'"{self._resource}" is not rewound, or that was committed',
             hint=f"geomirror branch list {self._resource}",
         )
+
+    def _rewound_name(self) -> str:
+        """What the branch of a rewind that was not ended is called; "" without one."""
+        chain = self._engine.superblock.chain
+        is_rewound = bool(chain) and chain[-1].reason == REWOUND
+        return rewind_branch(chain[-1].identity) if is_rewound else ""
+
+    def _records(self) -> list[BranchRecord]:
+        return self._engine.branches.records()
 
     def _branch(self, record: BranchRecord) -> dict[str, Any]:
         return {

@@ -1,13 +1,16 @@
-"""Members with a tail come back by themselves, where the settings say so.
+"""Members with a tail come back by themselves, where the settings or an operator say so.
 
 ```
- outranked ─▶ may it? ─no─▶ wait for `resolve`
-               │ yes
-               ▼
+ outranked ─▶ may it? ─no─▶ wait for `resolve` ─┐
+               │ yes                            │
+               ▼                                ▼
         tail durable as a branch ─▶ back ─▶ follow ─▶ ask the primary for a session
-               └─ no room for it: say so, ask; once more after a minute, two, … an hour
+               └─ no room for it: say so, ask; once more when a branch is dropped, and after a
+                  minute, two, … an hour
 ```
-Invariant (I13): nothing is given up before it is durable as a branch; only an operator drops one.
+What an operator asked for is tried again like what the settings ask for, until another history
+outranks this one, or a restart. Invariant (I13): nothing is given up before it is durable as a
+branch; only an operator drops one, and nothing here needs one that is there.
 """
 
 from __future__ import annotations
@@ -42,6 +45,8 @@ class Rejoiner:
     _after_s: dict[str, float] = field(default_factory=dict)
     _branches: dict[str, str] = field(default_factory=dict)
     """What became of the last tail of each."""
+    _wanted: dict[str, str] = field(default_factory=dict)
+    """The newest generation of the history that an operator wants each to follow, until it does."""
     _asking: set[asyncio.Task[None]] = field(default_factory=set)
 
     def watch(self, service: Service) -> None:
@@ -82,7 +87,12 @@ class Rejoiner:
             await asyncio.wait([running])
         service = self.calls.host.get(name)
         if service.is_outranked:
-            self._branches[name] = await self.bring_back(service)
+            self._wanted[name] = _newest_above(service)
+            try:
+                self._branches[name] = await self.bring_back(service)
+            except GeomirrorError as error:
+                self._refused(name, error)
+                raise
         return self._branches.get(name, "")
 
     def stop(self) -> None:
@@ -97,12 +107,17 @@ class Rejoiner:
             service = self.calls.host.services.get(name)
             if service is not None and service.must_reopen:
                 await self._reopen(name)
-            elif service is not None and service.is_outranked and service.rejoins_by_itself:
+            elif service is not None and service.is_outranked and self._may(name, service):
                 self._branches[name] = await self.bring_back(service)
         except GeomirrorError as error:
             self._refused(name, error)
         finally:
             del self._tasks[name]
+
+    def _may(self, name: str, service: Service) -> bool:
+        """The settings say so, or an operator did so of this very history."""
+        is_wanted = self._wanted.get(name) == _newest_above(service)
+        return service.rejoins_by_itself or is_wanted
 
     def _refused(self, name: str, error: GeomirrorError) -> None:
         text = str(error)
@@ -121,8 +136,8 @@ class Rejoiner:
         self._retries[name] = loop.call_later(after_s, self.look, name)
 
     def _rejoined(self, name: str, by: str) -> None:
-        self._refusals.pop(name, None)
-        self._after_s.pop(name, None)
+        for kept in (self._refusals, self._after_s, self._wanted):
+            kept.pop(name, None)
         timer = self._retries.pop(name, None)
         if timer is not None:
             timer.cancel()
@@ -142,3 +157,8 @@ class Rejoiner:
         """What was begun is ended by whoever opens it."""
         await self.calls.host.close(name)
         await self.calls.host.open(self.calls.store.get(name).definition)
+
+
+def _newest_above(service: Service) -> str:
+    """The newest generation of the history that outranks a member."""
+    return str(service.tail()["other"]["generation"])

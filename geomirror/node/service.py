@@ -29,7 +29,7 @@ class Service(Protocol):
 
     definition: ResourceDefinition
     rejoin_refusal: str
-    """Why it does not come back by itself."""
+    """Why it has not come back, though it may."""
     on_outranked: Callable[[], None]
     """Called when it is outranked, or what decides about its return has changed."""
     on_rejoined: Callable[[str], None]

@@ -72,6 +72,7 @@ async def test_a_rewind_goes_back_and_its_branch_is_all_that_came_later(tmp_path
         assert await content(view["nbd_uri"]) == new
         a.error("branch", "drop", "pg", branch, "--yes", expected=5, code="refused")
         a.run("view", "delete", "pg", view["name"])
+        a.error("branch", "drop", "pg", branch, "--yes", expected=5, code="refused")
         image = tmp_path / "branch.img"
         out = a.json("branch", "export", "pg", branch, str(image))
         assert image.read_bytes() == new
