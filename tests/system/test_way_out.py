@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.system.support import Site, create, some_sites, until, wait_applied
-from tests.ways_out import Gate, Proxy, free_port, self_signed
+from tests.ways_out import Gate, Inspector, Proxy, Server, free_port, self_signed
 
 pytestmark = pytest.mark.system
 BLOCK = 64 * 1024
@@ -51,7 +51,7 @@ def firewalled(root: Path) -> Iterator[tuple[Site, Site, Gate, Proxy, int]]:
             yield a, b, gate, proxy, web
 
 
-def configure(site: Site, gate: Gate, *more: str, proxy: Proxy | None = None) -> None:
+def configure(site: Site, gate: Server, *more: str, proxy: Proxy | None = None) -> None:
     endpoints = json.dumps([gate.endpoint, *more])
     text = f"[peers.east-1]\nendpoints = {endpoints}\n"
     if proxy is not None:
@@ -207,9 +207,26 @@ def test_doctor_tells_what_is_wrong(tmp_path: Path) -> None:
         assert "s3cret" not in shown + json.dumps(found)
 
 
-def test_a_forward_goes_where_the_link_goes(tmp_path: Path) -> None:
-    from tests.ways_out import Server
+def test_a_firewall_that_opens_tls_is_named_and_got_around(tmp_path: Path) -> None:
+    with firewalled(tmp_path) as (a, b, gate, _, web):
+        certificate = self_signed(tmp_path / "firewall", "firewall.example")
+        with Inspector(*certificate, inside=web) as inspector:
+            gate.close()
+            configure(b, inspector, f"wss://{inspector.endpoint}/geomirror")
+            b.restart()
+            wait_way(b, "websocket", 20, "a link inside of what the firewall opens")
+            create(a, "pg")
+            writer = Writer(a)
+            writer.write()
+            writer.check(b)
+            found = b.json("doctor", "east-1")["findings"]
+            (named,) = [f for f in found if f["code"] == "intercepted"]
+            assert "firewall.example" in named["text"] and not named["is_problem"]
+            assert "not of this network" in link(b)["way_reason"]
+        assert a.crashes() == b.crashes() == []
 
+
+def test_a_forward_goes_where_the_link_goes(tmp_path: Path) -> None:
     class Echo(Server):
         def serve(self, sock) -> None:
             while data := sock.recv(1 << 16):

@@ -460,6 +460,8 @@ STRANGERS = {
     "unknown role": hello(role="both"),
     "control with a number": hello(index=2),
     "data number too large": hello(role="data", index=8),
+    "a rank that is none": hello(rank=4),
+    "a negative rank": hello(rank=-1),
     "data without control": hello(role="data", index=0),
     "second hello": hello() + hello(),
     "message before use": hello() + message(NOTE),
