@@ -121,6 +121,17 @@ def json_option(function: F) -> F:
     return option(function)
 
 
+def refuse_others(option: str, given: Mapping[str, object], why: str, hint: str) -> None:
+    """Refuse options that mean nothing beside another one.
+
+    :param given: value by name without dashes; None or an empty one was not given.
+    :raises UsageError: some were given; says why they mean nothing.
+    """
+    names = [f"--{name}" for name, value in given.items() if value not in (None, (), False)]
+    if names:
+        raise UsageError(f"{option} takes no {' and no '.join(names)}: {why}", hint=hint)
+
+
 def table(headings: list[str], rows: list[list[str]]) -> str:
     """Plain aligned columns, for terminals and for `awk` alike."""
     lines = [headings, *rows]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from types import FrameType
@@ -13,12 +13,13 @@ from typing import Any
 
 import rich_click as click
 
-from geomirror.cli.common import App, json_option, pass_app, table
+from geomirror.cli.common import App, json_option, pass_app, refuse_others, table
 from geomirror.cli.timeline import local
 from geomirror.cli.units import format_seconds, parse_duration, parse_size
 from geomirror.cli.when import WHEN_HELP, parse_when
 from geomirror.errors import GeomirrorError, RefusedError, UnreachableError, UsageError
 
+TIMEOUT, QUOTA = "1h", "10G"
 EXIT_FAILED, EXIT_LATE, EXIT_INTERRUPTED = 1, 6, 130
 RECORD_S_MAX = 60.0
 """A daemon that is away when a drill ends is waited for."""
@@ -35,13 +36,10 @@ RECORD_S_MAX = 60.0
 )
 @click.option("--volume", metavar="VOLUME", help="The one to mount. Default: the first.")
 @click.option("--no-mount", is_flag=True, help="For a check that wants no mounted file system.")
-@click.option(
-    "--timeout", "timeout", default="1h", show_default=True, metavar="TIME", help="Of the check."
-)
+@click.option("--timeout", "timeout", show_default=TIMEOUT, metavar="TIME", help="Of the check.")
 @click.option(
     "--quota",
-    default="10G",
-    show_default=True,
+    show_default=QUOTA,
     metavar="SIZE",
     help="Most that may be written, for the drill's time only; then ENOSPC.",
 )
@@ -56,8 +54,8 @@ def drill(
     node: str | None,
     volume: str | None,
     no_mount: bool,
-    timeout: str,
-    quota: str,
+    timeout: str | None,
+    quota: str | None,
     is_history: bool,
 ) -> int:
     """Try whether a copy of RES can be used: make a view, run CMD against it, remember the result.
@@ -76,21 +74,29 @@ def drill(
       geomirror drill pg --history
     """
     if is_history:
-        if check is not None or when is not None:
-            raise UsageError("--history takes no --check and no --at")
-        listed = app.call("drill.list", {"name": name, "node": node})
-        app.show(listed, lambda: _table(listed))
-        return 0
+        given = {"check": check, "at": when, "volume": volume, "timeout": timeout, "quota": quota}
+        return _history(app, name, node, {**given, "no-mount": no_mount})
     if not check:
         hint = f"geomirror drill {name} --check 'ls \"$GEOMIRROR_MOUNT\"'"
         raise UsageError("a drill needs a command that tries the copy", hint=hint)
     parameters: dict[str, Any] = {"name": name, "node": node, "check": check}
-    parameters |= {"timeout_s": parse_duration(timeout), "quota_bytes": parse_size(quota)}
+    parameters |= {
+        "timeout_s": parse_duration(timeout or TIMEOUT),
+        "quota_bytes": parse_size(quota or QUOTA),
+    }
     if when is not None:
         parameters |= parse_when(when, datetime.now().astimezone())
     done, exit_code = _drill(app, parameters, volume, mounts=not no_mount)
     app.show(done, lambda: _words(done["drill"], name))
     return exit_code
+
+
+def _history(app: App, name: str, node: str | None, given: Mapping[str, object]) -> int:
+    """Show earlier drills. :raises UsageError: `given` has options that are of a new one."""
+    refuse_others("--history", given, "it runs no drill", f"geomirror drill {name} --history")
+    listed = app.call("drill.list", {"name": name, "node": node})
+    app.show(listed, lambda: _table(listed))
+    return 0
 
 
 def _drill(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import rich_click as click
 
-from geomirror.cli.common import App, json_option, pass_app, table
+from geomirror.cli.common import App, json_option, pass_app, refuse_others, table
 from geomirror.cli.quiesce import Plan, Quiescence, not_made
 from geomirror.cli.timeline import local
 from geomirror.cli.units import parse_duration
 from geomirror.errors import GeomirrorError, RefusedError, UsageError
 
+TIMEOUT = "30s"
 TIMEOUT_S_MAX = 3600.0
 
 
@@ -45,10 +47,9 @@ TIMEOUT_S_MAX = 3600.0
 @click.option(
     "--timeout",
     "timeout",
-    default="30s",
-    show_default=True,
+    show_default=TIMEOUT,
     metavar="TIME",
-    help="Of each command, of the mark, and of the freeze.",
+    help="Of each command, of the mark or its deletion, and of the freeze.",
 )
 @click.option(
     "--allow-crash-consistent",
@@ -67,7 +68,7 @@ def mark(
     pre: tuple[str, ...],
     post: tuple[str, ...],
     freeze: tuple[str, ...],
-    timeout: str,
+    timeout: str | None,
     is_crash_allowed: bool,
 ) -> int:
     """Name the state of RES at this instant, so that it can be looked at later.
@@ -89,22 +90,34 @@ def mark(
       geomirror mark pg --list
       geomirror mark pg before-upgrade --delete
     """
-    plan = Plan(pre, post, freeze, parse_duration(timeout))
+    plan = Plan(pre, post, freeze, parse_duration(timeout or TIMEOUT))
+    quiescing: dict[str, object] = {"pre": pre, "post": post, "fsfreeze": freeze}
+    quiescing["allow-crash-consistent"] = is_crash_allowed
     if is_list:
-        if mark_name is not None or is_delete or not plan.is_empty:
-            raise UsageError("--list takes only the resource", hint=f"geomirror mark {name} --list")
-        listed = app.call("mark.list", {"name": name})
-        app.show(listed, lambda: _table(listed))
-        return 0
+        return _list(app, name, mark_name, {"delete": is_delete, **quiescing, "timeout": timeout})
+    if is_delete:
+        hint = f"geomirror mark {name} {mark_name or 'NAME'} --delete"
+        refuse_others("--delete", quiescing, "nothing is quiesced for it", hint)
+    elif is_crash_allowed and plan.is_empty:
+        raise UsageError("--allow-crash-consistent: without hooks every mark is crash-consistent")
     parameters = _parameters(name, mark_name, plan.timeout_s)
     if not is_delete:
         made, exit_code = _make(app, parameters, plan, is_crash_allowed)
         app.show(made, lambda: _made(made))
         return exit_code
-    if not plan.is_empty:
-        raise UsageError("--delete takes no commands and freezes nothing")
     gone = app.call("mark.delete", parameters, timeout_s=plan.timeout_s + 15)
     app.show(gone, f'mark "{mark_name}" of "{name}" is deleted')
+    return 0
+
+
+def _list(app: App, name: str, mark_name: str | None, given: Mapping[str, object]) -> int:
+    """Show all marks. :raises UsageError: `given` has options that are of a new one."""
+    hint = f"geomirror mark {name} --list"
+    if mark_name is not None:
+        raise UsageError("--list takes only the resource", hint=hint)
+    refuse_others("--list", given, "it makes no mark", hint)
+    listed = app.call("mark.list", {"name": name})
+    app.show(listed, lambda: _table(listed))
     return 0
 
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import rich_click as click
 
-from geomirror.cli.common import App, json_option, pass_app
+from geomirror.cli.common import App, json_option, pass_app, refuse_others
 from geomirror.cli.timeline import local
 from geomirror.cli.units import format_bytes, parse_size
 from geomirror.errors import UnreachableError, UsageError
 
 EXIT_DIFFERENT = 1
+RATE = "20M"
 POLL_S = 0.5
 AWAY_S_MAX = 60.0
 """A daemon that restarts goes on with a verify; one that is away for longer is an error."""
@@ -26,8 +27,7 @@ RUNS_SHOWN = 8
 @click.option("--peer", metavar="NODE", help="This copy only. Default: all of them.")
 @click.option(
     "--rate",
-    default="20M",
-    show_default=True,
+    show_default=RATE,
     metavar="SIZE",
     help="Read at most so many bytes a second, at each side, for each copy.",
 )
@@ -40,7 +40,7 @@ def verify(
     app: App,
     name: str,
     peer: str | None,
-    rate: str,
+    rate: str | None,
     no_heal: bool,
     is_waiting: bool,
     is_stopping: bool,
@@ -63,12 +63,12 @@ def verify(
     """
     chosen: dict[str, Any] = {"name": name, "peer": peer}
     if is_stopping:
-        if is_waiting or no_heal:
-            raise UsageError("--stop takes no --wait and no --no-heal")
+        given = {"wait": is_waiting, "no-heal": no_heal, "rate": rate}
+        refuse_others("--stop", given, "it begins nothing", f"geomirror verify {name} --stop")
         found = app.call("verify.stop", chosen)
         app.show(found, lambda: _text(found, peer))
         return 0
-    speed = parse_size(rate)
+    speed = parse_size(rate or RATE)
     if speed <= 0:
         raise UsageError("--rate of nothing", hint=f"geomirror verify {name} --rate 20M")
     found = app.call("verify.start", {**chosen, "bytes_per_second": speed, "heals": not no_heal})

@@ -11,6 +11,9 @@ from geomirror.cli.common import App, json_option, pass_app, table
 from geomirror.cli.timeline import local
 from geomirror.cli.units import format_bytes, parse_duration, parse_size
 from geomirror.cli.when import WHEN_HELP, parse_when
+from geomirror.errors import UsageError
+
+QUOTA = "10G"
 
 
 @click.group()
@@ -29,10 +32,9 @@ def view() -> None:
 @click.option(
     "--quota",
     "quota",
-    default="10G",
-    show_default=True,
+    show_default=QUOTA,
     metavar="SIZE",
-    help="Most that may be written; then writers get ENOSPC.",
+    help="Most that may be written with --writable; then writers get ENOSPC.",
 )
 @click.option("--expires", metavar="TIME", help="End the view after this time, for example 4h.")
 @json_option
@@ -43,7 +45,7 @@ def create(
     when: str | None,
     node: str | None,
     writable: bool,
-    quota: str,
+    quota: str | None,
     expires: str | None,
 ) -> None:
     """Make a view of RES and print its NBD URI.
@@ -54,11 +56,13 @@ def create(
       geomirror view create pg --at before-upgrade --writable --quota 20G --expires 4h
       nbdcopy "$(geomirror view create pg --at 12:03:20)" /tmp/pg.img
     """
+    if quota is not None and not writable:
+        raise UsageError("--quota is of what is written: it goes with --writable only")
     parameters: dict[str, Any] = {
         "name": name,
         "node": node,
         "is_writable": writable,
-        "quota_bytes": parse_size(quota),
+        "quota_bytes": parse_size(quota or QUOTA),
         "expires_s": None if expires is None else parse_duration(expires),
     }
     if when is not None:
