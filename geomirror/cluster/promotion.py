@@ -10,11 +10,12 @@
 ```
 Who hears of a higher token and has what that history has not is *Superseded* as a primary, and
 *Diverged* as a secondary.
-Invariants: writes are accepted as Primary alone (while Draining they wait); Superseded and Diverged
+Invariants: exports that can be written are made as Primary alone (`accepts_writes`; while Draining
+writes wait); a start takes up what the superblock says (`state_of`); Superseded and Diverged
 accept nothing from anybody: giving up the own tail, kept as a branch, leads out of them, or an
-operator who wants the own history to go on, with a token above all (`promote`); what is written
-to the superblock before each state is entered is in `DURABLE_ROLE`, so a crash in between ends in
-one of its neighbours. Deliberately not here: how each step is done (the node).
+operator who wants the own history to go on, with a token above all (`promote`); what is in the
+superblock when a role is served is in `DURABLE_ROLE`, which is asserted then, so a crash ends in
+that state, or in one of its neighbours. Deliberately not here: how each step is done (the node).
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def is_legal(state: str, event: str) -> bool:
 
 
 def accepts_writes(state: str) -> bool:
-    """Whether new writes are journalled now; while Draining they wait for its end."""
+    """Whether exports are made that can be written; while Draining, writes wait for its end."""
     return state == PRIMARY
 
 
@@ -100,9 +101,3 @@ def state_of(role: str, *, is_outranked: bool) -> str:
     if role == "secondary":
         return DIVERGED if is_outranked else SECONDARY
     return SUPERSEDED if is_outranked else PRIMARY
-
-
-def after_crash(state: str) -> str:
-    """What a member is after a crash in this state."""
-    role, is_outranked = DURABLE_ROLE[state]
-    return state_of(role, is_outranked=is_outranked)

@@ -13,6 +13,7 @@ from geomirror.volume.branches import BranchRecord
 from geomirror.volume.engine import Engine
 from geomirror.volume.epoch_directory import EpochInfo
 from geomirror.volume.points import At, Point, find_point
+from geomirror.volume.rollback_tail import too_large
 
 REWOUND = "rewound"
 """Reason of a generation that began in the past; its tail is still a branch until `commit`."""
@@ -67,14 +68,18 @@ class BranchDesk:
 
         :raises NotFoundError: there is none. :raises RefusedError: it is looked at.
         """
+        self.check_unseen(name)
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._node.executor, self._engine.drop_branch, name)
+
+    def check_unseen(self, name: str) -> None:
+        """:raises RefusedError: a view shows this branch."""
         views = self._views.views_of_branch(name)
         if views:
             raise RefusedError(
                 f'branch "{name}" of "{self._resource}" is looked at by view {views[0]}',
                 hint=f"geomirror view delete {self._resource} {views[0]}",
             )
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._node.executor, self._engine.drop_branch, name)
 
     def check_needless(self, name: str) -> None:
         """Refuse the branch that `rewind rollback` would go back with: that it is not wanted any
@@ -89,16 +94,19 @@ class BranchDesk:
                 "copies; rewind rollback goes back",
             )
 
-    def check_retreat(self, epoch: int, chain_hash: bytes) -> None:
+    def check_retreat(self, epoch: int, chain_hash: bytes, tail_bytes: int = 0) -> None:
         """Refuse what this copy cannot go back to (or before, to be sent the rest), or leave a
         branch of.
 
+        :param tail_bytes: that the branch may hold.
         :raises RefusedError: no such state is kept, or branches leave no room.
         """
         engine = self._engine
         if engine.committed_epoch > epoch:
             engine.retreat_point(epoch, chain_hash)
-            engine.branches.room_bytes()
+            room_bytes = engine.branches.room_bytes()
+            if tail_bytes > room_bytes:
+                raise too_large(room_bytes)
 
     # Rewinding: what there is to know while the resource runs.
 
@@ -152,6 +160,13 @@ class BranchDesk:
 
     def _records(self) -> list[BranchRecord]:
         return self._engine.branches.records()
+
+    def base_of(self, record: BranchRecord) -> EpochInfo:
+        """The epoch that a branch lies on.
+
+        :raises NotFoundError, RefusedError: nothing can go back to it any more.
+        """
+        return self._engine.rollback_target(record.base_epoch, bytes.fromhex(record.base_hash))
 
     def _branch(self, record: BranchRecord) -> dict[str, Any]:
         return {

@@ -24,13 +24,17 @@ class ReplicaExports:
         runner: ReplicaRunner,
         held: HeldWriters,
         pins: ReaderPins | None,
+        *,
+        is_writable: bool,
     ) -> None:
+        """:param is_writable: the role accepts writes (`cluster.promotion`)."""
         self.exports: dict[str, Export] = {}
         self._resource = resource
         self._node = node
         self._runner = runner
         self._held = held
         self._pins = pins
+        self._is_read_only = node.is_read_only or not is_writable
         core = runner.core
         self._contexts = StatusContexts(runner, core) if isinstance(core, Primary) else None
         self._epoch = -1
@@ -72,7 +76,7 @@ class ReplicaExports:
                 self._contexts,
                 is_single_writer=self._node.is_single_writer,
                 description=f"primary of {full}",
-                is_read_only=self._node.is_read_only,
+                is_read_only=self._is_read_only,
                 is_multi_conn=not self._node.is_single_writer,
             )
         assert self._pins is not None

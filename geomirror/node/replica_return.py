@@ -36,6 +36,8 @@ from geomirror.errors import GeomirrorError, RefusedError, StorageError
 from geomirror.node.branch_desk import REWOUND, rewind_branch
 from geomirror.node.replica_roles import ReplicaRoles
 from geomirror.node.rewinding import RETURNED, RETURNING
+from geomirror.node.tail_size import UNKNOWN_TAIL, tail_size
+from geomirror.volume.generations import chain_records
 from geomirror.volume.superblock import GenerationRecord
 from geomirror.wan_protocol.messages import GenerationEntry, StartEntry
 from geomirror.wan_protocol.primary import Primary
@@ -52,6 +54,8 @@ class ReplicaReturn(ReplicaRoles):
     """Why it did not come back by itself."""
     on_rejoined: Callable[[str], None]
     """Called when it is a secondary again, with the name of its primary."""
+    other_since: dict[str, Any] = UNKNOWN_TAIL
+    """What the history that outranks this one has since they part, as was last heard."""
     _outranked_by: list[GenerationRecord] | None = None
     _is_broken: bool = False
 
@@ -84,7 +88,9 @@ class ReplicaReturn(ReplicaRoles):
             if not core.superseded_by:
                 return
             known = chain_entries(superblock, superblock.superseded_by)
-            if known != core.superseded_by or self.stage == PRIMARY:
+            is_new = known != core.superseded_by
+            if is_new or self._outranked_by != superblock.superseded_by:
+                self._outranked_by = chain_records(core.superseded_by)
                 self._remembering = asyncio.ensure_future(self._remember(core))
         elif self.stage == DIVERGED_STAGE and not superblock.superseded_by:
             self._enter("follow")
@@ -180,9 +186,10 @@ class ReplicaReturn(ReplicaRoles):
         """What this member has that another history has not."""
         engine, own = self._engine, state_history(self._engine)
         found, chain = compare(own, other), engine.superblock.chain
+        parted = None if found.branch is None else found.branch.epoch
         return {
             "relation": found.relation,
-            "branch_epoch": None if found.branch is None else found.branch.epoch,
+            "branch_epoch": parted,
             "own": {
                 "node": self._node.name,
                 "generation": engine.generation.hex(),
@@ -190,8 +197,13 @@ class ReplicaReturn(ReplicaRoles):
                 "epoch": own.epoch,
                 "has_unsealed": own.has_unsealed,
                 "is_primary": self.stage in (PRIMARY, DRAINING),
+                **tail_size(engine, parted),
             },
         }
+
+    def since(self, epoch: int) -> dict[str, Any]:
+        """`epochs`, `seconds`, `bytes` that are here after an epoch."""
+        return tail_size(self._engine, epoch)
 
     def tail(self) -> dict[str, Any]:
         """What an outranked member has that the other history has not."""
@@ -199,7 +211,12 @@ class ReplicaReturn(ReplicaRoles):
         last = superblock.superseded_by[-1]
         return {
             **self.tail_beyond(claim_history(superblock)),
-            "other": {"node": last.by, "generation": last.identity, "token": last.token},
+            "other": {
+                "node": last.by,
+                "generation": last.identity,
+                "token": last.token,
+                **self.other_since,
+            },
             "is_automatic": self.rejoins_by_itself,
             "refusal": self.rejoin_refusal,
             "next": f"geomirror resolve {self.definition.name} --keep {last.by}",
@@ -254,6 +271,7 @@ class ReplicaReturn(ReplicaRoles):
         engine.complete_checkpoint(job)
         self._enter("rejoined")
         self._outranked_by, self.rejoin_refusal = None, ""
+        self.other_since = UNKNOWN_TAIL
         self._begin()
         fields = {"epoch": engine.sealed_epoch, "by": chain[-1].by, "branch": branch}
         self._runner.tell("rejoined", fields)

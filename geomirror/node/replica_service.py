@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from geomirror.cluster.promotion import PRIMARY, SECONDARY
+from geomirror.cluster.promotion import DURABLE_ROLE, accepts_writes, state_of
 from geomirror.cluster.verdict import MemberAnswer
 from geomirror.errors import GeomirrorError, UsageError
 from geomirror.nbd.protocol import Export
@@ -24,6 +24,7 @@ from geomirror.node.replica_shipping import ReplicaShipping
 from geomirror.node.replica_status import PrimaryStatus, SecondaryStatus, behind_object
 from geomirror.node.replica_storage import create_engine, open_engine
 from geomirror.node.resource_definition import ResourceDefinition
+from geomirror.node.rewind_plan import RewindPlan
 from geomirror.node.secondary_export import ReaderPins
 from geomirror.node.sync_status import sync_object
 from geomirror.node.verify_desk import VerifyDesk
@@ -103,11 +104,55 @@ class ReplicaService(ReplicaReturn, ReplicaShipping):
 
     async def start(self) -> None:
         """Begin to serve: core, timer, exports."""
-        self.stage = SECONDARY if self.role == "secondary" else PRIMARY
+        self.stage = state_of(self.role, is_outranked=self._was_outranked)
         self._begin()  # Which looks at higher tokens that were heard of before, too.
         self._ticker = asyncio.get_running_loop().create_task(self._tick())
 
+    @property
+    def _was_outranked(self) -> bool:
+        """The superblock says that a higher token was seen."""
+        return bool(self._engine.superblock.superseded_by)
+
     def _begin(self) -> None:
+        node, definition, clock = self._node, self.definition, self._node.clock
+        self._make_core()
+        self._runner = ReplicaRunner(
+            self._core,
+            definition.name,
+            node,
+            on_room=self._held.retry,
+            on_flush=self._flushed,
+            on_progress=self._progress,
+        )
+        self.marks = MarkDesk(definition.name, self._engine, self._runner)
+        self.verifies = VerifyDesk(definition.name, self._engine, self._runner, node)
+        self._pins, self._grower = None, None
+        if isinstance(self._core, Secondary):
+            self._pins = ReaderPins(self._runner, node.limits)
+        else:
+            self._grower = Grower(self._core, self._runner, node)
+        self._replica_exports = ReplicaExports(
+            definition.name,
+            node,
+            self._runner,
+            self._held,
+            self._pins,
+            is_writable=accepts_writes(self.stage),
+        )
+        self._is_changing = False
+        self._core.handle_timer(clock.now_ns())
+        if self.role == "primary":
+            # A member is offered a session when it has the definition, as after a start.
+            self._links_up.clear()
+        for peer in sorted(self._links_up):
+            self._core.link_up(peer, clock.now_ns())
+        self.verifies.resume()
+        self._runner.drive()
+
+    def _make_core(self) -> None:
+        """A core for the role, which is the same in memory and on disk."""
+        durable = self.role, self._was_outranked
+        assert durable == DURABLE_ROLE[self.stage], f"{self.stage}, and {durable} on disk"
         node, definition = self._node, self.definition
         clock, limits = node.clock, node.limits
         if self.role == "primary":
@@ -129,33 +174,6 @@ class ReplicaService(ReplicaReturn, ReplicaShipping):
             )
             secondary.now_ns = clock.now_ns()
             self._core, self._status = secondary, SecondaryStatus(secondary)
-        self._runner = ReplicaRunner(
-            self._core,
-            definition.name,
-            node,
-            on_room=self._held.retry,
-            on_flush=self._flushed,
-            on_progress=self._progress,
-        )
-        self.marks = MarkDesk(definition.name, self._engine, self._runner)
-        self.verifies = VerifyDesk(definition.name, self._engine, self._runner, node)
-        self._pins, self._grower = None, None
-        if isinstance(self._core, Secondary):
-            self._pins = ReaderPins(self._runner, limits)
-        else:
-            self._grower = Grower(self._core, self._runner, node)
-        self._replica_exports = ReplicaExports(
-            definition.name, node, self._runner, self._held, self._pins
-        )
-        self._is_changing = False
-        self._core.handle_timer(clock.now_ns())
-        if self.role == "primary":
-            # A member is offered a session when it has the definition, as after a start.
-            self._links_up.clear()
-        for peer in sorted(self._links_up):
-            self._core.link_up(peer, clock.now_ns())
-        self.verifies.resume()
-        self._runner.drive()
 
     async def stop(self) -> None:
         """Seal, flush, apply what is sealed, close. What does not finish is left to recovery."""
@@ -266,6 +284,10 @@ class ReplicaService(ReplicaReturn, ReplicaShipping):
     def put_back_primary(self) -> str:
         """The primary that this copy refuses because it has lost epochs that are here, or ""."""
         return self._core.put_back_primary if isinstance(self._core, Secondary) else ""
+
+    def plan(self) -> RewindPlan:
+        """What going back would take out of the volumes."""
+        return RewindPlan(self._engine, self.branches, self._node)
 
     def volumes(self) -> list[VolumeRecord]:
         """The volumes now, or as of the applied epoch at a secondary, by index."""

@@ -28,6 +28,7 @@ from geomirror.node.rewinding import begin_return, rewind
 from geomirror.node.rfc3339 import rfc3339
 from geomirror.volume.branches import BranchRecord
 from geomirror.volume.engine import Engine
+from geomirror.volume.epoch_directory import EpochInfo
 from geomirror.volume.points import At
 
 REWIND_TIMEOUT_S = 600.0
@@ -47,18 +48,21 @@ class Rewind(Parameters, frozen=True):
     is_dry_run: bool = False
 
 
-class EndRewind(Parameters, frozen=True):
+class EndRewind(Parameters, frozen=True, omit_defaults=True):
     """`rewind commit|rollback RES`"""
 
     name: str
+    is_dry_run: bool = False
 
 
-class CheckRewind(Parameters, frozen=True):
+class CheckRewind(Parameters, frozen=True, omit_defaults=True):
     """From the primary to a copy: could it go back to this epoch?"""
 
     resource_id: str
     epoch: int
     chain_hash: str
+    tail_bytes: int = 0
+    """That it would cut off, at most; 0: an older version did not say it."""
 
 
 class ForgetRewound(Parameters, frozen=True):
@@ -89,21 +93,21 @@ class RewindCalls:
         definition = self.calls.store.get(request.name).definition
         if definition.primary != self._self:
             return await self._forward(caller, definition, "rewind.begin", request)
-        desk = self.calls.host.get(request.name).branches
+        service = self.calls.host.get(request.name)
         at = At(request.epoch, request.wall_ns, request.mark)
-        found: dict[str, Any] = {"resource": request.name, "node": self._self}
-        found |= {"is_dry_run": request.is_dry_run, "refusal": None, "branch": None}
+        found = self._answer(request.name, is_dry_run=request.is_dry_run)
+        found["branch"] = None
         try:
             self._require_quiet(definition)
-            target = desk.target(at)
-            await self._require_copies(definition, target.number, target.chain_hash)
+            target = service.branches.target(at)
+            cut = await service.plan().cut_off(target, reads_undo=request.is_dry_run)
+            await self._require_copies(definition, target, cut["cut_off"]["bytes"])
         except GeomirrorError as error:
             if not request.is_dry_run:
                 raise
             return {**found, "is_possible": False, "refusal": error_object(error)}
         wall = rfc3339(target.wall_ns) if target.wall_ns else None
-        found |= {"is_possible": True, "epoch": target.number, "time": wall}
-        found |= {"cut_off": desk.cut_off(target)}
+        found |= {"epoch": target.number, "time": wall, **cut}
         if request.is_dry_run:
             return found
         context = self.calls.host.context
@@ -112,8 +116,11 @@ class RewindCalls:
         )
         fields = {"resource": request.name, "epoch": target.number, "by": caller.name}
         context.emit("rewound", {**fields, "branch": branch.name if branch else ""})
-        behind = await self._followed(definition)
-        return {**found, "branch": branch.name if branch else None, "behind": behind}
+        found["behind"] = await self._followed(definition)
+        if branch is None:
+            return found
+        plan = self.calls.host.get(request.name).plan()
+        return {**found, "branch": branch.name, "rollback": await plan.returns(branch)}
 
     async def commit(self, caller: Caller, request: EndRewind) -> Result:
         """Keep what the resource is now: the branch of its last rewind is dropped."""
@@ -121,22 +128,41 @@ class RewindCalls:
         if definition.primary != self._self:
             return await self._forward(caller, definition, "rewind.commit", request)
         desk = self.calls.host.get(request.name).branches
-        name = desk.rewound().name
-        await desk.drop(name)
-        fields = {"resource": request.name, "branch": name, "by": caller.name}
+        found = self._answer(request.name, is_dry_run=request.is_dry_run)
+        try:
+            record = desk.rewound()
+            desk.check_unseen(record.name)
+        except GeomirrorError as error:
+            if not request.is_dry_run:
+                raise
+            refusal = error_object(error)
+            return {**found, "is_possible": False, "refusal": refusal, "branch": None}
+        found |= {"branch": record.name, "bytes": record.raw_bytes}
+        if request.is_dry_run:
+            away = [n for n in definition.secondaries if not self.calls.is_connected(n)]
+            return {**found, "kept_at": away}
+        await desk.drop(record.name)
+        fields = {"resource": request.name, "branch": record.name, "by": caller.name}
         self.calls.host.context.emit("rewind_committed", fields)
-        kept_at = await self._forget_at(definition, definition.secondaries, name)
-        return {"resource": request.name, "node": self._self, "branch": name, "kept_at": kept_at}
+        kept_at = await self._forget_at(definition, definition.secondaries, record.name)
+        return {**found, "kept_at": kept_at}
 
     async def roll_back(self, caller: Caller, request: EndRewind) -> Result:
         """Go back to what the last rewind cut off; what was written since becomes a branch."""
         definition = self.calls.store.get(request.name).definition
         if definition.primary != self._self:
             return await self._forward(caller, definition, "rewind.rollback", request)
-        self._require_quiet(definition)
-        record = self.calls.host.get(request.name).branches.rewound()
-        base_hash = bytes.fromhex(record.base_hash)
-        await self._require_copies(definition, record.base_epoch, base_hash)
+        found = self._answer(request.name, is_dry_run=request.is_dry_run)
+        found |= {"returned": None, "branch": None}
+        try:
+            record, cut = await self._plan_return(definition, reads_undo=request.is_dry_run)
+        except GeomirrorError as error:
+            if not request.is_dry_run:
+                raise
+            return {**found, "is_possible": False, "refusal": error_object(error)}
+        found |= {"returned": record.name, "bytes": record.raw_bytes, "cut_off": cut}
+        if request.is_dry_run:
+            return found
         context = self.calls.host.context
         branch = await self._while_closed(
             definition, lambda engine: begin_return(engine, context, record)
@@ -147,25 +173,41 @@ class RewindCalls:
         # Who has followed has what was in the branch.
         there = [node for node in definition.secondaries if node not in behind]
         kept_at = await self._forget_at(definition, there, record.name)
-        return {
-            "resource": request.name,
-            "node": self._self,
-            "returned": record.name,
-            "branch": branch.name if branch else None,
-            "behind": behind,
-            "kept_at": sorted([*behind, *kept_at]),
-        }
+        found |= {"branch": branch.name if branch else None, "behind": behind}
+        return {**found, "kept_at": sorted([*behind, *kept_at])}
+
+    async def _plan_return(
+        self, definition: ResourceDefinition, *, reads_undo: bool
+    ) -> tuple[BranchRecord, dict[str, Any]]:
+        """What the last rewind left, and what was written since.
+
+        :raises GeomirrorError: it cannot be taken back now.
+        """
+        self._require_quiet(definition)
+        service = self.calls.host.get(definition.name)
+        record, plan = service.branches.rewound(), service.plan()
+        base = service.branches.base_of(record)
+        cut = (await plan.cut_off(base, reads_undo=reads_undo))["cut_off"]
+        await plan.check_return(record, cut["bytes"] or 0)
+        await self._require_copies(definition, base, cut["bytes"])
+        return record, cut
+
+    def _answer(self, name: str, *, is_dry_run: bool) -> dict[str, Any]:
+        found: dict[str, Any] = {"resource": name, "node": self._self, "is_dry_run": is_dry_run}
+        return {**found, "is_possible": True, "refusal": None}
 
     # Copies.
 
     async def _require_copies(
-        self, definition: ResourceDefinition, epoch: int, chain_hash: bytes
+        self, definition: ResourceDefinition, target: EpochInfo, tail_bytes: int | None
     ) -> None:
         """Refuse unless every copy is there and can go back, too.
 
-        :raises RefusedError: one is away, is being made, or does not keep that state.
+        :param tail_bytes: that each of them would make a branch of; None: not known.
+        :raises RefusedError: one is away, is being made, does not keep that state, or has no room
+            for the branch.
         """
-        name = definition.name
+        epoch, chain_hash, name = target.number, target.chain_hash.hex(), definition.name
         peers = {p["node"]: p for p in self.calls.host.get(name).status()["peers"]}
         view = f"geomirror view create {name} --at T --writable gives that state beside it"
         for node in definition.secondaries:
@@ -177,7 +219,7 @@ class RewindCalls:
                 raise RefusedError(
                     f'the copy of "{name}" at {node} is {peer["disk_state"]}', hint=view
                 )
-            wanted = CheckRewind(definition.resource_id, epoch, chain_hash.hex())
+            wanted = CheckRewind(definition.resource_id, epoch, chain_hash, tail_bytes or 0)
             try:
                 await self._call(node, "rewind.check", wanted)
             except GeomirrorError as error:
@@ -188,7 +230,8 @@ class RewindCalls:
         """Whether this copy could go back. :raises RefusedError: it could not."""
         definition = self._member(caller, request.resource_id)
         desk = self.calls.host.get(definition.name).branches
-        desk.check_retreat(request.epoch, bytes.fromhex(request.chain_hash))
+        chain_hash = bytes.fromhex(request.chain_hash)
+        desk.check_retreat(request.epoch, chain_hash, request.tail_bytes)
         return {"node": self._self}
 
     async def _followed(self, definition: ResourceDefinition) -> list[str]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from geomirror.nbd.protocol import Export
     from geomirror.node.branch_desk import BranchDesk
     from geomirror.node.mark_desk import MarkDesk
+    from geomirror.node.rewind_plan import RewindPlan
     from geomirror.node.verify_desk import VerifyDesk
     from geomirror.node.view_host import ViewHost
     from geomirror.volume.superblock import GenerationRecord, VolumeRecord
@@ -30,6 +31,8 @@ class Service(Protocol):
     definition: ResourceDefinition
     rejoin_refusal: str
     """Why it has not come back, though it may."""
+    other_since: dict[str, Any]
+    """What the history that outranks this one has since they part; see `tail`."""
     on_outranked: Callable[[], None]
     """Called when it is outranked, or what decides about its return has changed."""
     on_rejoined: Callable[[str], None]
@@ -87,6 +90,9 @@ class Service(Protocol):
     def tail_beyond(self, other: History) -> dict[str, Any]:
         """What this member has that another history has not."""
 
+    def since(self, epoch: int) -> dict[str, Any]:
+        """`epochs`, `seconds`, `bytes` that are here after an epoch."""
+
     def history(self) -> dict[str, Any]:
         """What this member has, and of whom it has heard."""
 
@@ -123,6 +129,9 @@ class Service(Protocol):
 
     async def answer(self) -> MemberAnswer:
         """What this member knows, for the verdict on a promotion."""
+
+    def plan(self) -> RewindPlan:
+        """What going back would take out of the volumes."""
 
     async def wait(self, kind: str, timeout_s: float) -> None:
         """Until every peer has all that is completed now."""

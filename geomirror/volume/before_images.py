@@ -21,8 +21,8 @@ from geomirror.limits import BLOCK_BYTES, GIB, MIB
 from geomirror.volume.arrays import run_heads, run_lengths
 from geomirror.volume.epoch_table import KIND_ZERO, Table
 from geomirror.volume.merge import Keys
+from geomirror.volume.store import Buffer
 from geomirror.volume.undo import UndoOverflowError
-from geomirror.volume.undo_file import UndoWriter
 
 _READ_BLOCKS_MAX = 1 * MIB // BLOCK_BYTES
 """Old contents in memory at once."""
@@ -60,12 +60,32 @@ class OldImage(Protocol):
         """A hint: reads from now on are (not) of scattered blocks."""
 
 
+class ContentsWriter(Protocol):
+    """What contents are added to (`UndoWriter`), ascending by (volume, block)."""
+
+    @property
+    def raw_bytes(self) -> int:
+        """Contents so far, without zeros."""
+
+    def add_blocks(
+        self,
+        volume: int,
+        blocks: Keys,
+        data: Buffer,
+        are_holes: npt.NDArray[np.bool_] | None = None,
+    ) -> None:
+        """See `UndoWriter.add_blocks`."""
+
+    def add_zero(self, volume: int, block: int, count: int) -> None:
+        """See `UndoWriter.add_zero`."""
+
+
 class BeforeImages:
     """Adds the old contents of one volume's blocks to an undo file."""
 
     def __init__(
         self,
-        writer: UndoWriter,
+        writer: ContentsWriter,
         volume: int,
         image: OldImage,
         raw_bytes_max: int,

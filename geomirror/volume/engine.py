@@ -21,9 +21,10 @@ from geomirror.errors import GeomirrorError, StorageError
 from geomirror.limits import BLOCK_BYTES, Limits
 from geomirror.volume.block_runs import BlockRuns
 from geomirror.volume.engine_base import MakeBacking
+from geomirror.volume.engine_one_step import OneStep
 from geomirror.volume.engine_recovery import info_of, lowest_address, read_epoch, record_start
 from geomirror.volume.engine_roles import RoleChanges
-from geomirror.volume.engine_rollback import RollbackJob, RollbackPath
+from geomirror.volume.engine_rollback import RollbackJob
 from geomirror.volume.engine_setup import NewResource, VolumeSpec, create_parts, open_parts
 from geomirror.volume.epoch_directory import EpochInfo
 from geomirror.volume.epoch_record import encode_epoch
@@ -45,7 +46,7 @@ from geomirror.volume.superblock import GenerationRecord, Role, VolumeRecord
 __all__ = ["Engine", "VolumeSpec", "Write"]
 
 
-class Engine(RollbackPath, RoleChanges):
+class Engine(OneStep, RoleChanges):
     """See the module; `create` and `open` are the ways to get one."""
 
     @classmethod

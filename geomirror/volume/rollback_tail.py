@@ -13,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
+import numpy.typing as npt
 
 from geomirror.errors import RefusedError
 from geomirror.limits import BLOCK_BYTES
 from geomirror.volume.arrays import run_heads
-from geomirror.volume.before_images import BeforeImages
+from geomirror.volume.before_images import BeforeImages, ContentsWriter
 from geomirror.volume.epoch_table import KIND_DATA, KIND_ZERO, Table, empty_table
 from geomirror.volume.image import Image
 from geomirror.volume.merge import Keys, keys_of, merge_tables
@@ -45,6 +46,13 @@ def tail_table(in_image: Table, in_journal: Table) -> Table:
     return merge_tables([images, in_journal])
 
 
+def is_in_image(table: Table) -> npt.NDArray[np.bool_]:
+    """Of which entries of a tail's table the content is what the image holds."""
+    found: npt.NDArray[np.bool_]
+    found = (table["kind"] == KIND_ZERO) & (table["flags"] == _FLAG_IMAGE)
+    return found
+
+
 def grown_table(before: Mapping[int, int], images: Mapping[int, Image]) -> Table:
     """The blocks that volumes have grown by, which undo does not name.
 
@@ -60,7 +68,7 @@ def grown_table(before: Mapping[int, int], images: Mapping[int, Image]) -> Table
 
 
 def fill_branch(
-    writer: UndoWriter,
+    writer: ContentsWriter,
     table: Table,
     images: Mapping[int, Image],
     sizes: Mapping[int, int],
@@ -75,8 +83,7 @@ def fill_branch(
     """
     if not len(table):
         return
-    is_image = (table["kind"] == KIND_ZERO) & (table["flags"] == _FLAG_IMAGE)
-    where = np.where(is_image, _IN_IMAGE, table["kind"])
+    where = np.where(is_in_image(table), _IN_IMAGE, table["kind"])
     breaks = (where[1:] != where[:-1]) | (table["volume"][1:] != table["volume"][:-1])
     heads = run_heads(breaks).tolist()
     for start, end in zip(heads, [*heads[1:], len(table)], strict=True):
@@ -86,18 +93,18 @@ def fill_branch(
             try:
                 BeforeImages(writer, volume, images[volume], raw_bytes_max).save(rows)
             except UndoOverflowError:
-                raise _too_large(raw_bytes_max) from None
+                raise too_large(raw_bytes_max) from None
         elif where[start] == KIND_DATA:
             _add_journal(writer, volume, sizes[volume], rows, read)
         else:
             for block, count in rows[["block", "count"]].tolist():
                 writer.add_zero(volume, block, count)
         if writer.raw_bytes > raw_bytes_max:
-            raise _too_large(raw_bytes_max)
+            raise too_large(raw_bytes_max)
 
 
 def _add_journal(
-    writer: UndoWriter,
+    writer: ContentsWriter,
     volume: int,
     size_bytes: int,
     rows: Table,
@@ -112,7 +119,8 @@ def _add_journal(
         writer.add_blocks(volume, part["block"].astype(np.int64), b"".join(contents))
 
 
-def _too_large(bytes_max: int) -> RefusedError:
+def too_large(bytes_max: int) -> RefusedError:
+    """A tail has more bytes than branches have room for."""
     return RefusedError(
         f"what would be cut off is more than {bytes_max} bytes, which is what is left for branches",
         hint='drop one: "geomirror branch list RES", "geomirror branch drop RES NAME"',

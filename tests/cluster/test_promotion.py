@@ -18,9 +18,9 @@ from geomirror.cluster.promotion import (
     SUPERSEDED,
     TABLE,
     accepts_writes,
-    after_crash,
     is_legal,
     next_state,
+    state_of,
 )
 
 
@@ -70,7 +70,8 @@ def test_a_switchover_hands_over_or_goes_on() -> None:
 
 
 def test_a_crash_never_makes_a_writer_of_somebody_who_was_none() -> None:
-    assert [after_crash(state) for state in STATES] == [
+    durable = [DURABLE_ROLE[state] for state in STATES]
+    assert [state_of(role, is_outranked=seen) for role, seen in durable] == [
         *(SECONDARY, SECONDARY, PRIMARY, PRIMARY, SUPERSEDED, SUPERSEDED),
         *(SUPERSEDED, DIVERGED, DIVERGED),
     ]
