@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from geomirror.cli.units import format_bytes, format_seconds
+from geomirror.cli.units import format_bytes, format_seconds, format_tail
+
+LATE_S = 10.0
+"""A copy that streams may be late by this much before it is worth a word."""
 
 PUT_BACK = "was put back to an older state"
 """In the reason of a copy that refuses its primary for it; the next commands follow there."""
@@ -72,7 +75,8 @@ def _outranked(resource: dict[str, Any]) -> Advice:
     more = " and writes that no epoch holds" if own["has_unsealed"] else ""
     meaning = (
         f"{other['node']} was promoted (token {other['token']}, {own['token']} here). Both "
-        f"histories part at {point}; here is a tail up to epoch {own['epoch']}{more}. "
+        f"histories part at {point}; here is a tail up to epoch {own['epoch']}{more} "
+        f"({format_tail(own)}), there {format_tail(other)}. "
     )
     if resource["role"] == "secondary":
         meaning += "This copy stays at its epoch; nothing was dropped."
@@ -119,6 +123,17 @@ def _progress(peer: dict[str, Any]) -> str:
     if resync.get("compared_bytes") is not None:
         compared, total = (format_bytes(resync[k]) for k in ("compared_bytes", "total_bytes"))
         text = f" {compared} of {total} are compared, {format_bytes(resync['sent_bytes'])} sent."
+    return text + _pace(peer)
+
+
+def _pace(peer: dict[str, Any]) -> str:
+    """What comes in and goes out, and when that ends."""
+    outgoing, text = peer.get("out_bytes_per_second"), ""
+    if outgoing:
+        incoming = format_bytes(peer["in_bytes_per_second"])
+        verb = "are compared" if peer.get("resync") else "reach it"
+        text = f" {incoming}/s are written, {format_bytes(outgoing)}/s {verb}"
+        text += ": not converging." if peer["is_converging"] is False else "."
     if peer.get("eta_seconds"):
         text += f" About {format_seconds(peer['eta_seconds'])} left."
     return text
@@ -183,7 +198,14 @@ def _about_peer(resource: dict[str, Any], peer: dict[str, Any], here: str) -> li
         found.append(Advice("out of sync", meaning, action))
     if state == "Fold":
         meaning = f"{node} is slower than the writers; it skips intermediate versions."
+        meaning += _pace(peer)
         found.append(Advice("behind", meaning, "Nothing, if the link is known to be slow."))
+    is_late = (peer.get("rpo_seconds") or 0) >= LATE_S
+    if state == "Stream" and is_late and peer.get("is_converging") is False:
+        meaning = f"{node} falls behind." + _pace(peer)
+        found.append(
+            Advice("behind", meaning, "Nothing, if writers slow down; else a faster link.")
+        )
     return found
 
 

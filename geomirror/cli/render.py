@@ -41,7 +41,7 @@ def render_resource(resource: dict[str, Any], node: str) -> list[str]:
             text += f", covers {format_seconds(journal['covers_seconds'])} at this churn"
         lines.append(text)
     lines += _in_sync(resource)
-    lines += _last_drill(resource)
+    lines += _last_drills(resource)
     if resource["peers"]:
         peers = table(
             ["PEER", "SITE", "STATE", "DISK", "ACK", "EPOCH", "BEHIND", "RPO", "RATE", "RESYNCS"],
@@ -98,18 +98,22 @@ def _in_sync(resource: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _last_drill(resource: dict[str, Any]) -> list[str]:
-    """When a drill of this copy passed last."""
+def _last_drills(resource: dict[str, Any]) -> list[str]:
+    """When a drill of this copy passed last, and of others as they said."""
     found = resource.get("last_drill")
-    if not found:
-        return []
+    lines = [_last_drill(found, "")] if found else []
+    elsewhere = resource.get("drills_elsewhere") or []
+    return lines + [_last_drill(each, f" at {each['node']}") for each in elsewhere]
+
+
+def _last_drill(found: dict[str, Any], where: str) -> str:
     if found["result"] == "passed":
         rto = format_seconds(found["rto_seconds"])
-        return [f"  drill passed {local(found['started_at'])}, usable after {rto}"]
+        return f"  drill{where} passed {local(found['started_at'])}, usable after {rto}"
     began = f" {local(found['started_at'])}" if found["started_at"] else ""
     passed = local(found["last_passed_at"]) if found["last_passed_at"] else "never"
-    text = f"  last drill{began}: {found['result']}, {found['reason']}; last passed: {passed}"
-    return [text]
+    said = f"{found['result']}, {found['reason']}"
+    return f"  last drill{where}{began}: {said}; last passed: {passed}"
 
 
 def _acknowledgement(peer: dict[str, Any]) -> str:

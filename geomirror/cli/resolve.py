@@ -7,6 +7,7 @@ from typing import Any
 import rich_click as click
 
 from geomirror.cli.common import App, json_option, pass_app, table, yes_option
+from geomirror.cli.units import format_tail
 from geomirror.errors import RefusedError
 
 
@@ -40,7 +41,8 @@ def resolve(app: App, name: str, keep: str, yes: bool, dry_run: bool) -> int:
 
 def _text(found: dict[str, Any]) -> str:
     rows = [_row(member) for member in found["members"]]
-    members = table(["MEMBER", "BRANCH POINT", "OWN TAIL", "BRANCH"], rows)
+    kept = f"{found['keep'].upper()} SINCE THEN"
+    members = table(["MEMBER", "BRANCH POINT", "OWN TAIL", kept, "BRANCH"], rows)
     text = f"{found['name']}: the history of {found['keep']} is kept"
     if found["insists"]:
         token = "a token above all" if found["token"] is None else f"token {found['token']}"
@@ -58,10 +60,11 @@ def _text(found: dict[str, Any]) -> str:
 def _row(member: dict[str, Any]) -> list[str]:
     tail = member.get("tail")
     if member.get("error"):
-        return [member["node"], "-", member["error"], "-"]
+        return [member["node"], "-", member["error"], "-", "-"]
     if not tail:
-        return [member["node"], "-", "none", "-"]
-    first, last = tail["branch_epoch"], tail["own"]["epoch"]
-    epochs = f"epochs {first + 1}–{last}" if first is not None and last > first else "no epoch"
-    more = " and unsealed writes" if tail["own"]["has_unsealed"] else ""
-    return [member["node"], f"epoch {first}", epochs + more, member["branch"] or "-"]
+        return [member["node"], "-", "none", "-", "-"]
+    parted, own = tail["branch_epoch"], tail["own"]
+    more = " and unsealed writes" if own["has_unsealed"] else ""
+    point = "not known" if parted is None else f"epoch {parted}"
+    kept = format_tail(member.get("kept_since") or {})
+    return [member["node"], point, format_tail(own) + more, kept, member["branch"] or "-"]

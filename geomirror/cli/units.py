@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from geomirror.errors import UsageError
 
@@ -65,3 +67,17 @@ def format_seconds(seconds: float | None) -> str:
             rest = whole % size // inner_size
             return f"{whole // size} {unit} {rest} {inner}" if rest else f"{whole // size} {unit}"
     return f"{whole} s"
+
+
+def format_tail(tail: Mapping[str, Any]) -> str:
+    """`12 epochs, 3.0 s, 1.0 MiB`, of what a history has beyond another one."""
+    if tail.get("epochs") is None:
+        return "not known"
+    if not tail["epochs"]:
+        return "nothing"
+    parts = [f"{tail['epochs']} epoch{'' if tail['epochs'] == 1 else 's'}"]
+    if tail["seconds"] is not None:
+        parts.append(format_seconds(tail["seconds"]))
+    if tail["bytes"] is not None:
+        parts.append(format_bytes(tail["bytes"]))
+    return ", ".join(parts)

@@ -30,6 +30,7 @@ from geomirror.node.definition_store import DefinitionStore
 from geomirror.node.drill_calls import DrillCalls
 from geomirror.node.events import EventRing
 from geomirror.node.failover_calls import FailoverCalls
+from geomirror.node.hearsay import Hearsay
 from geomirror.node.held_calls import HeldCalls
 from geomirror.node.leave_calls import LeaveCalls
 from geomirror.node.lifecycle_calls import LifecycleCalls
@@ -239,7 +240,11 @@ class Node:
         self._promotion = PromotionCalls(calls, failover)
         self._promotion.register(self._methods)
         self._rejoiner = Rejoiner(calls)
-        ResolveCalls(calls, self._promotion, self._rejoiner).register(self._methods)
+        self._hearsay = Hearsay(calls, self._status.drills)
+        self._hearsay.register(self._methods)
+        self._status.heard_drills = self._hearsay.last_drills
+        resolve = ResolveCalls(calls, self._promotion, self._rejoiner, self._hearsay)
+        resolve.register(self._methods)
         self._register_network()
         self._services.register(self._methods)
         self._calls = calls
@@ -271,6 +276,7 @@ class Node:
         self._router.service_started(service)
 
     async def _show_status(self, _caller: Caller, request: StatusRequest) -> Result:
+        await self._hearsay.refresh(request.name)
         found = self._status.node(request.name)
         uptime_s = (self._clock.now_ns() - self._started_ns) / SECOND
         return {"version": __version__, "uptime_seconds": uptime_s, **found}

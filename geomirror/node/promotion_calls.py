@@ -25,6 +25,7 @@ from geomirror.errors import (
     StorageError,
     UnreachableError,
 )
+from geomirror.limits import MIB
 from geomirror.node.calls import Caller, MethodRegistry, Parameters, Result
 from geomirror.node.definition_store import ResourceEntry
 from geomirror.node.failover_calls import Assess, FailoverCalls
@@ -36,6 +37,7 @@ from geomirror.volume.superblock import GenerationRecord
 
 DRAIN_TIMEOUT_S = 60.0
 """An heir that does not catch up in this time keeps the primary where it is."""
+_USABLE = ("UpToDate", "Consistent")
 TAKE_TIMEOUT_S = 30.0
 """A promotion takes well under a second, unless much that is durable has to be applied first."""
 
@@ -118,14 +120,13 @@ class PromotionCalls:
         definition = self._definition(request.name, request.to)
         if definition.primary != self._self:
             return await self._forward(caller, definition, "promotion.switchover", request)
-        if request.to == self._self:
-            raise RefusedError(f'"{request.to}" is the primary of "{request.name}" already')
         service = self.calls.host.get(request.name)
         behind = self._behind(service, request.to)
         if request.is_dry_run:
             return {"name": request.name, "to": request.to, "is_dry_run": True, **behind}
         if behind["refusal"]:
-            raise RefusedError(behind["refusal"], hint=f"geomirror status {request.name}")
+            text = f'{request.to} cannot take over "{request.name}": {behind["refusal"]}'
+            raise RefusedError(text, hint=f"geomirror status {request.name}")
         position = await service.hand_over([request.to], request.timeout_s)
         self._disconnect(definition)
         wanted = Take(definition.resource_id, "promoted", position["generation"], position["epoch"])
@@ -150,13 +151,13 @@ class PromotionCalls:
         """How far the heir is behind, from the primary's status; why it cannot be the heir."""
         status = service.status()
         peer = next((p for p in status["peers"] if p["node"] == to), None)
-        refusal = ""
-        if status["role"] != "primary" or status["reason"]:
-            refusal = status["reason"] or f"{self._self} is a secondary"
-        elif peer is None or peer["state"] not in ("Stream", "Fold"):
+        refusal = self._cannot_leave(status)
+        if to == self._self:
+            refusal = f'it is the primary of "{status["name"]}" already'
+        elif not refusal and (peer is None or peer["state"] not in ("Stream", "Fold")):
             state = peer["state"] if peer else "unknown"
             refusal = f"{to} is {state}, and has to stream"
-        elif peer["disk_state"] not in ("UpToDate", "Consistent"):
+        elif not refusal and peer is not None and peer["disk_state"] not in _USABLE:
             refusal = f"the copy at {to} is {peer['disk_state']}"
         return {
             "refusal": refusal,
@@ -165,25 +166,42 @@ class PromotionCalls:
             "from": self._self,
         }
 
+    def _cannot_leave(self, status: dict[str, Any]) -> str:
+        """Why this node cannot stop being the primary now, whoever follows; "" when it can."""
+        if status["role"] != "primary" or status["reason"]:
+            return str(status["reason"] or f"{self._self} is a secondary")
+        behind = status["behind"]
+        if behind is None or behind["kind"] != "return":
+            return ""
+        # It would be nobody's for as long as that takes.
+        return (
+            f"{self._self} is still going back to epoch {behind['epoch']}, "
+            f"{behind['bytes_left'] / MIB:.1f} MiB are left"
+        )
+
     async def demote(self, caller: Caller, request: Demote) -> Result:
         """Make the primary a secondary; nobody is the primary then until one is promoted."""
         definition = self.calls.store.get(request.name).definition
         if definition.primary != self._self:
             return await self._forward(caller, definition, "promotion.demote", request)
         service = self.calls.host.get(request.name)
-        peers = [p for p in service.status()["peers"] if p["state"] in ("Stream", "Fold")]
+        status = service.status()
+        peers = [p for p in status["peers"] if p["state"] in ("Stream", "Fold")]
+        peers = [p for p in peers if p["disk_state"] in _USABLE]
         heirs = [p["node"] for p in peers]
-        if not heirs:
-            raise RefusedError(
-                f'no copy of "{request.name}" is streaming: what is here would be nowhere else',
-                hint=f"geomirror status {request.name}",
-            )
-        found = {"name": request.name, "node": self._self, "heirs": heirs}
+        refusal = self._cannot_leave(status)
+        if not refusal and not heirs:
+            refusal = "no copy is streaming: what is here would be nowhere else"
+        found: Result = {"name": request.name, "node": self._self, "heirs": heirs}
+        found |= {"is_dry_run": request.is_dry_run, "is_possible": not refusal, "refusal": refusal}
         if request.is_dry_run:
-            return {**found, "is_dry_run": True, "lag": {p["node"]: p["lag"] for p in peers}}
+            return {**found, "lag": {p["node"]: p["lag"] for p in peers}}
+        if refusal:
+            text = f'"{request.name}" stays at {self._self}: {refusal}'
+            raise RefusedError(text, hint=f"geomirror status {request.name}")
         position = await service.hand_over(heirs, request.timeout_s)
         self._disconnect(definition)
-        return {**found, "is_dry_run": False, "epoch": position["epoch"]}
+        return {**found, "epoch": position["epoch"]}
 
     # What the heir does.
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from geomirror.environment import SECOND
 from geomirror.errors import NoSpaceError
+from geomirror.node.peer_pace import UNKNOWN, Pace
 from geomirror.volume.engine import Engine
 from geomirror.wan_protocol.primary import Primary
 from geomirror.wan_protocol.resync_intake import BLANK, CONSISTENT
@@ -115,8 +116,9 @@ class PrimaryStatus:
         journal = self._core.engine.journal
         if self._churn.per_second < 1:
             return None
-        bound = journal.bytes_total * self._core.limits.bitmap_backlog_fraction
-        return round(max(0.0, bound - journal.bytes_used) / self._churn.per_second, 1)
+        return round(
+            max(0.0, self._bitmap_bound() - journal.bytes_used) / self._churn.per_second, 1
+        )
 
     def state(self) -> str:
         """The resource's own state in one word."""
@@ -147,7 +149,10 @@ class PrimaryStatus:
             lag_bytes = kept.bitmap.count() * 65536 + engine.bytes_backlog(kept.through_epoch)
         lag_seconds = core.lag_seconds(sender, now_ns)
         rate = self._rates.setdefault(sender.name, RateMeter()).per_second
-        resync = self._resync(sender)
+        resync = core.resyncs.get(sender.name)
+        pace = self._stream_pace(sender, lag_bytes, rate)
+        if resync is not None:
+            pace = self._resync_pace(sender, resync)
         return {
             "node": sender.name,
             "state": peer_state(sender, is_initial=kept is not None and kept.is_initial),
@@ -165,41 +170,41 @@ class PrimaryStatus:
             "logical_bytes": sender.counters.logical_bytes,
             "wire_bytes": sender.counters.wire_bytes,
             "resyncs": sender.counters.resyncs,
-            "eta_seconds": self._eta(sender, lag_bytes, rate)
-            if resync is None
-            else resync["eta_seconds"],
-            "resync": resync,
+            **pace.describe(),
+            "resync": None if resync is None else self._described(sender, resync, pace),
             "reason": sender.refusal or _gone_back(sender),
         }
 
-    def _resync(self, sender: Sender) -> dict[str, Any] | None:
-        """How far the peer's resync is: most of its time may go into comparing what is equal."""
-        resync = self._core.resyncs.get(sender.name)
-        if resync is None:
-            return None
-        rate = self._compared(sender.name, resync).per_second
-        left = max(0, resync.total_bytes - resync.compared_bytes)
-        eta = 0.0 if left == 0 else round(left / rate, 1) if rate >= 1 else None
+    def _described(self, sender: Sender, resync: ResyncSender, pace: Pace) -> dict[str, Any]:
+        """How far a resync is: most of its time may go into comparing what is equal."""
         return {
             "total_bytes": resync.total_bytes,
             "compared_bytes": min(resync.compared_bytes, resync.total_bytes),
             "copied_bytes": resync.copied_bytes,
             "sent_bytes": resync.sent_bytes,
-            "compared_bytes_per_second": round(rate),
-            "eta_seconds": eta,
+            "compared_bytes_per_second": round(pace.outgoing or 0),
+            "eta_seconds": pace.eta_seconds,
             "held_epoch": None if sender.held_epoch < 0 else sender.held_epoch,
         }
 
-    def _eta(self, sender: Sender, lag_bytes: int, rate: float) -> float | None:
-        """Seconds to lag zero, None when it does not converge or is not known."""
+    def _resync_pace(self, sender: Sender, resync: ResyncSender) -> Pace:
+        engine = self._core.engine
+        rate = self._compared(sender.name, resync).per_second
+        left = max(0, resync.total_bytes - resync.compared_bytes)
+        room = self._bitmap_bound() - engine.bytes_backlog(resync.base_epoch)
+        return Pace(left, self._churn.per_second, rate, max(0.0, room))
+
+    def _stream_pace(self, sender: Sender, lag_bytes: int, rate: float) -> Pace:
         counters = sender.counters
-        if lag_bytes == 0:
-            return 0.0
-        if rate < 1 or not counters.wire_bytes or sender.mode not in (STREAM, FOLD):
-            return None
-        ratio = max(1.0, counters.logical_bytes / counters.wire_bytes)
-        drain = rate * ratio - self._churn.per_second
-        return round(lag_bytes / drain, 1) if drain > 0 else None
+        outgoing: float | None = None
+        if counters.wire_bytes and sender.mode in (STREAM, FOLD) and sender.is_open:
+            outgoing = rate * max(1.0, counters.logical_bytes / counters.wire_bytes)
+        return Pace(lag_bytes, self._churn.per_second, outgoing)
+
+    def _bitmap_bound(self) -> float:
+        """Bytes of a backlog at which a peer goes to its bitmap."""
+        fraction = self._core.limits.bitmap_backlog_fraction
+        return self._core.engine.journal.bytes_total * fraction
 
 
 def behind_object(engine: Engine) -> dict[str, Any] | None:
@@ -293,7 +298,7 @@ class SecondaryStatus:
                 "logical_bytes": None,
                 "wire_bytes": core.received_total,
                 "resyncs": None,
-                "eta_seconds": None,
+                **UNKNOWN,
                 "resync": self._resync(),
                 "verify": None,
                 "reason": core.refusal,

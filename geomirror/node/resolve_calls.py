@@ -28,6 +28,7 @@ from geomirror.cluster.history import (
 )
 from geomirror.errors import GeomirrorError, NotFoundError, RefusedError, UnreachableError
 from geomirror.node.calls import Caller, MethodRegistry, Parameters, Result
+from geomirror.node.hearsay import Hearsay
 from geomirror.node.promotion_calls import PromotionCalls
 from geomirror.node.rejoiner import Rejoiner
 from geomirror.node.resource_calls import ResourceCalls
@@ -111,6 +112,7 @@ class ResolveCalls:
     calls: ResourceCalls
     promotion: PromotionCalls
     rejoiner: Rejoiner
+    hearsay: Hearsay
 
     def register(self, methods: MethodRegistry) -> None:
         """Add every method."""
@@ -156,6 +158,12 @@ class ResolveCalls:
         )
         others = [answers[node] for node in definition.members if node != request.keep]
         members = [await self._give_up_at(answer, wanted) for answer in others]
+        for member in members:
+            if member.get("tail"):
+                parted = member["tail"]["branch_epoch"]
+                member["kept_since"] = await self.hearsay.ask_since(
+                    request.keep, definition.resource_id, parted
+                )
         is_changed = insists or any(each.get("tail") for each in members)
         return {
             "name": request.name,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import quote
 
@@ -31,6 +31,8 @@ class StatusReport:
         self._site_of = site_of
         self._link_of = link_of
         self.drills = DrillBook(host.context)
+        self.heard_drills: Mapping[tuple[str, str], dict[str, Any]] = {}
+        """See `Hearsay.last_drills`."""
         self.nbd_socket = ""
         self.nbd_tcp_base_uri: str | None = None
 
@@ -55,9 +57,13 @@ class StatusReport:
         entry = self._store.get(name)
         service = self._host.services.get(name)
         if service is None:
-            return {**self._not_served(entry), "last_drill": self._last_drill(entry)}
+            drills: dict[str, Any] = {"last_drill": self._last_drill(entry), "drills_elsewhere": []}
+            return {**self._not_served(entry), **drills}
         found = service.status()
         found["last_drill"] = self._last_drill(entry)
+        found["drills_elsewhere"] = (
+            self._drills_elsewhere(entry) if service.role == "primary" else []
+        )
         for volume in found["volumes"]:
             volume.update(self.addresses(name, str(volume["name"])))
         here = self._host.context.name
@@ -75,6 +81,13 @@ class StatusReport:
 
     def _last_drill(self, entry: ResourceEntry) -> dict[str, Any] | None:
         return self.drills.last(entry.definition.name, entry.definition.resource_id)
+
+    def _drills_elsewhere(self, entry: ResourceEntry) -> list[dict[str, Any]]:
+        definition = entry.definition
+        found = [
+            (n, self.heard_drills.get((definition.resource_id, n))) for n in definition.members
+        ]
+        return [{"node": node, **last} for node, last in found if last is not None]
 
     def _not_served(self, entry: ResourceEntry) -> dict[str, Any]:
         definition, here = entry.definition, self._host.context.name

@@ -196,6 +196,7 @@ class FakeNode:
         )
         calls.register(self.methods)
         ResourceChanges(calls).register(self.methods)
+        self.calls = calls
 
     async def ask(self, method: str, **parameters: Any) -> dict[str, Any]:
         return await self.methods.dispatch(Caller(), method, parameters)

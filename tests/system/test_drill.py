@@ -116,6 +116,9 @@ def test_a_copy_is_mounted_checked_and_remembered(
     assert last(b)["last_passed_at"] == done["started_at"]
     assert last(a) is None, "it was not this node's copy that was tried"
     assert "drill passed" in b.run("status", "pg")
+    elsewhere = until(lambda: a.status()["drills_elsewhere"], what="the primary heard of it")
+    assert [(d["node"], d["last_passed_at"]) for d in elsewhere] == [("west-1", done["started_at"])]
+    assert "drill at west-1 passed" in a.run("status", "pg")
 
     # At the primary, on whose machine the volume is mounted and in use; and with a real fsck.
     until(lambda: a.call("resource.timeline", name="pg")["points"], 60, "points at the primary")

@@ -56,6 +56,10 @@ def test_a_copy_ahead_of_the_promoted_one_comes_back_with_resolve(sites: Trio) -
         tail = status["superseded"]
         assert (tail["relation"], tail["branch_epoch"]) == ("diverged", epoch)
         assert tail["own"]["epoch"] > epoch
+        for side in ("own", "other"):
+            assert tail[side]["epochs"] >= 1
+            assert tail[side]["bytes"] >= CHUNK
+            assert tail[side]["seconds"] is not None
         assert tail["next"] == "geomirror resolve pg --keep north-1"
         assert tail["next"] in status["reason"]
         assert "geomirror resolve pg --keep west-1" in b.run("status", "pg")
@@ -69,6 +73,11 @@ def test_a_copy_ahead_of_the_promoted_one_comes_back_with_resolve(sites: Trio) -
     members = {each["node"]: each for each in dry["members"]}
     assert dry["is_resolved"]
     assert members["west-1"]["tail"]["own"]["epoch"] == tail["own"]["epoch"]
+    assert members["west-1"]["tail"]["own"]["bytes"] >= CHUNK
+    assert members["west-1"]["kept_since"]["bytes"] >= CHUNK
+    text = c.run("resolve", "pg", "--keep", "north-1", "--dry-run")
+    assert "NORTH-1 SINCE THEN" in text
+    assert text.count("epoch, ") + text.count("epochs, ") == 2, "both tails: epochs, time, bytes"
     assert not members["east-1"]["is_reachable"]
     assert branches(b) == []
     done = c.json("resolve", "pg", "--keep", "north-1", "--yes")
