@@ -19,9 +19,9 @@ from geomirror.environment import SECOND
 from geomirror.errors import GeomirrorError, NotFoundError, RefusedError
 from geomirror.node.calls import Caller, MethodRegistry, Parameters, Result
 from geomirror.node.definition_store import ResourceEntry
-from geomirror.node.drill_book import DrillBook
 from geomirror.node.resource_calls import ResourceCalls
 from geomirror.node.service import Service
+from geomirror.node.status import StatusReport
 from geomirror.node.tail_size import UNKNOWN_TAIL
 
 SAY_TIMEOUT_S = 1.0
@@ -65,9 +65,8 @@ class Hearsay:
     """Of one node. On the event loop."""
 
     calls: ResourceCalls
-    drills: DrillBook
-    last_drills: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
-    """(resource id, node) → `last_drill` there."""
+    status: StatusReport
+    """Is told of drills."""
     _asked_ns: dict[tuple[str, str], int] = field(default_factory=dict)
 
     def register(self, methods: MethodRegistry) -> None:
@@ -85,7 +84,7 @@ class Hearsay:
         since: dict[str, Any] | None = None
         if request.epoch is not None:
             since = self.calls.host.get(definition.name).since(request.epoch)
-        last = self.drills.last(definition.name, definition.resource_id)
+        last = self.status.drills.last(definition.name, definition.resource_id)
         return {"node": self.calls.host.context.name, "last_drill": last, "since": since}
 
     async def ask_since(self, node: str, resource_id: str, epoch: int | None) -> dict[str, Any]:
@@ -136,7 +135,7 @@ class Hearsay:
             return
         last = _checked(found.get("last_drill"), _LastDrill)
         if last is not None:
-            self.last_drills[key] = msgspec.to_builtins(last)
+            self.status.heard_drills[key] = msgspec.to_builtins(last)
 
     async def _ask(self, node: str, parameters: dict[str, Any]) -> dict[str, Any]:
         return await self.calls.links.call(node, METHOD, parameters, SAY_TIMEOUT_S)

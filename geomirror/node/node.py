@@ -240,9 +240,8 @@ class Node:
         self._promotion = PromotionCalls(calls, failover)
         self._promotion.register(self._methods)
         self._rejoiner = Rejoiner(calls)
-        self._hearsay = Hearsay(calls, self._status.drills)
+        self._hearsay = Hearsay(calls, self._status)
         self._hearsay.register(self._methods)
-        self._status.heard_drills = self._hearsay.last_drills
         resolve = ResolveCalls(calls, self._promotion, self._rejoiner, self._hearsay)
         resolve.register(self._methods)
         self._register_network()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote
 
@@ -31,8 +31,8 @@ class StatusReport:
         self._site_of = site_of
         self._link_of = link_of
         self.drills = DrillBook(host.context)
-        self.heard_drills: Mapping[tuple[str, str], dict[str, Any]] = {}
-        """See `Hearsay.last_drills`."""
+        self.heard_drills: dict[tuple[str, str], dict[str, Any]] = {}
+        """(resource id, node) → `last_drill` there; see `hearsay`."""
         self.nbd_socket = ""
         self.nbd_tcp_base_uri: str | None = None
 
