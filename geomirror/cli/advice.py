@@ -196,17 +196,7 @@ def _about_peer(resource: dict[str, Any], peer: dict[str, Any], here: str) -> li
         )
         action = "Wait until it has caught up; flushes wait for it again then."
         found.append(Advice("out of sync", meaning, action))
-    if state == "Fold":
-        meaning = f"{node} is slower than the writers; it skips intermediate versions."
-        meaning += _pace(peer)
-        found.append(Advice("behind", meaning, "Nothing, if the link is known to be slow."))
-    is_late = (peer.get("rpo_seconds") or 0) >= LATE_S
-    if state == "Stream" and is_late and peer.get("is_converging") is False:
-        meaning = f"{node} falls behind." + _pace(peer)
-        found.append(
-            Advice("behind", meaning, "Nothing, if writers slow down; else a faster link.")
-        )
-    return found
+    return found + _about_pace(peer)
 
 
 def _begun(text: str) -> str:
@@ -223,6 +213,20 @@ def _no_member(resource: dict[str, Any], node: str, here: str) -> Advice:
     meaning = f"{node} {gone}: its copy gets nothing, and the journal keeps epochs for it."
     action = f"geomirror resource remove-secondary {name} {node}"
     return Advice("secondary gone", meaning, action)
+
+
+def _about_pace(peer: dict[str, Any]) -> list[Advice]:
+    """A copy that does not keep up with the writers."""
+    node, state = peer["node"], peer["state"]
+    if state == "Fold":
+        meaning = f"{node} is slower than the writers; it skips intermediate versions."
+        action = "Nothing, if the link is known to be slow."
+        return [Advice("behind", meaning + _pace(peer), action)]
+    is_late = (peer.get("rpo_seconds") or 0) >= LATE_S
+    if state == "Stream" and is_late and peer.get("is_converging") is False:
+        action = "Nothing, if writers slow down; else a faster link."
+        return [Advice("behind", f"{node} falls behind." + _pace(peer), action)]
+    return []
 
 
 def _disconnected(resource: dict[str, Any], peer: dict[str, Any], here: str) -> Advice:
