@@ -69,19 +69,42 @@ class ResourceHost:
         directory = self.context.resource_dir(name)
         try:
             if await self._run(directory.exists):
-                raise RefusedError(
-                    f"{directory} is in the way", hint="move it away: it may hold a resource"
-                )
+                return await self._start(await self._open_left(definition, directory))
             try:
                 wanted = await self._run(self._with_journal_size, definition)
                 self._require_files(wanted)
-                service = await self._run(self._factory.create, wanted, self.context)
-                return await self._start(service)
+                return await self._start(await self._make(wanted, directory))
             except GeomirrorError:
                 await self._run(remove_tree, directory)
                 raise
         finally:
             self.opening.discard(name)
+
+    async def _make(self, wanted: ResourceDefinition, directory: Path) -> Service:
+        """Make it on a thread; nothing is left when the caller gives up, or the node stops."""
+        making = asyncio.ensure_future(self._run(self._factory.create, wanted, self.context))
+        try:
+            return await asyncio.shield(making)
+        except asyncio.CancelledError:
+            with contextlib.suppress(GeomirrorError):
+                await asyncio.shield(making)
+            remove_tree(directory)
+            raise
+
+    async def _open_left(self, definition: ResourceDefinition, directory: Path) -> Service:
+        """What a creation has left that was cut off by a stop: this very resource, and no other.
+
+        :raises RefusedError: it is something else, or not whole; nothing was changed.
+        """
+        try:
+            service: Service = await self._run(self._factory.open, definition, self.context)
+        except GeomirrorError as error:
+            raise RefusedError(
+                f"{directory} is in the way: {error.message}",
+                hint="move it away: it may hold a resource",
+            ) from error
+        _log.info("resource_found", resource=definition.name, directory=str(directory))
+        return service
 
     async def open(self, definition: ResourceDefinition) -> None:
         """Recover and serve a resource; a failure is kept in `failures`, not raised.

@@ -48,7 +48,11 @@ def own_mounts() -> Iterator[None]:
         subprocess.run(["mount", "--make-rprivate", "/"], check=True)
         yield
     finally:
-        assert system.setns(before, _CLONE_NEWNS) == 0, os.strerror(ctypes.get_errno())
+        give_up = time.monotonic() + 10
+        # Refused while a thread that is ending still shares our file system's state.
+        while system.setns(before, _CLONE_NEWNS) != 0:
+            assert time.monotonic() < give_up, os.strerror(ctypes.get_errno())
+            time.sleep(0.05)
         os.close(before)
 
 
