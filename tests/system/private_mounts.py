@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy  # noqa: F401 - see `own_mounts`
 import pytest
 
 from geomirror.node.attach_client import list_attachments
@@ -39,7 +40,9 @@ _CLONE_NEWNS = 0x20000
 def own_mounts() -> Iterator[None]:
     """This thread, and what it starts, in a mount namespace of its own.
 
-    Other namespaces that are made meanwhile copy all mounts, and would keep ours busy.
+    Other namespaces that are made meanwhile copy all mounts, and would keep ours busy. The way back
+    is refused to whoever shares it with a thread that began inside: numpy's begin when a command in
+    this process imports it, so it is imported before.
     """
     system = ctypes.CDLL(None, use_errno=True)
     before = os.open("/proc/thread-self/ns/mnt", os.O_RDONLY)
@@ -48,11 +51,7 @@ def own_mounts() -> Iterator[None]:
         subprocess.run(["mount", "--make-rprivate", "/"], check=True)
         yield
     finally:
-        give_up = time.monotonic() + 10
-        # Refused while a thread that is ending still shares our file system's state.
-        while system.setns(before, _CLONE_NEWNS) != 0:
-            assert time.monotonic() < give_up, os.strerror(ctypes.get_errno())
-            time.sleep(0.05)
+        assert system.setns(before, _CLONE_NEWNS) == 0, os.strerror(ctypes.get_errno())
         os.close(before)
 
 

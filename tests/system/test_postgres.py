@@ -24,11 +24,11 @@ from tests.system.pgbench import (
     start_load,
 )
 from tests.system.power import run
-from tests.system.support import SEED, Site, wait_applied
+from tests.system.support import SEED, Site, until, wait_applied
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]
-LOAD_S = random.Random(SEED).uniform(3, 6)
-"""Until everything is killed."""
+MORE_S = random.Random(SEED).uniform(0.5, 4)
+"""Of load after the first commits, until everything is killed."""
 
 
 @pytest.fixture
@@ -48,7 +48,8 @@ def test_every_confirmed_commit_is_there_and_the_mirror_is_sound(
         fill(cluster, scale=3)
         logs = public / "sockets" / "commits"
         load = start_load(cluster, logs)
-        time.sleep(LOAD_S)
+        until(lambda: confirmed_commits(logs) > 50, 60, "commits")
+        time.sleep(MORE_S)
         pull_the_plug(a, attached, cluster, load)
         commits = confirmed_commits(logs)
         assert commits > 50
