@@ -95,7 +95,7 @@ async def test_a_way_that_works(tmp_path: Path) -> None:
 async def test_names_ports_holes_and_other_programs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("geomirror.tunnel.diagnosis_io.STAGE_SECONDS", 0.7)
+    monkeypatch.setattr("geomirror.tunnel.diagnosis_io.STAGE_SECONDS", 2.0)
     async with pair(tmp_path) as (east, west):
         check(await examine(west, "nowhere.invalid:7701"), "name_not_found", "nowhere.invalid")
         check(await examine(west, free_endpoint()), "refused", "nobody listens")
@@ -110,7 +110,7 @@ async def test_names_ports_holes_and_other_programs(
 
 
 async def test_what_a_proxy_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("geomirror.tunnel.diagnosis_io.STAGE_SECONDS", 0.7)
+    monkeypatch.setattr("geomirror.tunnel.diagnosis_io.STAGE_SECONDS", 2.0)
     async with pair(tmp_path) as (east, west):
         port = int(east.endpoint[10:])
         with Proxy({east.endpoint: port}, credentials="me:s3cret") as proxy:
