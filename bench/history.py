@@ -18,6 +18,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from bench import full_history
 from bench.cells import Cell
 from bench.copy_engine import CopyEngine
 from bench.counted_store import IMAGE, JOURNAL, UNDO
@@ -202,4 +203,8 @@ def _receive_scattered(copy: CopyEngine, chance: random.Random, noise: bytes, am
         copy.receive(dict(zip(chosen, contents, strict=True)), 1 / EPOCHS_PER_SECOND)
 
 
-CELLS = [Cell(NAME, _levels, "levels"), Cell(NAME, _throughput, "apply")]
+CELLS = [
+    Cell(NAME, _levels, "levels"),
+    Cell(NAME, _throughput, "apply"),
+    *full_history.CELLS,
+]

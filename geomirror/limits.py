@@ -93,8 +93,16 @@ class Limits:
     its end, so that the disk, not the budget of history, is the bound unless told otherwise."""
     undo_free_bytes_min: int = 1 * GIB
     """What the before-images of a large pass leave free of the disk, for journal and images."""
-    undo_passes_max: int = 4096
-    """Undo files kept per resource: bounds the start, which reads the table of each (50 us)."""
+    undo_passes_max: int = 16_384
+    """Undo files kept per resource: bounds the start, which reads the header of each, and memory
+    (1 KiB each). Asserted: what the default levels keep fits without pressure."""
+    undo_pressure_fraction: float = 0.8
+    """Part of those two bounds from which on fine history is merged before its time."""
+    undo_inspected_max: int = 256
+    """Newest undo files whose tables are read at a start, too; those of the others are read within
+    three minutes."""
+    timeline_points_max: int = 500
+    """Points in one answer of `timeline`: 5 ms of the loop, and a fifth of a message."""
     undo_levels: tuple[tuple[int, int], ...] = (
         (1 * SECOND, 3_600 * SECOND),
         (30 * SECOND, 24 * 3_600 * SECOND),
@@ -112,7 +120,8 @@ class Limits:
     undo_scrub_bytes: int = 32 * MIB
     """At a time, every ten seconds at most; applying waits for it."""
     view_entries_max: int = 1 << 20
-    """Blocks changed since a view's epoch that its index holds (48 bytes each)."""
+    """Blocks changed since a view's epoch that its index holds (20 bytes each; half a KiB for each
+    pass comes on top)."""
     views_max: int = 4
     """Views of one resource on a node."""
 
@@ -121,7 +130,7 @@ class Limits:
     branches_max: int = 64
     """Branches of one resource: each is a file that its owner looks at one day."""
     rollback_entries_max: int = 1 << 22
-    """Blocks changed since the epoch of a rollback (48 bytes of memory each)."""
+    """Blocks changed since the epoch of a rollback (60 bytes of memory each)."""
     way_back_fraction: float = 0.25
     """Part of the journal that is kept beyond what peers need, so that a rollback can end within
     an apply pass. Asserted: at most the backlog at which folding begins."""
@@ -269,6 +278,9 @@ class Limits:
         assert self.marks_max * 160 <= self.message_bytes_max // 2
         assert self.verify_region_blocks * BLOCK_BYTES <= self.verify_read_bytes_max
         assert self.undo_levels == tuple(sorted(self.undo_levels))
+        # A point is 250 bytes; marks, which all may be in one answer, twice 160 each.
+        points_bytes = self.timeline_points_max * 250 + self.marks_max * 320
+        assert points_bytes <= self.message_bytes_max // 2
         assert self.window_bytes_min >= FRAME_RAW_BYTES_MAX
         assert self.hello_misses_max >= 3
         assert self.data_connections <= self.data_connections_max
@@ -282,8 +294,24 @@ class Limits:
         """Bytes of a journal of this size that are kept for rollbacks, at most."""
         return min(int(journal_bytes * self.way_back_fraction), self.way_back_bytes_max)
 
+    @property
+    def undo_points(self) -> int:
+        """Passes that are kept when there is one in each step of each level, and no more: those
+        that wait to be merged, and those that a mark or the size of a merge keeps apart."""
+        count, start_ns, finer_ns = 0, 0, self.epoch_age_ns
+        for step_ns, age_ns in self.undo_levels:
+            waiting = -(-step_ns // finer_ns)
+            count += (age_ns - start_ns) // step_ns + waiting
+            start_ns, finer_ns = age_ns, step_ns
+        settled = self.undo_settled_ns // self.epoch_age_ns
+        # Two adjacent ones that are not merged hold more than one merge may; contents compress,
+        # seldom by more than four.
+        large = 2 * 4 * self.undo_bytes_max // self.undo_merge_bytes_max
+        return count + settled + large + self.marks_max + self.views_max + self.branches_max
+
 
 PRODUCTION = Limits()
+assert PRODUCTION.undo_points <= PRODUCTION.undo_pressure_fraction * PRODUCTION.undo_passes_max
 
 SIMULATION = Limits(
     segment_bytes=256 * KIB,
@@ -307,6 +335,8 @@ SIMULATION = Limits(
     resync_node_regions=4,
     mode_dwell_ns_min=2 * SECOND,
     undo_bytes_max=4 * MIB,
+    undo_inspected_max=8,
+    timeline_points_max=16,
     resync_undo_bytes_max=16 * MIB,
     undo_free_bytes_min=16 * KIB,
     marks_max=12,

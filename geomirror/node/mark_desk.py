@@ -117,8 +117,7 @@ class MarkDesk:
         applied = engine.state_epoch
         if mark.epoch >= applied:
             return ""  # It is the image, or in the journal, and an apply pass will end there.
-        kept = engine.undo.history.kept(applied)
-        if kept and mark.epoch in {kept[0].from_epoch, *(each.to_epoch for each in kept)}:
+        if engine.undo.history.reaches(mark.epoch, applied):
             return ""
         return "the history that leads back to it was dropped for want of room"
 

@@ -9,11 +9,10 @@ from typing import Any
 from geomirror.errors import NotFoundError, UsageError
 from geomirror.limits import GIB
 from geomirror.node.calls import Caller, MethodRegistry, Parameters, Result
-from geomirror.node.history_report import clock_steps
+from geomirror.node.history_report import timeline_object
 from geomirror.node.resource_calls import ResourceCalls
-from geomirror.node.view_host import OpenView, ViewHost, timestamp
-from geomirror.volume.points import At, Point
-from geomirror.volume.undo_levels import ages_of, level_of
+from geomirror.node.view_host import OpenView, ViewHost
+from geomirror.volume.points import At
 
 VIEW_TIMEOUT_S = 60.0
 QUOTA_BYTES_DEFAULT = 10 * GIB
@@ -24,6 +23,24 @@ class OnNode(Parameters, frozen=True):
 
     name: str
     node: str | None = None
+
+
+class Moment(Parameters, frozen=True):
+    """One of these."""
+
+    epoch: int | None = None
+    wall_ns: int | None = None
+    mark: str | None = None
+
+
+class Timeline(OnNode, frozen=True):
+    """`timeline`: the newest points from `first` to `last`, or those before one known already."""
+
+    first: Moment | None = None
+    last: Moment | None = None
+    before_epoch: int | None = None
+    count_max: int | None = None
+    """Points wanted; None: as many as one answer has."""
 
 
 class CreateView(Parameters, frozen=True):
@@ -57,30 +74,30 @@ class ViewCalls:
 
     def register(self, methods: MethodRegistry) -> None:
         """Add every method."""
-        methods.add("resource.timeline", OnNode, self.timeline, from_peers=True)
+        methods.add("resource.timeline", Timeline, self.timeline, from_peers=True)
         methods.add("view.create", CreateView, self.create, from_peers=True)
         methods.add("view.list", OnNode, self.list_all, from_peers=True)
         methods.add("view.delete", DeleteView, self.delete, from_peers=True)
 
-    async def timeline(self, caller: Caller, request: OnNode) -> Result:
-        """Every point in time that can be looked at there."""
+    async def timeline(self, caller: Caller, request: Timeline) -> Result:
+        """The points in time that can be looked at there, as many as one answer holds."""
         other = self.elsewhere(request.name, request.node)
         if other is not None:
             return await self.forward(caller, other, "resource.timeline", request)
+        if request.count_max is not None and request.count_max < 0:
+            raise UsageError("a number of points is not less than zero")
         host = self._host(request.name)
-        points = host.points()
-        levels = self.calls.host.context.limits.undo_levels
-        ages = ages_of([point.wall_ns for point in points])
-        return {
-            "resource": request.name,
-            "node": self._self,
-            "points": [
-                _point(point, levels[level_of(age_ns, levels)][0] / 1e9)
-                for point, age_ns in zip(points, ages, strict=True)
-            ],
-            "clock_steps": clock_steps(points),
-            "undo": host.undo_state(),
-        }
+        first, last = request.first or Moment(), request.last or Moment()
+        found = timeline_object(
+            host.points(),
+            self.calls.host.context.limits,
+            earliest=(host.epoch_of(first.epoch, first.mark) or 0, first.wall_ns or 0),
+            latest=(host.epoch_of(last.epoch, last.mark), last.wall_ns),
+            before_epoch=request.before_epoch,
+            count_max=request.count_max,
+        )
+        undo = host.undo_state()
+        return {"resource": request.name, "node": self._self, **found, "undo": undo}
 
     async def create(self, caller: Caller, request: CreateView) -> Result:
         """Make a view."""
@@ -151,13 +168,3 @@ class ViewCalls:
             {"name": volume, **self.addresses(export, volume)} for volume in found["volumes"]
         ]
         return {**found, "volumes": volumes, "nbd_uri": volumes[0]["nbd_uri"]}
-
-
-def _point(point: Point, step_s: float) -> dict[str, Any]:
-    return {
-        "epoch": point.epoch,
-        "time": timestamp(point.wall_ns),
-        "step_seconds": step_s,
-        "marks": list(point.marks),
-        "since": point.since,
-    }

@@ -22,7 +22,7 @@ from geomirror.node.view_export import ViewExport, ViewQueue
 from geomirror.volume.branch_view import BranchView
 from geomirror.volume.engine import Engine
 from geomirror.volume.generations import is_on_chain
-from geomirror.volume.points import At, Located, Point, locate, points_of
+from geomirror.volume.points import At, Located, Point, Points, locate, points_of
 from geomirror.volume.scratch import DIRECTORY, Scratch, data_name, map_name
 from geomirror.volume.store_io import DirectoryStore
 from geomirror.volume.superblock import VolumeRecord
@@ -77,18 +77,22 @@ class ViewHost:
         self._node = node
         self._views: dict[str, OpenView] = {}
 
-    def points(self) -> list[Point]:
+    def points(self) -> Points:
         """Every point in time that can be looked at here now, oldest first."""
         engine = self._engine
         epoch = engine.state_epoch
         if epoch is None:
-            return []
+            return Points.of([])
         history = engine.undo.history
         return points_of(history, epoch, engine.state_wall_ns, engine.marks.table)
 
     def undo_state(self) -> dict[str, Any]:
         """What history costs, and why it does not reach back further."""
         return undo_object(self._engine, self._node.limits)
+
+    def epoch_of(self, epoch: int | None, mark: str | None) -> int | None:
+        """The epoch, or that of the mark. :raises NotFoundError: no such mark."""
+        return epoch if mark is None else self._engine.marks.table.get(mark).epoch
 
     def open_all(self) -> None:
         """Find the views of the last life again. Blocking; before anything is applied."""

@@ -12,7 +12,7 @@ Deliberately not here: the steps and their order (`rollback`), when to roll back
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -30,7 +30,6 @@ from geomirror.volume.open_epoch import OpenEpoch
 from geomirror.volume.rollback import RollbackJob, RollbackParts, Tail, Versions, grown_since
 from geomirror.volume.rollback_position import clamped, nearest
 from geomirror.volume.superblock import GenerationRecord, RollbackRecord, Superblock, copy_of
-from geomirror.volume.undo_file import PassInfo
 
 __all__ = ["RollbackJob", "RollbackPath"]
 
@@ -61,8 +60,10 @@ class RollbackPath(VolumeGrowth):
         low = max(boundaries[0], self.superblock.consistent_from)
         if not may_shrink:
             low = max(low, self.sizes.newest_change)
-        labels = self._labels()
-        found = {each for each in boundaries if self._info_of(each, labels) is not None}
+        # Each but the first is where a pass ends, so that its label is there.
+        found = set(boundaries[1:])
+        if self._info_of(boundaries[0]) is not None:
+            found.add(boundaries[0])
         if numbers:
             start = self._directory.info(numbers[0]).first_number - 1
             base = next((each for each in boundaries if each >= start), None)
@@ -73,8 +74,7 @@ class RollbackPath(VolumeGrowth):
 
     def rollback_targets(self) -> list[EpochInfo]:
         """What is known of each of `rollback_points`, ascending."""
-        labels = self._labels()
-        found = [self._info_of(each, labels) for each in self.rollback_points()]
+        found = [self._info_of(each) for each in self.rollback_points()]
         return [each for each in found if each is not None]
 
     def rollback_target(
@@ -93,7 +93,7 @@ class RollbackPath(VolumeGrowth):
         if epoch < self.sizes.newest_change and not may_shrink:
             raise grown_since(epoch)
         points = self.rollback_points(may_shrink=may_shrink)
-        found = self._info_of(epoch, self._labels(), chain_hash)
+        found = self._info_of(epoch, chain_hash)
         # One whose hash only the caller knows is none of the points.
         is_boundary = epoch in self._boundaries() and epoch >= superblock.consistent_from
         if found is None or not (epoch in points or is_boundary):
@@ -345,15 +345,9 @@ class RollbackPath(VolumeGrowth):
 
     def _boundaries(self) -> list[int]:
         """The states that undo leads to from the images, and that of the images, ascending."""
-        kept = self.undo.history.kept(self.applied_epoch)
-        return [each.from_epoch for each in kept] + [self.applied_epoch]
+        return self.undo.history.boundaries(self.applied_epoch)
 
-    def _labels(self) -> dict[int, PassInfo]:
-        return {each.to_epoch: each for each in self.undo.history.passes}
-
-    def _info_of(
-        self, epoch: int, labels: Mapping[int, PassInfo], chain_hash: bytes | None = None
-    ) -> EpochInfo | None:
+    def _info_of(self, epoch: int, chain_hash: bytes | None = None) -> EpochInfo | None:
         """What is known of an epoch; one that is in no record and no label by its hash alone."""
         superblock = self.superblock
         if epoch == superblock.applied_epoch:
@@ -367,7 +361,7 @@ class RollbackPath(VolumeGrowth):
         rows = self._directory.after(epoch - 1, 1)
         if rows and rows[0].number == epoch:
             return rows[0]
-        label = labels.get(epoch)
+        label = self.undo.history.ending_at(epoch)
         if label is not None:
             return _info(epoch, epoch, label.chain_hash, label.wall_ns)
         for entry in superblock.chain:

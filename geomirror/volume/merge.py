@@ -103,6 +103,11 @@ def keys_of(entries: Table) -> Keys:
     return keys
 
 
+def blocks_of(keys: Keys) -> tuple[Keys, Keys]:
+    """The volume and the block of each `key_of`."""
+    return keys >> _VOLUME_SHIFT, keys & _BLOCK_MASK
+
+
 def _newest(keys: Keys) -> tuple[Keys, Keys]:
     """Indices of the last occurrence of each key, by ascending key, and those keys."""
     order = keys.argsort(kind="stable")

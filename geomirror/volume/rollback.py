@@ -19,6 +19,7 @@ Deliberately not here: where p can be (`engine_rollback`), what a tail is (`roll
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import msgspec
@@ -34,11 +35,12 @@ from geomirror.volume.marks_file import SaveMarksJob
 from geomirror.volume.merge import merge_tables
 from geomirror.volume.rollback_position import shrink
 from geomirror.volume.rollback_tail import fill_branch, fill_joint, grown_table, tail_table
-from geomirror.volume.store import File, Store
+from geomirror.volume.store import Store
 from geomirror.volume.superblock import RollbackRecord, Superblock, SuperblockFile
 from geomirror.volume.undo import UndoStore
 from geomirror.volume.undo_contents import OldPart, old_contents, within
-from geomirror.volume.undo_file import PassInfo, PassLabel, UndoReader, UndoWriter
+from geomirror.volume.undo_file import PassInfo, PassLabel, UndoWriter
+from geomirror.volume.undo_tables import PassTables
 from geomirror.volume.view_index import ViewIndex
 from geomirror.volume.volume_change import VolumeChange, merge_changes
 
@@ -153,7 +155,7 @@ class RollbackJob:
             return
         found = {index: image.size_bytes for index, image in self._parts.images.items()}
         if record.boundary_epoch < self._applied_epoch:
-            found.update(self._index(record.boundary_epoch)[0].sizes)
+            found.update(self._index(record.boundary_epoch).sizes)
         self._sizes_at_boundary = found
         changes = self._changes()
         record.sizes = {**found, **{each.index: each.size_bytes for each in changes}}
@@ -182,7 +184,7 @@ class RollbackJob:
         if tail.in_image is not None:
             in_image = merge_tables([epoch.table for epoch in tail.in_image()])
         else:
-            index = self._index(tail.record.base_epoch)[0]
+            index = self._index(tail.record.base_epoch)
             in_image = merge_tables([index.table(), grown_table(index.sizes, parts.images)])
         table = tail_table(in_image, in_journal)
         before = self.record.sizes
@@ -224,19 +226,16 @@ class RollbackJob:
             last.generation, record.boundary_epoch, last.number, last.wall_ns, last.chain_hash
         )
 
-        index, passes = self._index(record.boundary_epoch)
-        files = self._open(passes)
+        index = self._index(record.boundary_epoch)
 
         def fill(writer: UndoWriter) -> None:
             sizes = self._sizes_at_boundary
-            fill_joint(writer, within(old_contents(index, files), sizes), changed)
+            old = old_contents(index, self._parts.store.open)
+            fill_joint(writer, within(old, sizes), changed)
             for change in self._changes():
                 writer.add_size(change.index, sizes.get(change.index, 0))
 
-        try:
-            undo.save_joint(label, fill)
-        finally:
-            _close(files)
+        undo.save_joint(label, fill)
 
     def _restore(self) -> None:
         parts, record = self._parts, self.record
@@ -244,13 +243,9 @@ class RollbackJob:
         images = {index: i.grown(sizes.get(index, 0)) for index, i in parts.images.items()}
         parts.undo.close_after(boundary)
         if boundary < self._applied_epoch:
-            index, passes = self._index(boundary)
-            files = self._open(passes)
-            try:
-                for part in within(old_contents(index, files), sizes):
-                    _put_back(images[part.volume], part)
-            finally:
-                _close(files)
+            old = old_contents(self._index(boundary), parts.store.open)
+            for part in within(old, sizes):
+                _put_back(images[part.volume], part)
         if boundary < record.to_epoch:
             ApplyJob(
                 boundary,
@@ -281,18 +276,15 @@ class RollbackJob:
         """Whether images go back by undo, and a part of the way forward again."""
         return self.record.boundary_epoch < self.record.to_epoch
 
-    def _index(self, epoch: int) -> tuple[ViewIndex, Sequence[PassInfo]]:
+    def _index(self, epoch: int) -> ViewIndex:
         parts = self._parts
-        passes = parts.undo.history.since(epoch)
-        index = ViewIndex(epoch).extended(
-            passes,
-            lambda info: UndoReader(parts.store.open(info.name), info.name),
-            parts.limits.rollback_entries_max,
-        )
-        return index, passes
 
-    def _open(self, passes: Sequence[PassInfo]) -> list[File]:
-        return [self._parts.store.open(each.name) for each in passes]
+        def read(info: PassInfo) -> PassTables:
+            with closing(parts.store.open(info.name)) as file:
+                return PassTables(file, info.name)
+
+        passes = parts.undo.history.since(epoch)
+        return ViewIndex(epoch).extended(passes, read, parts.limits.rollback_entries_max)
 
     def _write(self, version: Superblock) -> None:
         self._parts.superblock_file.write_job(version).run()
@@ -306,11 +298,6 @@ def _put_back(image: Image, part: OldPart) -> None:
     last = part.contents[-1][: image.block_bytes(part.blocks[-1])]
     contents = [*part.contents[:-1], last]
     image.write_blocks(list(zip(part.blocks, contents, strict=True)))
-
-
-def _close(files: Sequence[File]) -> None:
-    for file in files:
-        file.close()
 
 
 def grown_since(epoch: int) -> RefusedError:

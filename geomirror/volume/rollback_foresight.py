@@ -11,6 +11,7 @@ Deliberately not here: the rollback (`rollback`), what an operator is told of it
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ from geomirror.volume.merge import Keys, merge_tables
 from geomirror.volume.rollback_tail import fill_branch, is_in_image, tail_table
 from geomirror.volume.store import Buffer
 from geomirror.volume.undo_file import PassInfo, UndoReader
+from geomirror.volume.undo_tables import PassTables
 from geomirror.volume.view_index import ViewIndex
 from geomirror.volume.zero_blocks import zero_mask
 
@@ -80,8 +82,7 @@ class ForesightJob:
         self._in_journal = [row for row in rows if row.number > applied]
         self._open_blocks = engine.open_epoch_entries
         self._sizes = dict(engine.sizes.now)
-        kept = engine.undo.history.kept(applied)
-        boundaries = [each.from_epoch for each in kept] + [applied]
+        boundaries = engine.undo.history.boundaries(applied)
         self._boundary = max((e for e in boundaries if e <= target.number), default=target.number)
         lowest = min((row.data_lsn_min for row in rows), default=engine.journal.end_lsn)
         self._pin = engine.journal.pin(lowest, self._owner)
@@ -145,11 +146,19 @@ class ForesightJob:
             try:
                 passes = history.since(self._boundary)
                 index = ViewIndex(self._boundary)
-                return index.extended(passes, self._reader, limits.rollback_entries_max)
+                return index.extended(passes, self._read_tables, limits.rollback_entries_max)
             except (NotFoundError, StorageError):
                 if undo.history is history:
                     raise
         raise StorageError("the undo changes too fast to be read")
+
+    def _read_tables(self, info: PassInfo) -> PassTables:
+        with closing(self._engine.store.open(info.name)) as file:
+            try:
+                return PassTables(file, info.name)
+            except IntegrityError:
+                self._engine.undo.suspect(info.name)
+                raise
 
     def _reader(self, info: PassInfo) -> UndoReader:
         file = self._engine.store.open(info.name)
@@ -168,12 +177,15 @@ class ForesightJob:
             left = [each for each in history.since(self._boundary) if each.name not in read]
             if not left:
                 return
-            try:
-                self._read_pass(left[0])
-            except (NotFoundError, StorageError):
-                if undo.history is history:
-                    raise
-            read.add(left[0].name)
+            for each in left:
+                try:
+                    self._read_pass(each)
+                except (NotFoundError, StorageError):
+                    if undo.history is history:
+                        raise
+                read.add(each.name)
+                if undo.history is not history:
+                    break
 
     def _read_pass(self, info: PassInfo) -> None:
         reader = self._reader(info)

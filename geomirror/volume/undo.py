@@ -15,6 +15,7 @@ contents (`apply`).
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -87,18 +88,16 @@ class UndoStore(KeptUndo):
         is_resync = any(each.is_resync for each in passes)
         info = self._write_file(name, label, fill, is_resync=is_resync)
         self._store.sync_directory(DIRECTORY)
-        replaced = {each.name for each in passes}
-        at = self._passes.index(passes[0])
-        rest = self._passes[at + len(passes) :]
-        assert {each.name for each in self._passes[at : at + len(passes)]} == replaced
-        self._keep((*self._passes[:at], info, *rest))
+        at = self._history.position_of(passes[0])
+        assert at is not None
+        assert self._history.whole[at : at + len(passes)] == tuple(passes)
+        self._history = self._history.spliced(at, len(passes), [info])
         for gone in passes:
             self._store.unlink(gone.name)
 
     def drop_oldest(self, count: int) -> None:
         """Forget the oldest passes."""
-        for each in self._passes[:count]:
-            self._drop(each.name)
+        self._drop([each.name for each in self._history.whole[:count]])
         self._drop_damaged()
 
     def found(self, state_epoch: int | None, settled_number: int) -> None:
@@ -139,14 +138,12 @@ class UndoStore(KeptUndo):
                 f"the image may be half applied and {self._damaged[newest].message}",
                 hint='keep the data directory; make this copy anew with "geomirror resync"',
             )
-        # Passes follow each other: asked at every turn, this looks at the last one only.
-        for found in reversed(self._passes):
-            if found.is_part:
-                continue  # Of a resync: the image is none by itself, or is going back.
-            if found.from_epoch <= applied_epoch:
-                is_it = found.from_epoch == applied_epoch
-                return (found.from_epoch, found.to_epoch) if is_it else None
-        return None
+        # Parts are of a resync: the image is none by itself, or is going back.
+        whole = self._history.whole
+        at = bisect_right(whole, applied_epoch, key=lambda each: each.from_epoch) - 1
+        if at < 0 or whole[at].from_epoch != applied_epoch:
+            return None
+        return applied_epoch, whole[at].to_epoch
 
     def find(
         self, from_epoch: int, to_epoch: int, generation: bytes | None = None
@@ -155,10 +152,9 @@ class UndoStore(KeptUndo):
 
         :param generation: of `to_epoch`; None for any.
         """
-        for each in reversed(self._passes):
-            if (each.from_epoch, each.to_epoch) == (from_epoch, to_epoch):
-                return each if generation in (None, each.generation) else None
-        return None
+        found = self._history.find(from_epoch, to_epoch)
+        is_it = found is not None and generation in (None, found.generation)
+        return found if is_it else None
 
     def write(self, label: PassLabel, fill: Callable[[UndoWriter], None]) -> PassInfo:
         """Write the undo of one pass; when this returns it is durable, file and name.
@@ -210,11 +206,8 @@ class UndoStore(KeptUndo):
 
         Repeating it after a crash in it does the rest.
         """
-        for each in reversed(self._passes):
-            if each.to_epoch > to_epoch:
-                self._drop(each.name)
-        for name in list(self._damaged):
-            self._drop(name)
+        gone = [each.name for each in reversed(self._passes) if each.to_epoch > to_epoch]
+        self._drop([*dict.fromkeys(gone), *self._damaged])
         # Before the joint has its name: a merged pass that is still there would seem to cover it.
         self._store.sync_directory(DIRECTORY)
         passes = self._passes
@@ -254,8 +247,7 @@ class UndoStore(KeptUndo):
     def drop_all(self) -> None:
         """Forget all undo, durably: before an image is overwritten without undo (resync)."""
         names = [each.name for each in self._passes] + sorted(self._damaged)
-        for name in names:
-            self._drop(name)
+        self._drop(list(dict.fromkeys(names)))
         if names:
             self._store.sync_directory(DIRECTORY)
         self.is_void = False
@@ -277,18 +269,23 @@ class UndoStore(KeptUndo):
 
     def show_open(self, groups: Sequence[PassInfo], closed: PassInfo | None = None) -> None:
         """The open pass has these groups now; or it is closed, and this is what became of it."""
-        whole = [each for each in self._passes if not each.is_part]
-        self._keep([*whole, *groups] if closed is None else [*whole, closed])
+        history = self._history.with_parts(groups)
+        if closed is not None:
+            history = history.with_parts(()).spliced(len(history.whole), 0, [closed])
+        self._history = history
 
     def _load(self, open_stem: str) -> None:
         self._store.unlink(TEMPORARY)
-        found = find_undo(self._store, open_stem)
+        found = find_undo(self._store, open_stem, self._limits.undo_inspected_max)
         self._next = max(self._next, found.next_number)
         self._damaged = found.damaged
+        self._unseen = found.unseen
         self._keep(found.passes)
 
     def _newest_name(self) -> str:
-        return max([each.name for each in self._passes] + list(self._damaged), default="")
+        # Of what is whole, and of a resync: names grow with time.
+        ends = (*self._history.whole[-1:], *self._history.parts[-1:])
+        return max([*(each.name for each in ends), *self._damaged], default="")
 
     def _write(
         self, label: PassLabel, fill: Callable[[UndoWriter], None], fault: str = ""
@@ -298,6 +295,5 @@ class UndoStore(KeptUndo):
         self._next += 1
         self._enforce_budget(info.stored_bytes)
         self._store.sync_directory(DIRECTORY)
-        parts = [each for each in self._passes if each.is_part]
-        self._keep((*self._passes[: len(self._passes) - len(parts)], info, *parts))
+        self._history = self._history.spliced(len(self._history.whole), 0, [info])
         return info

@@ -1,13 +1,14 @@
 """Where the old contents of one undo file lie, apart from which blocks they are of.
 
-Small (24 bytes for 256 KiB of contents) and never changed, so that a view keeps it and opens the
-file only to read: files of merged passes go away while views look at them.
+Small (16 to 24 bytes for 256 KiB of contents) and never changed, so that a view keeps it and opens
+the file only to read: files of merged passes go away while views look at them.
 Deliberately not here: the file's tables (`undo_file`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -34,14 +35,23 @@ class ChunkMap:
     """Of the file."""
     chunks: npt.NDArray[np.void] = field(repr=False)
     """Rows of `CHUNK`."""
-    offsets: npt.NDArray[np.int64] = field(repr=False)
-    """Where each begins in the file."""
+    start: int
+    """Where the first one begins in the file."""
+
+    @cached_property
+    def offsets(self) -> npt.NDArray[np.int64]:
+        """Where each begins. Of most of the thousands that a view has, nobody asks."""
+        stored = self.chunks["stored"].astype(np.int64)
+        found: npt.NDArray[np.int64] = self.start + stored.cumsum() - stored
+        return found
 
     def read(self, file: File, index: int) -> bytes:
         """The raw bytes of one chunk, verified. Blocking.
 
-        :raises IntegrityError: it is damaged.
+        :raises IntegrityError: it is damaged, or there is none.
         """
+        if index >= len(self.chunks):
+            raise self._damaged(index)
         chunk = self.chunks[index]
         stored = file.pread(int(chunk["stored"]), int(self.offsets[index]))
         try:

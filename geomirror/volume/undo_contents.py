@@ -1,24 +1,33 @@
 """The old contents that an index of undo files leads to, in the order of their blocks.
 
 ```
- index, ascending ─▶ up to 256 single blocks with their contents, or one run of zeros, at a time
+ index, ascending ─▶ 16384 blocks ─▶ read file by file, chunk by chunk ─▶ in their order again
+                  ─▶ up to 256 single blocks with their contents, or one run of zeros, at a time
 ```
-Each file's blocks are in order, so each of its chunks is decompressed once.
-Memory: one chunk of each file, 1 MiB of contents.
+Blocks that are next to each other lie in any of thousands of files. So that neither all of them are
+open nor a chunk of each is in memory, a batch is read in the order of the files: one is open at a
+time, and of a batch each chunk is decompressed once.
+Memory: 64 MiB of contents, one chunk.
 """
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from typing import NamedTuple
 
-from geomirror.limits import BLOCK_BYTES
-from geomirror.volume.epoch_table import KIND_ZERO
+import numpy as np
+
+from geomirror.limits import BLOCK_BYTES, MIB
+from geomirror.volume.epoch_table import KIND_ZERO, Table
 from geomirror.volume.store import File
-from geomirror.volume.undo_chunks import BLOCKS_PER_CHUNK
+from geomirror.volume.undo_chunks import BLOCKS_PER_CHUNK, damage
 from geomirror.volume.view_index import ViewIndex, block_of, file_of
 
+_BATCH_ENTRIES = 64 * MIB // BLOCK_BYTES
+"""Entries whose contents are in memory: a merge is one batch."""
 _BLOCKS_MAX = 256
 """Blocks copied at once: 1 MiB."""
 
@@ -35,30 +44,24 @@ class OldPart(NamedTuple):
     """4096 bytes each, a short last block padded; None: all of them are zeros."""
 
 
-def old_contents(index: ViewIndex, files: Sequence[File]) -> Iterator[OldPart]:
+def old_contents(
+    index: ViewIndex, open_file: Callable[[str], File], pause: Callable[[], None] = lambda: None
+) -> Iterator[OldPart]:
     """Everything in the index, ascending by volume and block. Blocking.
 
-    :param files: open undo files, one for each pass of the index.
-    :raises IntegrityError: a file is damaged.
+    :param open_file: opens an undo file by its name.
+    :param pause: called before each file that is read; what it raises ends this.
+    :raises IntegrityError: a file is damaged. :raises StorageError: one cannot be read.
     """
-    chunks: dict[int, tuple[int, bytes]] = {}
-
-    def content(address: int) -> bytes:
-        number = file_of(address)
-        chunk, inside = divmod(block_of(address), BLOCKS_PER_CHUNK)
-        held, raw = chunks.get(number, (-1, b""))
-        if held != chunk:
-            raw = index.files[number].read(files[number], chunk)
-            chunks[number] = chunk, raw
-        return raw[inside * BLOCK_BYTES : (inside + 1) * BLOCK_BYTES]
-
     table = index.table()
-    fields = ["volume", "kind", "count", "block", "address"]
+    fields = ["volume", "kind", "count", "block"]
     volume = -1
     blocks: list[int] = []
     contents: list[bytes] = []
-    for at in range(0, len(table), _BLOCKS_MAX):
-        for owner, kind, count, block, address in table[at : at + _BLOCKS_MAX][fields].tolist():
+    for at in range(0, len(table), _BATCH_ENTRIES):
+        batch = table[at : at + _BATCH_ENTRIES]
+        found = _contents_of(index, batch, open_file, pause)
+        for row, (owner, kind, count, block) in enumerate(batch[fields].tolist()):
             if blocks and (owner != volume or kind == KIND_ZERO or len(blocks) >= _BLOCKS_MAX):
                 yield OldPart(volume, blocks, len(blocks), contents)
                 blocks, contents = [], []
@@ -67,9 +70,33 @@ def old_contents(index: ViewIndex, files: Sequence[File]) -> Iterator[OldPart]:
                 yield OldPart(volume, [block], count, None)
             else:
                 blocks.append(block)
-                contents.append(content(address))
+                contents.append(found[row])
     if blocks:
         yield OldPart(volume, blocks, len(blocks), contents)
+
+
+def _contents_of(
+    index: ViewIndex, batch: Table, open_file: Callable[[str], File], pause: Callable[[], None]
+) -> dict[int, bytes]:
+    """The contents of the DATA entries of a batch, by row."""
+    rows = (batch["kind"] != KIND_ZERO).nonzero()[0]
+    addresses = batch["address"][rows].astype(np.int64)
+    order = addresses.argsort(kind="stable")
+    found: dict[int, bytes] = {}
+    pairs = zip(rows[order].tolist(), addresses[order].tolist(), strict=True)
+    for number, entries in itertools.groupby(pairs, key=lambda pair: file_of(pair[1])):
+        pause()
+        chunks = index.files[number]
+        held, raw = -1, b""
+        with closing(open_file(chunks.name)) as file:
+            for row, address in entries:
+                chunk, inside = divmod(block_of(address), BLOCKS_PER_CHUNK)
+                if chunk != held:
+                    held, raw = chunk, chunks.read(file, chunk)
+                found[row] = raw[inside * BLOCK_BYTES : (inside + 1) * BLOCK_BYTES]
+                if len(found[row]) != BLOCK_BYTES:
+                    raise damage(chunks.name, f"has a damaged chunk {chunk}")
+    return found
 
 
 def within(parts: Iterable[OldPart], sizes: Mapping[int, int]) -> Iterator[OldPart]:

@@ -9,7 +9,8 @@ Deliberately not here: files (`undo`), what is still kept (`undo_history`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -53,8 +54,6 @@ class _Pass(Protocol):
     def wall_ns(self) -> int: ...
     @property
     def fault(self) -> str: ...
-    @property
-    def is_part(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -78,28 +77,40 @@ class Stretch:
 
 
 def unusable(
-    passes: Sequence[_Pass], damaged: Sequence[str], state_epoch: int, state_wall_ns: int
+    passes: Sequence[_Pass],
+    damaged: Sequence[str],
+    state_epoch: int,
+    state_wall_ns: int,
+    places: Iterable[int] | None = None,
 ) -> list[Stretch]:
     """Every such stretch before the state that a copy has now, oldest first.
 
-    :param passes: oldest first. :param damaged: files whose header does not tell what they are of.
+    :param passes: oldest first, none of them open.
+    :param damaged: files whose header does not tell what they are of.
+    :param places: the first pass, gaps, and those that begin behind the end of the one before; None
+        when that is not known.
     """
     found: list[Stretch] = []
-    before: int | None = None
-    wall_ns, name = 0, ""
-    for each in passes:
-        if each.is_part or each.to_epoch > state_epoch:
+    end = bisect_right(passes, state_epoch, key=lambda each: each.to_epoch)
+    for at in range(end) if places is None else places:
+        if at >= end:
             break
+        each = passes[at]
+        last = passes[at - 1] if at else None
+        before, wall_ns = (last.to_epoch, last.wall_ns) if last is not None else (None, 0)
         if before is None or each.from_epoch > before:
+            name = "" if last is None else last.name
             found += _hole(before, each.from_epoch, wall_ns, 0, _between(damaged, name, each.name))
         if each.fault:
             file = each.name if each.fault == DAMAGED else ""
             ends = (each.from_epoch, each.to_epoch)
             found.append(Stretch(*ends, each.fault, file, wall_ns, each.wall_ns))
-        before, wall_ns, name = each.to_epoch, each.wall_ns, each.name
-    if before != state_epoch:
-        rest = _between(damaged, name, "~")
-        found += _hole(before, state_epoch, wall_ns, state_wall_ns, rest)
+    newest = passes[end - 1] if end else None
+    if newest is None:
+        return found + _hole(None, state_epoch, 0, state_wall_ns, _between(damaged, "", "~"))
+    if newest.to_epoch != state_epoch:
+        rest = _between(damaged, newest.name, "~")
+        found += _hole(newest.to_epoch, state_epoch, newest.wall_ns, state_wall_ns, rest)
     return found
 
 

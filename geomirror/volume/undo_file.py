@@ -12,8 +12,8 @@ Deliberately not here: which files there are and what they mean together (`undo`
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -28,11 +28,20 @@ from geomirror.volume.epoch_table import Table, empty_table
 from geomirror.volume.merge import Keys, key_of, keys_of
 from geomirror.volume.store import Buffer, File
 from geomirror.volume.undo_chunks import CHUNK, CHUNK_BYTES, ChunkMap, damage
-from geomirror.volume.undo_faults import DAMAGED, FLAG_RESYNC, fault_of, flags_of
-from geomirror.volume.undo_label import PassInfo, PassLabel
+from geomirror.volume.undo_faults import flags_of
+from geomirror.volume.undo_header import (
+    FOOTER,
+    FOOTER_MAGIC,
+    HEADER_BYTES,
+    VERSION,
+    VERSION_GROUPS,
+    pack_header,
+    read_header,
+)
+from geomirror.volume.undo_label import OPEN_EPOCH, PassInfo, PassLabel
 from geomirror.volume.zero_blocks import ZERO_BLOCK, zero_mask
 
-__all__ = ["PassInfo", "PassLabel"]  # And everything below.
+__all__ = ["HEADER_BYTES", "OPEN_EPOCH", "PassInfo", "PassLabel"]  # And everything below.
 
 COMPRESSION_LEVEL = 1
 KIND_DATA = 0
@@ -43,18 +52,6 @@ SIZE_BLOCK = (1 << 46) - 1
 """Where such an entry stands: behind every block of its volume."""
 PLACE_BITS = 40
 """Of an `address` of `UndoReader.located`: 4 PiB of old contents in one file."""
-VERSION = 2
-VERSION_GROUPS = 3
-"""Made of the groups of an open pass: chunks may be short, areas are skipped."""
-OPEN_EPOCH = (1 << 63) - 1
-"""`to_epoch` of a pass that has not ended."""
-
-_MAGIC = b"GMUNDO1\0"
-_FOOTER_MAGIC = b"GMUNDOE\0"
-_HEADER = struct.Struct("<8sII16sQQIIQ32s24xQ")
-_VERSION_AT = struct.Struct("<8sI")
-_FOOTER = struct.Struct("<QQQ8s")
-HEADER_BYTES = _HEADER.size
 ENTRY = np.dtype(
     [
         ("volume", "<u2"),
@@ -65,8 +62,6 @@ ENTRY = np.dtype(
         ("position", "<u8"),
     ]
 )
-assert _HEADER.size == 128
-assert _FOOTER.size == 32
 assert ENTRY.itemsize == 24
 
 _Array = npt.NDArray[np.void]
@@ -80,7 +75,7 @@ class UndoWriter:
         self._compressor = zstandard.ZstdCompressor(level=COMPRESSION_LEVEL)
         self._pending = bytearray()
         self._chunks: list[tuple[int, int, int]] = []
-        self._end = _HEADER.size
+        self._end = HEADER_BYTES
         self._tables: list[_Array] = []
         self._sizes: list[_Array] = []
         self.raw_bytes = 0
@@ -192,15 +187,13 @@ def write_end(
     assert label.from_epoch < label.to_epoch
     tables = table.tobytes() + chunks.tobytes()
     check = xxhash.xxh3_64_intdigest(tables)
-    footer = _FOOTER.pack(end, end + table.nbytes, check, _FOOTER_MAGIC)
-    fields = (
-        *(_MAGIC, version, flags, label.generation, label.from_epoch, label.to_epoch),
-        *(len(chunks), len(table), label.wall_ns, label.chain_hash),
-    )
-    check = xxhash.xxh3_64_intdigest(_HEADER.pack(*fields, 0)[:-8])
+    footer = FOOTER.pack(end, end + table.nbytes, check, FOOTER_MAGIC)
+    size = end + len(tables) + len(footer)
+    counts, raw_bytes = (len(chunks), len(table)), int(chunks["raw"].sum(dtype=np.int64))
+    header = pack_header(label, version, flags, counts, raw_bytes, size)
     file.pwritev([tables, footer], end)
-    file.pwritev([_HEADER.pack(*fields, check)], 0)
-    return end + len(tables) + len(footer)
+    file.pwritev([header], 0)
+    return size
 
 
 def _joined(entries: _Array) -> _Array:
@@ -228,19 +221,17 @@ class UndoReader:
     def __init__(self, file: File, name: str) -> None:
         self._file = file
         self._name = name
-        info = read_header(file, name)
-        fields = _HEADER.unpack(file.pread(_HEADER.size, 0))
-        self._version, (chunk_count, entry_count) = fields[1], fields[6:8]
+        info, self._version, (chunk_count, entry_count), _ = read_header(file, name)
         size = info.stored_bytes
-        if size < _HEADER.size + _FOOTER.size:
+        if size < HEADER_BYTES + FOOTER.size:
             raise self._damaged("is too short")
-        start, chunk_start, check, magic = _FOOTER.unpack(
-            file.pread(_FOOTER.size, size - _FOOTER.size)
+        start, chunk_start, check, magic = FOOTER.unpack(
+            file.pread(FOOTER.size, size - FOOTER.size)
         )
-        end = size - _FOOTER.size
+        end = size - FOOTER.size
         sizes = (entry_count * ENTRY.itemsize, chunk_count * CHUNK.itemsize)
         is_laid_out = start + sizes[0] == chunk_start and chunk_start + sizes[1] == end
-        if magic != _FOOTER_MAGIC or start < _HEADER.size or not is_laid_out:
+        if magic != FOOTER_MAGIC or start < HEADER_BYTES or not is_laid_out:
             raise self._damaged("has a damaged footer")
         tables = file.pread(end - start, start)
         if xxhash.xxh3_64_intdigest(tables) != check:
@@ -249,9 +240,9 @@ class UndoReader:
         self._keys: Keys = keys_of(self._table)
         chunks: _Array = np.frombuffer(tables[sizes[0] :], dtype=CHUNK)
         stored = chunks["stored"].astype(np.int64)
-        self.chunks = ChunkMap(name, chunks, _HEADER.size + stored.cumsum() - stored)
+        self.chunks = ChunkMap(name, chunks, HEADER_BYTES)
         raw_bytes = int(chunks["raw"].sum(dtype=np.int64))
-        if _HEADER.size + int(stored.sum()) != start or not self._is_covered(raw_bytes):
+        if HEADER_BYTES + int(stored.sum()) != start or not self._is_covered(raw_bytes):
             raise self._damaged("has tables that contradict each other")
         self.info = replace(info, raw_bytes=raw_bytes)
 
@@ -293,10 +284,10 @@ class UndoReader:
         """
         return located(self._table, number)
 
-    def old_sizes(self) -> dict[int, int]:
-        """Sizes before the pass of the volumes that it grew; 0 of those that it added."""
-        sizes = self._table[self._table["kind"] == KIND_SIZE]
-        return dict(zip(sizes["volume"].tolist(), sizes["position"].tolist(), strict=True))
+    @property
+    def runs(self) -> _Array:
+        """The entries as they lie in the file."""
+        return self._table
 
     def read_block(self, volume: int, block: int) -> bytes | None:
         """The old content, 4096 bytes (a short last block padded), or None: not in this pass.
@@ -338,9 +329,16 @@ def size_entries(sizes: Mapping[int, int]) -> _Array:
 
 def located(runs: _Array, number: int) -> Table:
     """See `UndoReader.located`, of the entries `runs`."""
+    return located_each([(runs, number)])[0]
+
+
+def located_each(passes: Sequence[tuple[_Array, int]]) -> list[Table]:
+    """`located` of many (entries, number), at a fraction of its cost."""
+    runs = joined([each for each, _ in passes], ENTRY)
+    owner = np.arange(len(passes)).repeat([len(each) for each, _ in passes])
     is_size = runs["kind"] == KIND_SIZE
     if is_size.any():
-        runs = runs[~is_size]
+        runs, owner = runs[~is_size], owner[~is_size]
     is_data = runs["kind"] == KIND_DATA
     counts = np.where(is_data, runs["count"], 1).astype(np.int64)
     rows = np.arange(len(runs)).repeat(counts)
@@ -352,41 +350,17 @@ def located(runs: _Array, number: int) -> Table:
     table["block"] += step
     data = is_data[rows].nonzero()[0]
     table["count"][data] = 1
+    numbers = np.array([number for _, number in passes], dtype=np.uint64) << np.uint64(PLACE_BITS)
     place = runs["position"][rows[data]] // np.uint64(BLOCK_BYTES) + step[data]
-    table["address"][data] = place + np.uint64(number << PLACE_BITS)
-    return table
+    table["address"][data] = place + numbers[owner[rows[data]]]
+    ends = owner[rows].searchsorted(np.arange(len(passes) + 1)).tolist()
+    return [table[first:end] for first, end in itertools.pairwise(ends)]
 
 
-def read_header(file: File, name: str) -> PassInfo:
-    """What pass the file is of; nothing beyond its header is looked at.
-
-    :raises IntegrityError: the header is damaged.
-    """
-    header = file.pread(_HEADER.size, 0)
-    magic, version = _VERSION_AT.unpack_from(header)
-    if magic != _MAGIC or version not in (VERSION, VERSION_GROUPS):
-        raise damage(name, "has an unknown header")
-    fields = _HEADER.unpack(header)
-    flags, generation, from_epoch, to_epoch = fields[2:6]
-    wall_ns, chain_hash, check = fields[8:11]
-    if check != xxhash.xxh3_64_intdigest(header[:-8]) or from_epoch >= to_epoch:
-        raise damage(name, "has a damaged header")
-    label = (generation, from_epoch, to_epoch, wall_ns, chain_hash)
-    is_resync = version == VERSION_GROUPS or bool(flags & FLAG_RESYNC)
-    return PassInfo(*label, name, fault_of(flags), is_resync, 0, file.size())
-
-
-def mark_damaged(file: File, name: str) -> None:
-    """Let a file's header say that it is damaged, durably; nothing else of it changes.
-
-    :raises StorageError: it may say so or not; torn, it counts as damaged all the same.
-    """
-    try:
-        read_header(file, name)
-    except IntegrityError:
-        return  # It says so.
-    fields = list(_HEADER.unpack(file.pread(_HEADER.size, 0)))
-    fields[2] |= flags_of(DAMAGED, is_resync=False)
-    fields[-1] = xxhash.xxh3_64_intdigest(_HEADER.pack(*fields[:-1], 0)[:-8])
-    file.pwritev([_HEADER.pack(*fields)], 0)
-    file.fdatasync()
+def old_sizes(passes: Sequence[_Array]) -> dict[int, int]:
+    """Sizes before some passes, oldest first, of the volumes that they grew, by their entries; 0 of
+    those that they added."""
+    entries = joined(passes, ENTRY)
+    sizes = entries[entries["kind"] == KIND_SIZE]
+    pairs = zip(sizes["volume"].tolist(), sizes["position"].tolist(), strict=True)
+    return dict(reversed(list(pairs)))

@@ -31,10 +31,9 @@ from geomirror.volume.undo_file import (
     PassInfo,
     PassLabel,
     UndoWriter,
-    located,
 )
 
-__all__ = ["OPEN_EPOCH", "Group", "GroupReader", "GroupWriter"]
+__all__ = ["OPEN_EPOCH", "Group", "GroupTables", "GroupWriter"]
 
 GROUP_BYTES_MAX = 4 * MIB
 """Old contents of one group; they wait in memory, compressed, for its tables to be written."""
@@ -151,8 +150,6 @@ def read_group(file: File, name: str, start: int, size: int) -> Group:
     if xxhash.xxh3_64_intdigest(tables) != tables_check:
         raise damage(name, f"has a damaged group at {start}")
     chunks = np.frombuffer(tables[entry_bytes:], dtype=CHUNK)
-    lengths = chunks["stored"].astype(np.int64)
-    offsets = body + np.cumsum(lengths) - lengths
     return Group(
         sequence,
         start,
@@ -163,7 +160,7 @@ def read_group(file: File, name: str, start: int, size: int) -> Group:
         body + stored,
         body_check,
         np.frombuffer(tables[:entry_bytes], dtype=ENTRY),
-        ChunkMap(name, chunks, offsets),
+        ChunkMap(name, chunks, body),
     )
 
 
@@ -251,26 +248,14 @@ class GroupWriter(UndoWriter):
         self._raw_before = self.raw_bytes
 
 
-class GroupReader:
-    """What a view needs of one group; the same shape as `UndoReader`.
+class GroupTables:
+    """What a view needs of one group; the same shape as `PassTables`.
 
     :raises IntegrityError: it is damaged.
     """
 
     def __init__(self, file: File, info: PassInfo) -> None:
-        self._file = file
         group = read_group(file, info.name, info.start, info.start + info.stored_bytes)
-        self._table = group.table
+        self.runs = group.table
+        """The entries; of volumes that grew there are some when the pass is closed."""
         self.chunks = group.chunk_map
-
-    def located(self, number: int) -> Table:
-        """See `UndoReader.located`."""
-        return located(self._table, number)
-
-    def old_sizes(self) -> dict[int, int]:
-        """Volumes that grew are noted when the pass is closed."""
-        return {}
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()

@@ -7,18 +7,20 @@ Deliberately not here: what passes mean together (`undo`), the format of a file 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 
 from geomirror.errors import IntegrityError, NotFoundError, StorageError
 from geomirror.limits import Limits
 from geomirror.volume.store import Store
 from geomirror.volume.undo_faults import DAMAGED, MISSING
-from geomirror.volume.undo_file import UndoReader, UndoWriter, mark_damaged
+from geomirror.volume.undo_file import UndoReader, UndoWriter
+from geomirror.volume.undo_header import mark_damaged
 from geomirror.volume.undo_history import History
 from geomirror.volume.undo_label import PassInfo, PassLabel
-from geomirror.volume.undo_load import DIRECTORY, number_of
+from geomirror.volume.undo_load import DIRECTORY, inspect, number_of
 
 BUDGET = "budget"
 """Why history was given up, besides the faults of passes: more than what it may take."""
@@ -57,6 +59,8 @@ class KeptUndo:
         self._damaged: dict[str, IntegrityError] = {}
         self._suspects: dict[str, None] = {}
         self._losses: list[Loss] = []
+        self._unseen: list[str] = []
+        """Files whose tables were not looked at since the start, ascending."""
         self._scrubbed = 0
         """Number of the newest file that this round of `scrub` has read through."""
         self.hopeless: set[int] = set()
@@ -95,7 +99,10 @@ class KeptUndo:
 
     def stored_bytes(self) -> int:
         """Bytes of all files."""
-        return sum(each.stored_bytes for each in self._passes)
+        parts = self._history.parts
+        # One file's: they follow each other in it.
+        open_bytes = parts[-1].start + parts[-1].stored_bytes - parts[0].start if parts else 0
+        return self._history.stored_bytes + open_bytes
 
     def free_bytes(self) -> int:
         """Left of the disk that the files lie on. Blocking."""
@@ -125,7 +132,9 @@ class KeptUndo:
             file.close()
 
     def _set_fault(self, info: PassInfo, fault: str) -> None:
-        self._keep([replace(each, fault=fault) if each == info else each for each in self._passes])
+        at = self._history.position_of(info)
+        if at is not None:
+            self._history = self._history.spliced(at, 1, [replace(info, fault=fault)])
 
     def suspect(self, name: str) -> None:
         """Somebody could not read a file: it is looked at with the next `check_suspects`. On any
@@ -142,11 +151,37 @@ class KeptUndo:
 
         :param pause: as of `check`; what is left stays suspect.
         """
-        for name in list(self._suspects):
-            for each in self._passes:
-                if each.name == name and not each.is_part:
-                    self.check(each, pause)
+        wanted = dict.fromkeys(self._suspects)
+        found = [each for each in self._history.whole if each.name in wanted]
+        for each in found:
+            self.check(each, pause)
+            self._suspects.pop(each.name, None)
+        for name in wanted:
             self._suspects.pop(name, None)
+
+    @property
+    def has_unseen(self) -> bool:
+        """Whether `look_at_tables` has something to do."""
+        return bool(self._unseen)
+
+    def look_at_tables(self, count: int, pause: Callable[[], None] = _go_on) -> None:
+        """Read the tables of some files that the start left out, the newest first. Blocking.
+
+        :param pause: called before each; what it raises ends this.
+        """
+        names = set(self._unseen[-count:])
+        if not names:
+            return
+        for each in [each for each in reversed(self._history.whole) if each.name in names]:
+            pause()
+            try:
+                with closing(self._store.open(each.name)) as file:
+                    is_whole = not inspect(file, each.name).is_gap
+            except (IntegrityError, NotFoundError, StorageError):
+                is_whole = False
+            if not is_whole:
+                self.check(each, pause)
+        del self._unseen[-count:]
 
     def scrub(self, bytes_max: int, pause: Callable[[], None] = _go_on) -> bool:
         """Read through some passes, the oldest first, that were not since the last round began;
@@ -154,15 +189,15 @@ class KeptUndo:
 
         :param pause: as of `check`; what was read through counts.
         """
-        done = 0
-        for each in self._passes:
-            number = number_of(each.name)
-            if number <= self._scrubbed or each.is_part or each.is_gap:
+        done, whole = 0, self._history.whole
+        first = bisect_right(whole, self._scrubbed, key=lambda each: number_of(each.name))
+        for each in whole[first:]:
+            if each.is_gap:
                 continue
             if done and done + each.stored_bytes > bytes_max:
                 return False
             self.check(each, pause)
-            self._scrubbed = number
+            self._scrubbed = number_of(each.name)
             done += each.stored_bytes
         self._scrubbed = 0
         return True
@@ -174,26 +209,24 @@ class KeptUndo:
 
     def _give_up(self, count: int, why: str) -> None:
         """Drop the oldest passes for want of room."""
-        dropped = self._passes[:count]
-        assert not any(each.is_part for each in dropped), "what a resync holds is never given up"
+        dropped = self._history.whole[:count]
         self._lost(why, dropped[-1].to_epoch, dropped[0].from_epoch)
-        for each in dropped:
-            self._drop(each.name)
+        self._drop([each.name for each in dropped])
 
     def _lost(self, why: str, to_epoch: int, oldest: int) -> None:
         """:param oldest: the oldest point, if there are no passes."""
-        ends = [each.to_epoch for each in self._passes if not each.is_part]
-        if ends:
+        if self._history.whole:
             # Counted from what could be had: a hole in between had cut off the rest already.
-            oldest = self._history.horizon(ends[-1])
+            oldest = self._history.horizon(self._history.whole[-1].to_epoch)
         if oldest < to_epoch:
             self._losses.append(Loss(why, oldest, to_epoch))
 
-    def _droppable(self) -> list[PassInfo]:
+    def _droppable(self) -> tuple[PassInfo, ...]:
         """Passes that may make room for others: the oldest ones, in their order."""
-        whole = [each for each in self._passes if not each.is_part]
-        kept = self.kept_after
-        return whole if kept is None else [each for each in whole if each.to_epoch <= kept]
+        whole, kept = self._history.whole, self.kept_after
+        if kept is None:
+            return whole
+        return whole[: bisect_right(whole, kept, key=lambda each: each.to_epoch)]
 
     def _keep(self, passes: Sequence[PassInfo]) -> None:
         # Replaced, never changed: views on other threads look at it without a lock.
@@ -235,8 +268,7 @@ class KeptUndo:
     def _enforce_budget(self, added_bytes: int) -> None:
         """Drop the oldest passes so that one more of `added_bytes` fits; it itself always does."""
         bytes_max, passes_max = self._limits.undo_bytes_max, self._limits.undo_passes_max
-        whole = [each for each in self._passes if not each.is_part]
-        stored = sum(each.stored_bytes for each in whole) + added_bytes
+        whole, stored = self._history.whole, self._history.stored_bytes + added_bytes
         needed = min(self.needed_epochs(), default=None)
         count = 0
         for oldest in self._droppable():
@@ -255,10 +287,32 @@ class KeptUndo:
         """Damaged files go when nothing older is kept beside them, or when there are many."""
         oldest = self._passes[0].name if self._passes else "~"
         stale = sorted(name for name in self._damaged if name < oldest)[:-1]
-        for name in {*stale, *sorted(self._damaged)[:-_DAMAGED_MAX]}:
-            self._drop(name)
+        self._drop(sorted({*stale, *sorted(self._damaged)[:-_DAMAGED_MAX]}))
 
-    def _drop(self, name: str) -> None:
-        self._damaged.pop(name, None)
-        self._keep([each for each in self._passes if each.name != name])
-        self._store.unlink(name)
+    def _drop(self, names: Collection[str]) -> None:
+        """Forget files, in this order: nobody looks at one from now on, then they go.
+
+        :raises StorageError: those that are still there are kept as before.
+        """
+        if not names:
+            return
+        passes, damaged = self._passes, dict(self._damaged)
+        self._forget(set(names))
+        left = dict.fromkeys(names)
+        try:
+            for name in names:
+                self._store.unlink(name)
+                del left[name]
+        finally:
+            if left:
+                gone = set(names) - left.keys()
+                self._damaged = {each: why for each, why in damaged.items() if each not in gone}
+                self._keep([each for each in passes if each.name not in gone])
+
+    def _forget(self, names: set[str]) -> None:
+        self._damaged = {each: why for each, why in self._damaged.items() if each not in names}
+        oldest = {each.name for each in self._history.whole[: len(names)]}
+        if oldest == names and not self._history.parts:  # As ever when room is short.
+            self._history = self._history.spliced(0, len(oldest), ())
+        else:
+            self._keep([each for each in self._passes if each.name not in names])

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+OPEN_EPOCH = (1 << 63) - 1
+"""`to_epoch` of a pass that has not ended."""
+
 
 @dataclass(frozen=True)
 class PassLabel:

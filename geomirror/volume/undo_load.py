@@ -2,16 +2,20 @@
 
 A file is taken by what it says itself. One that is damaged behind its header is a gap; one whose
 header is damaged says nothing: what it was of shows in the epochs that are missing around it.
+Of thousands only the header and the size are looked at, and the tables of the newest: those of the
+others are read within minutes (`UndoStore.look_at_tables`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from geomirror.errors import IntegrityError
 from geomirror.volume.store import File, Store
 from geomirror.volume.undo_faults import DAMAGED
-from geomirror.volume.undo_file import PassInfo, UndoReader, read_header
+from geomirror.volume.undo_file import PassInfo, UndoReader
+from geomirror.volume.undo_header import read_header
 
 DIRECTORY = "undo"
 SUFFIX = ".und"
@@ -28,39 +32,51 @@ class FoundUndo:
     """Oldest first."""
     damaged: dict[str, IntegrityError] = field(default_factory=dict)
     """By file, those whose header says nothing."""
+    unseen: list[str] = field(default_factory=list)
+    """Files whose tables were not looked at, ascending."""
     next_number: int = 1
 
 
-def find_undo(store: Store, open_stem: str) -> FoundUndo:
+def find_undo(store: Store, open_stem: str, inspected_max: int) -> FoundUndo:
     """Look at every file; what a crash left is removed.
 
     :param open_stem: number of the open pass's file, which is left alone.
+    :param inspected_max: newest files whose tables are read.
     :raises StorageError: the directory cannot be read.
     """
     found = FoundUndo()
-    for name in store.list(DIRECTORY):
-        if name.partition(".")[0] == open_stem:
-            continue
+    names = [each for each in store.list(DIRECTORY) if each.partition(".")[0] != open_stem]
+    for name in names:
         if name.endswith(OPEN_SUFFIX):
             store.unlink(f"{DIRECTORY}/{name}")  # Its pass never began, or was undone.
-        if not name.endswith(SUFFIX):
-            continue
+    names = [each for each in names if each.endswith(SUFFIX)]
+    for at, name in enumerate(names):
         path = f"{DIRECTORY}/{name}"
-        found.next_number = max(found.next_number, number_of(path) + 1)
         file = store.open(path)
         try:
-            found.passes.append(inspect(file, path))
+            is_inspected = at >= len(names) - inspected_max
+            info = None if is_inspected else glance(file, path)
+            if info is None:
+                info = inspect(file, path)
+            elif not info.is_gap:
+                found.unseen.append(path)
+            found.passes.append(info)
         except IntegrityError as error:
             found.damaged[path] = error
         finally:
             file.close()
-    passes = found.passes
-    merged = [each for each in passes if MERGED in each.name and not each.is_gap]
-    covered = {each.name for each in passes if any(_covers(big, each) for big in merged)}
-    found.passes = [each for each in passes if each.name not in covered]
-    for name in sorted(covered):
-        store.unlink(name)
+    found.next_number = number_of(names[-1]) + 1 if names else 1
+    _drop_merged(store, found)
     return found
+
+
+def glance(file: File, name: str) -> PassInfo | None:
+    """What the header says the file is; None when that takes more than its header.
+
+    :raises IntegrityError: its header is damaged.
+    """
+    info, _, _, size = read_header(file, name)
+    return info if size == info.stored_bytes else None
 
 
 def inspect(file: File, name: str) -> PassInfo:
@@ -68,11 +84,11 @@ def inspect(file: File, name: str) -> PassInfo:
 
     :raises IntegrityError: its header is damaged.
     """
-    info = read_header(file, name)
+    info = read_header(file, name)[0]
     try:
         return UndoReader(file, name).info
     except IntegrityError:
-        return replace(info, fault=DAMAGED)
+        return replace(info, fault=DAMAGED, raw_bytes=0)
 
 
 def number_of(name: str) -> int:
@@ -80,7 +96,45 @@ def number_of(name: str) -> int:
     return int(name.removeprefix(f"{DIRECTORY}/").partition(".")[0], 16)
 
 
-def _covers(merged: PassInfo, other: PassInfo) -> bool:
-    """Whether `other` is one of the passes that `merged` took the place of."""
-    is_within = merged.from_epoch <= other.from_epoch and other.to_epoch <= merged.to_epoch
-    return is_within and other.name != merged.name
+def _drop_merged(store: Store, found: FoundUndo) -> None:
+    """Remove the files whose merged one is there, and whole."""
+    unseen = set(found.unseen)
+    while True:
+        covering = merged_over(found.passes)
+        unsure = unseen & set(covering.values())
+        if not unsure:
+            break
+        for at, each in enumerate(found.passes):
+            if each.name in unsure:
+                file = store.open(each.name)
+                try:
+                    found.passes[at] = inspect(file, each.name)
+                finally:
+                    file.close()
+        unseen -= unsure
+    found.passes = [each for each in found.passes if each.name not in covering]
+    found.unseen = [each for each in found.unseen if each in unseen and each not in covering]
+    for name in sorted(covering):
+        store.unlink(name)
+
+
+def merged_over(passes: Collection[PassInfo] | Sequence[PassInfo]) -> dict[str, str]:
+    """Files that a merged one took the place of, and which one: it holds all that they hold.
+
+    One sweep: in the order of where passes begin, the merged one that reaches furthest so far is
+    the one to ask. Of two merged ones of the same epochs the one with the later name stays.
+    """
+    ordered = sorted(passes, key=lambda each: each.name, reverse=True)
+    ordered.sort(key=lambda each: (each.from_epoch, -each.to_epoch, not _is_merged(each)))
+    found: dict[str, str] = {}
+    furthest: PassInfo | None = None
+    for each in ordered:
+        if furthest is not None and each.to_epoch <= furthest.to_epoch:
+            found[each.name] = furthest.name
+        elif _is_merged(each):
+            furthest = each
+    return found
+
+
+def _is_merged(info: PassInfo) -> bool:
+    return MERGED in info.name and not info.is_gap

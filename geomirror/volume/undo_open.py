@@ -92,6 +92,10 @@ class OpenPass:
         self.name = open_name(number)
         self._file: File | None = None
         self._groups: list[Group] = []
+        self._infos: list[PassInfo] = []
+        """What readers know of the first of them."""
+        self._raw_sums = [0]
+        """Old contents in so many of them."""
         self._end = HEADER_BYTES
         self._saved = SavedBlocks()
 
@@ -193,7 +197,11 @@ class OpenPass:
         return self._file
 
     def _publish(self) -> None:
-        self._undo.show_open([group.info(self.label, self.name) for group in self._groups])
+        added = self._groups[len(self._infos) :]
+        self._infos += [group.info(self.label, self.name) for group in added]
+        for info in self._infos[len(self._raw_sums) - 1 :]:
+            self._raw_sums.append(self._raw_sums[-1] + info.raw_bytes)
+        self._undo.show_open(self._infos)
 
     def close(self, label: PassLabel, grown: Mapping[int, int]) -> PassInfo:
         """Make an ordinary undo file of it, durably. Blocking; a crash leaves it open.
@@ -296,7 +304,7 @@ class OpenPass:
 
     def bytes_from(self, first: int) -> int:
         """Old contents of the groups from `first` on."""
-        return sum(group.raw_bytes for group in self._groups[first:])
+        return self._raw_sums[-1] - self._raw_sums[first]
 
     def restore_some(
         self,

@@ -23,14 +23,15 @@ from geomirror.errors import IntegrityError, NotFoundError, StorageError
 from geomirror.limits import BLOCK_BYTES
 from geomirror.volume.arrays import run_heads, run_lengths
 from geomirror.volume.store import File
-from geomirror.volume.undo_chunks import BLOCKS_PER_CHUNK
-from geomirror.volume.undo_file import PassInfo, UndoReader
-from geomirror.volume.undo_group import GroupReader, reading
+from geomirror.volume.undo_chunks import BLOCKS_PER_CHUNK, damage
+from geomirror.volume.undo_file import PassInfo
+from geomirror.volume.undo_group import GroupTables, reading
 from geomirror.volume.undo_history import History
+from geomirror.volume.undo_tables import PassTables
 from geomirror.volume.view_index import (
     IMAGE,
     ZERO,
-    PassReader,
+    PassRuns,
     Places,
     ViewIndex,
     block_of,
@@ -56,7 +57,7 @@ class View:
     """All volumes at `epoch`. Reads block and may run on several threads at once.
 
     :param history: what undo is kept now (`UndoStore.history`).
-    :param entries_max: blocks changed since the epoch that are indexed, 48 bytes each.
+    :param entries_max: blocks changed since the epoch that are indexed, 20 bytes each.
     :param suspect: told the undo file that could not be read (`UndoStore.suspect`).
     :raises NotFoundError: the state is not kept.
     """
@@ -147,21 +148,16 @@ class View:
             self._latest = history, index
             return index
         if passes[: len(index.passes)] != index.passes:
-            index = ViewIndex(self.epoch)  # Some were merged.
+            index = index.following(passes, self._read_tables) or ViewIndex(self.epoch)
         added = passes[len(index.passes) :]
         # Two threads may make the same one: it is never changed, so either will do.
-        self._index = index = index.extended(added, self._open_reader, self._entries_max)
+        self._index = index = index.extended(added, self._read_tables, self._entries_max)
         self._latest = history, index
         return index
 
-    def _open_reader(self, info: PassInfo) -> PassReader:
-        with self._suspecting(info.name):
-            file = reading(self._open_file, info.name)
-            try:
-                return GroupReader(file, info) if info.is_part else UndoReader(file, info.name)
-            except IntegrityError:
-                file.close()
-                raise
+    def _read_tables(self, info: PassInfo) -> PassRuns:
+        with self._suspecting(info.name), closing(reading(self._open_file, info.name)) as file:
+            return GroupTables(file, info) if info.is_part else PassTables(file, info.name)
 
     @contextmanager
     def _suspecting(self, name: str) -> Iterator[None]:
@@ -211,4 +207,6 @@ class View:
                     held, raw = chunk, chunks.read(file, chunk)
                 start = inside * BLOCK_BYTES
                 old = raw[start : start + BLOCK_BYTES]
-                content[block * BLOCK_BYTES : block * BLOCK_BYTES + len(old)] = old
+                if len(old) != BLOCK_BYTES:
+                    raise damage(chunks.name, f"has a damaged chunk {chunk}")
+                content[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES] = old

@@ -12,6 +12,7 @@ Deliberately not here: what peers need for themselves (`retention`).
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 
 from geomirror.limits import Limits
@@ -28,7 +29,7 @@ def way_back_floor(history: History, superblock: Superblock, limits: Limits) -> 
     boundaries = _boundaries(history, superblock, limits)
     if superblock.role == "primary":
         through = _through(superblock)
-        return max((each for each in boundaries if each <= through), default=boundaries[0])
+        return boundaries[max(bisect_right(boundaries, through) - 1, 0)]
     return boundaries[0]
 
 
@@ -46,28 +47,25 @@ def way_back(
     floor = way_back_floor(history, superblock, limits)
     boundaries = _boundaries(history, superblock, limits)
     bytes_max = limits.way_back_bytes(superblock.journal_bytes)
-    found = applied
-    for each in reversed(boundaries):
-        lsn = directory.floor_after(each)
-        is_far = lsn is not None and last.record_lsn - lsn > bytes_max
-        if each < max(floor, first.first_number - 1) or is_far:
-            break
-        found = each
+
+    def is_near(boundary: int) -> bool:
+        lsn = directory.floor_after(boundary)
+        return lsn is None or last.record_lsn - lsn <= bytes_max
+
+    # Floors grow with epochs: what is near stays near.
+    start = bisect_left(boundaries, max(floor, first.first_number - 1))
+    at = bisect_left(boundaries, True, lo=start, key=is_near)
+    found = boundaries[at] if at < len(boundaries) else applied
     return found if pending is None else min(found, pending.boundary_epoch)
 
 
 def _boundaries(history: History, superblock: Superblock, limits: Limits) -> Sequence[int]:
     """The states that undo leads to and that are not too many epochs ago, ascending."""
     applied = superblock.applied_epoch
-    lowest = applied - limits.way_back_epochs_max
-    found = [applied]
-    for each in reversed(history.kept(applied)):
-        if each.from_epoch < lowest:
-            break
-        found.append(each.from_epoch)
+    found = history.boundaries(applied, applied - limits.way_back_epochs_max)
     if superblock.rollback is not None:
-        found.append(min(found[-1], superblock.rollback.boundary_epoch))
-    return found[::-1]
+        found.insert(0, min(found[0], superblock.rollback.boundary_epoch))
+    return found
 
 
 def _through(superblock: Superblock) -> int:

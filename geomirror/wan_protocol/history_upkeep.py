@@ -12,17 +12,17 @@ Deliberately not here: what is due (`volume.undo_levels`), the budget (`volume.u
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable
 
 from geomirror.environment import SECOND
 from geomirror.limits import Limits
 from geomirror.volume.engine import Engine
 from geomirror.volume.marks import Mark
+from geomirror.volume.undo_columns import WALL
 from geomirror.volume.undo_faults import WORDS
 from geomirror.volume.undo_history import History
 from geomirror.volume.undo_kept import BUDGET, Loss
-from geomirror.volume.undo_levels import ages_of
+from geomirror.volume.undo_levels import ages_in
 from geomirror.volume.undo_merge import ThinJob
 
 THIN_INTERVAL_NS = 10 * SECOND
@@ -31,6 +31,8 @@ FIRST_SCRUB_NS = 3_600 * SECOND
 """A start has other things to do than reading history through."""
 TOLD_NS = 3_600 * SECOND
 """A full budget costs a point with every new one: it is told so often."""
+STRETCHES_TOLD_MAX = 32
+"""Of many that are unusable at once the newest are told; what is before them is out of reach."""
 
 REACH_NS = 3_600 * SECOND
 """What a primary keeps, whatever its peers have."""
@@ -124,7 +126,7 @@ class HistoryUpkeep:
         # Those that a pass itself made are losses, and told as such.
         found = {
             (each.to_epoch, each.reason): each
-            for each in engine.undo.history.unusable(epoch)
+            for each in engine.undo.history.unusable(epoch)[-STRETCHES_TOLD_MAX:]
             if each.fault in ("damaged", "missing")
         }
         for key, each in found.items():
@@ -138,12 +140,12 @@ class HistoryUpkeep:
 
 def reach_floor(history: History, applied_epoch: int, reach_ns: int) -> int:
     """The newest point that is so old; the oldest one when there is none."""
-    kept = history.kept(applied_epoch)
-    if not kept:
+    start, end = history.kept_range(applied_epoch)
+    if start == end:
         return applied_epoch
-    ages = ages_of([each.wall_ns for each in kept])
-    at = bisect_right(ages, -reach_ns, key=lambda age_ns: -age_ns)
-    return kept[at - 1].to_epoch if at else kept[0].from_epoch
+    count = int((ages_in(history.columns[WALL, start:end]) >= reach_ns).sum())
+    oldest = history.whole[start]
+    return history.whole[start + count - 1].to_epoch if count else oldest.from_epoch
 
 
 def peers_out_of_reach(engine: Engine) -> list[tuple[str, int]]:
@@ -165,10 +167,9 @@ def loss_marks(engine: Engine) -> list[Mark]:
     epoch = engine.state_epoch
     if epoch is None:
         return []
-    table, kept = engine.marks.table, engine.undo.history.kept(epoch)
-    reachable = {epoch, *(each.to_epoch for each in kept), *(each.from_epoch for each in kept)}
+    table, history = engine.marks.table, engine.undo.history
     return [
         mark
         for mark in table.marks()
-        if table.is_held(mark) and mark.epoch < epoch and mark.epoch not in reachable
+        if table.is_held(mark) and mark.epoch < epoch and not history.reaches(mark.epoch, epoch)
     ]

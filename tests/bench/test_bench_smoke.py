@@ -114,7 +114,7 @@ def test_history_is_measured_by_level(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(ROOT)
     found = bench(tmp_path, "--only", "history", "--rounds", "1")
     levels, turns = found["history.levels"], found["history.apply"]
-    for result in (levels, turns):
+    for result in (levels, turns, found["history.full"]):
         assert result["verdict"] in ("ok", "not quiet"), result["invalid_because"]
     points = [row[3] for row in levels["table"]["rows"]]
     assert all(points[:2])

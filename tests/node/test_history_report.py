@@ -13,7 +13,7 @@ from geomirror.cli.view import _nearest
 from geomirror.environment import SECOND
 from geomirror.limits import PRODUCTION
 from geomirror.node.history_report import clock_steps, history_object
-from geomirror.volume.points import Point
+from geomirror.volume.points import Point, Points
 from tests.volume.rollback_rig import RollbackRig
 
 TIME = "2026-01-31T12:03:20.000Z"
@@ -44,14 +44,17 @@ def test_monitoring_is_critical_about_a_copy_that_refuses() -> None:
 
 
 def test_a_timeline_tells_of_stretches_and_clock_steps() -> None:
-    point = {"epoch": 7, "time": TIME, "marks": [], "step_seconds": 1.0, "since": ""}
+    level = {"step_seconds": 1.0, "points": 1, "from_epoch": 7, "to_epoch": 7}
     stretch = {"from_epoch": 4, "to_epoch": 6, "reason": "undo file x is damaged"}
     step = {"after_epoch": 6, "seconds": 3600.0, "from_time": TIME, "to_time": TIME}
     text = _text(
         {
             "resource": "pg",
             "node": "west-1",
-            "points": [point],
+            "points": [],
+            "points_total": 1,
+            "levels": [{**level, "from_time": TIME, "to_time": TIME}],
+            "marks": [],
             "clock_steps": [step],
             "undo": {
                 "stored_bytes": 1,
@@ -78,7 +81,7 @@ def test_a_view_tells_why_it_is_not_exactly_what_was_asked_for() -> None:
 def test_steps_of_the_clock_are_listed() -> None:
     walls = (10, 11, 12, 5, 6, 5.5, 700)
     points = [Point(n, int(wall * SECOND)) for n, wall in enumerate(walls)]
-    (found,) = clock_steps(points)
+    (found,) = clock_steps(Points.of(points))
     assert (found["after_epoch"], found["seconds"]) == (2, 7.0)
 
 

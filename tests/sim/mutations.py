@@ -24,9 +24,7 @@ from geomirror.volume.journal import Journal
 from geomirror.volume.open_epoch import open_changes
 from geomirror.volume.seal import SealJob
 from geomirror.volume.superblock import SuperblockFile
-from geomirror.volume.undo import UndoStore
 from geomirror.volume.undo_file import UndoWriter
-from geomirror.volume.undo_merge import ThinJob
 from geomirror.wan_protocol.block_status import BlockStatus
 from geomirror.wan_protocol.decisions import FlushDone
 from geomirror.wan_protocol.epoch_intake import EpochIntake
@@ -35,6 +33,7 @@ from geomirror.wan_protocol.resync_receiver import ResyncReceiver
 from geomirror.wan_protocol.resync_sender import ResyncSender
 from geomirror.wan_protocol.secondary import Secondary
 from tests.sim.growth_mutations import GROWTH_MUTATIONS
+from tests.sim.history_mutations import HISTORY_MUTATIONS
 from tests.sim.mark_mutations import MARK_MUTATIONS
 from tests.sim.put_back_mutations import PUT_BACK_MUTATIONS
 from tests.sim.resync_mutations import RESYNC_MUTATIONS
@@ -321,16 +320,6 @@ def status_without_the_bitmap() -> list[Patch]:
     return [(DirtyBitmap, "blocks_within", blocks_within)]
 
 
-def merge_keeps_newest() -> list[Patch]:
-    """Merged undo restores a later content than that of its start."""
-    real = ThinJob._copy
-
-    def copy(self: ThinJob, passes: Any, writer: UndoWriter) -> None:
-        real(self, list(reversed(passes)), writer)
-
-    return [(ThinJob, "_copy", copy)]
-
-
 def undo_after_image() -> list[Patch]:
     """The undo of a pass is made when the image is changed already."""
     real_save, real_write = ApplyJob._save_old, ApplyJob._write_data
@@ -346,20 +335,11 @@ def undo_after_image() -> list[Patch]:
     return [(ApplyJob, "_save_old", save), (ApplyJob, "_write_data", write)]
 
 
-def thinning_forgets_pins() -> list[Patch]:
-    """History gets coarser at epochs, too, that a view or a mark needs as they are."""
-    real = ThinJob.__init__
-
-    def init(self: ThinJob, store: Any, undo: Any, limits: Any, pinned: Any, *rest: Any) -> None:
-        real(self, store, undo, limits, (), *rest)
-
-    return [(ThinJob, "__init__", init), (UndoStore, "pinned_epochs", lambda self: [])]
-
-
 MUTATIONS: dict[str, Callable[[], list[Patch]]] = {
     make.__name__: make
     for make in (
         *SYNC_MUTATIONS,
+        *HISTORY_MUTATIONS,
         ship_before_fsync,
         drop_last_write,
         trim_early,
@@ -380,9 +360,7 @@ MUTATIONS: dict[str, Callable[[], list[Patch]]] = {
         status_of_what_was_received,
         status_without_the_draft,
         status_without_the_bitmap,
-        merge_keeps_newest,
         undo_after_image,
-        thinning_forgets_pins,
         *MARK_MUTATIONS,
         *RESYNC_MUTATIONS,
         *GROWTH_MUTATIONS,

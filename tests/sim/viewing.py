@@ -10,12 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from geomirror.volume.epoch_table import KIND_DATA, Table
-from geomirror.volume.undo_file import PLACE_BITS, PassInfo
+from geomirror.volume.undo_file import PassInfo
 from geomirror.volume.view import View
-from geomirror.volume.view_index import PassReader
+from geomirror.volume.view_index import PassRuns
 from tests.sim.disk_file import Inode
 
 if TYPE_CHECKING:
@@ -27,31 +24,14 @@ FORGET_AT = 1024
 
 @dataclass
 class _Remembered:
-    """A pass as it was read: shaped like the reader that read it."""
+    """A pass as it was read: shaped like what read it."""
 
     inode: Inode
     changes: int
-    reader: PassReader
+    tables: PassRuns
 
     def __post_init__(self) -> None:
-        self.chunks = self.reader.chunks
-        self._table = self.reader.located(0)
-        self._data = (self._table["kind"] == KIND_DATA).nonzero()[0]
-        self._sizes = self.reader.old_sizes()
-        self.reader.close()
-
-    def located(self, number: int) -> Table:
-        """See `UndoReader.located`."""
-        table = self._table.copy()
-        table["address"][self._data] += np.uint64(number << PLACE_BITS)
-        return table
-
-    def old_sizes(self) -> dict[int, int]:
-        """See `UndoReader.old_sizes`."""
-        return self._sizes
-
-    def close(self) -> None:
-        """It is closed."""
+        self.chunks, self.runs = self.tables.chunks, self.tables.runs
 
 
 class UndoMemory:
@@ -60,17 +40,17 @@ class UndoMemory:
     def __init__(self) -> None:
         self._passes: dict[tuple[str, int], _Remembered] = {}
 
-    def find(self, info: PassInfo, inode: Inode | None) -> PassReader | None:
+    def find(self, info: PassInfo, inode: Inode | None) -> PassRuns | None:
         """The pass, if its file is what it was."""
         found = self._passes.get((info.name, info.start))
         is_same = found is not None and found.inode is inode and found.changes == inode.changes
         return found if is_same else None
 
-    def keep(self, info: PassInfo, inode: Inode, reader: PassReader) -> PassReader:
-        """Remember a pass that was just opened."""
+    def keep(self, info: PassInfo, inode: Inode, tables: PassRuns) -> PassRuns:
+        """Remember a pass that was just read."""
         if len(self._passes) >= FORGET_AT:
             self._passes.clear()
-        kept = _Remembered(inode, inode.changes, reader)
+        kept = _Remembered(inode, inode.changes, tables)
         self._passes[info.name, info.start] = kept
         return kept
 
@@ -85,11 +65,11 @@ class CheckedView(View):
         entries_max = engine.limits.view_entries_max
         super().__init__(epoch, images, lambda: undo.history, engine.store.open, entries_max)
 
-    def _open_reader(self, info: PassInfo) -> PassReader:
+    def _read_tables(self, info: PassInfo) -> PassRuns:
         found = self._memory.find(info, self._store.inode(info.name))
         if found is not None:
             return found
-        reader = super()._open_reader(info)
+        tables = super()._read_tables(info)
         inode = self._store.inode(info.name)
         assert inode is not None
-        return self._memory.keep(info, inode, reader)
+        return self._memory.keep(info, inode, tables)

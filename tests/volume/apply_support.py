@@ -17,7 +17,7 @@ from geomirror.volume.undo import UndoStore
 from geomirror.volume.view import View
 
 GENERATION = bytes(range(16))
-LIMITS = replace(SIMULATION, undo_passes_max=64)
+LIMITS = replace(SIMULATION, undo_passes_max=64, undo_inspected_max=64)
 
 
 @dataclass

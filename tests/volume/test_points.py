@@ -40,15 +40,15 @@ TABLE = marks(("start", 0, True), ("mid", 6, True), ("merged", 5, True), ("misse
 
 
 def test_points_are_the_ends_of_passes_with_their_marks() -> None:
-    assert points_of(STEPS, 9, 900, TABLE) == [
+    assert list(points_of(STEPS, 9, 900, TABLE)) == [
         Point(0, 0, ("start",)),
         Point(4, 400, (), AT_ONCE),
         Point(6, 600, ("mid",), AT_ONCE),
         Point(9, 900, (), AT_ONCE),
     ]
     assert points_of(STEPS, 6, 600, TABLE)[-1].epoch == 6, "a pass that is half applied is none"
-    assert points_of(History((), 0), 5, 500, MarkTable()) == [Point(5, 500)]
-    assert points_of(History((), 0), 0, 0, MarkTable()) == []
+    assert list(points_of(History((), 0), 5, 500, MarkTable())) == [Point(5, 500)]
+    assert list(points_of(History((), 0), 0, 0, MarkTable())) == []
 
 
 def test_a_gap_or_a_hole_ends_the_points() -> None:

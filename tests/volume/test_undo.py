@@ -13,6 +13,9 @@ from geomirror.errors import FencedError, IntegrityError, NotFoundError, Storage
 from geomirror.limits import BLOCK_BYTES, KIB
 from geomirror.volume.undo import UndoOverflowError, UndoStore
 from geomirror.volume.undo_file import PassLabel, UndoReader, UndoWriter
+from geomirror.volume.undo_header import mark_damaged
+from geomirror.volume.undo_load import glance, inspect
+from geomirror.volume.undo_merge import ThinJob
 from geomirror.volume.view import View
 from geomirror.volume.zero_blocks import ZERO_BLOCK
 from tests.sim.disk import SimStore
@@ -246,6 +249,62 @@ def test_the_golden_file_reads_as_documented() -> None:
     with closing(undo.reader(17, 19)) as written:
         assert (written.entries(), written.info) == (reader.entries(), reader.info)
     assert dump(load(dump(content))) == dump(content)
+
+
+def put(content: bytes) -> SimStore:
+    store = SimStore()
+    with closing(store.create(FIRST, 0)) as file:
+        file.pwritev([content], 0)
+    return store
+
+
+def test_a_header_says_how_large_the_file_is_so_that_a_start_reads_no_more() -> None:
+    sized, old = (
+        load((VECTORS / name).read_text()) for name in ("undo_v2_sized.hex", "undo_v2.hex")
+    )
+    store = put(sized)
+    with closing(store.open(FIRST)) as file:
+        info = glance(file, FIRST)
+        assert info == inspect(file, FIRST)
+    assert info is not None
+    assert (info.raw_bytes, info.stored_bytes) == (3 * BLOCK_BYTES, len(sized))
+    limits = replace(LIMITS, undo_inspected_max=0)
+    assert UndoStore(store, limits).has_unseen
+    for content in (old, sized[:-1], sized + b"x"):
+        with closing(put(content).open(FIRST)) as file:
+            assert glance(file, FIRST) is None
+        undo = UndoStore(put(content), limits)
+        assert not undo.has_unseen, "it was read"
+        assert undo.passes()[0].is_gap == (content is not old)
+    assert UndoStore(put(old), limits).passes()[0].raw_bytes == 3 * BLOCK_BYTES
+    # Nor does one that is known to be damaged have to be read.
+    with closing(store.open(FIRST)) as file:
+        mark_damaged(file, FIRST)
+    undo = UndoStore(store, limits)
+    assert not undo.has_unseen
+    assert undo.passes()[0].is_gap
+
+
+def test_a_damaged_merged_file_takes_the_place_of_nothing() -> None:
+    """What it was made of is still there after a crash; its own damage shows in the table only."""
+    limits = replace(LIMITS, undo_inspected_max=0)
+    for is_damaged in (False, True):
+        store = SimStore()
+        undo = UndoStore(store, limits)
+        for epoch in range(3):
+            write(undo, epoch, epoch + 1, blocks(0, [epoch]))
+        before = {each.name: store.content(each.name) for each in undo.passes()[:2]}
+        ThinJob(store, undo, limits, ()).merge(undo.passes()[:2])
+        merged = undo.passes()[0].name
+        for name, content in before.items():
+            with closing(store.create(name, 0)) as file:
+                file.pwritev([content], 0)
+        if is_damaged:
+            store.flip_bit(merged, 8 * (len(store.content(merged)) - 40))
+        undo = UndoStore(store, limits)
+        kept = [each.name for each in undo.passes() if not each.is_gap]
+        assert (merged in kept, kept[0] in before) == (not is_damaged, is_damaged)
+        assert set(before) <= set(store.names()) or not is_damaged
 
 
 def test_a_file_of_the_first_format_is_named_not_guessed() -> None:

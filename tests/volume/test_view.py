@@ -14,8 +14,10 @@ from geomirror.errors import IntegrityError, LimitExceededError, NotFoundError
 from geomirror.limits import BLOCK_BYTES
 from geomirror.volume.image import Image
 from geomirror.volume.undo import UndoStore
+from geomirror.volume.undo_file import PassInfo
 from geomirror.volume.undo_merge import ThinJob
 from geomirror.volume.view import View
+from geomirror.volume.view_index import PassRuns
 from tests.sim.disk import SimStore
 from tests.volume.apply_support import LIMITS, World
 
@@ -152,6 +154,76 @@ def test_merging_keeps_its_ends_and_what_views_see(seed: int) -> None:
         before[1].read(0, 0, 512)
     with pytest.raises(NotFoundError, match="epoch 3 is not kept"):
         copy.view(3)
+
+
+class ReadingView(View):
+    """Counts the passes whose tables it reads."""
+
+    tables = 0
+
+    def _read_tables(self, info: PassInfo) -> PassRuns:
+        self.tables += 1
+        return super()._read_tables(info)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_an_open_view_reads_of_what_is_merged_the_merged_file_only(seed: int) -> None:
+    copy, rng = Copy(random_world(400 + seed, epochs=24)), random.Random(seed)
+    copy.apply(*range(9))
+    epochs = sorted(rng.sample(range(9), 3))
+    undo, store = copy.undo, copy.store
+    views = [
+        ReadingView(epoch, copy.images, lambda: undo.history, store.open, ENTRIES_MAX)
+        for epoch in epochs
+    ]
+    for view in views:
+        view.prepare()
+        assert view.tables == 8 - view.epoch
+    applied, expected = 8, [view.tables for view in views]
+    while applied < 24:
+        if rng.random() < 0.4:
+            copy.apply(applied, applied + 1)
+            applied += 1
+            expected = [count + 1 for count in expected]
+        else:
+            passes = undo.passes()
+            at = rng.randrange(len(passes) - 1)
+            group = passes[at : at + rng.randrange(2, 5)]
+            first, last = group[0].from_epoch, group[-1].to_epoch
+            if len(group) < 2 or any(first < epoch < last for epoch in epochs):
+                continue
+            ThinJob(store, undo, LIMITS, ()).merge(group)
+            expected = [
+                count + (epoch <= first) for count, epoch in zip(expected, epochs, strict=True)
+            ]
+        for view, count in zip(views, expected, strict=True):
+            # Sometimes several of these at once.
+            if rng.random() < 0.7:
+                copy.check(view, rng)
+                assert view.tables <= count, "nothing is read twice"
+    for view in views:
+        for volume, content in copy.world.states[view.epoch].items():
+            assert view.read(volume, 0, len(content)) == content
+
+
+def test_zeros_that_hide_later_contents_are_followed_through_a_merge() -> None:
+    """The first pass held zeros where the second one held data: the merged one has the zeros."""
+    world = World([64 * BLOCK_BYTES], lambda _: bytes(64 * BLOCK_BYTES))
+    data = bytes(range(256)) * 16
+    world.epoch([(0, block, data, 0) for block in range(40)])
+    world.epoch([(0, block, bytes(reversed(data)), 0) for block in range(40)])
+    world.epoch([(0, 50, data, 0)])
+    copy = Copy(world)
+    copy.apply(0, 1)
+    view = copy.view(0)
+    view.prepare()
+    copy.apply(1, 2)
+    view.prepare()
+    copy.merge(0, 2)
+    copy.apply(2, 3)
+    for _ in range(2):
+        assert view.read(0, 0, 64 * BLOCK_BYTES) == bytes(64 * BLOCK_BYTES)
+        copy.merge(0, 3)
 
 
 def test_a_crash_at_any_point_of_a_merge_leaves_a_whole_history() -> None:
