@@ -55,7 +55,7 @@ def rewind(app: App, words: tuple[str, ...], when: str | None, dry_run: bool, ye
     if when is None:
         raise UsageError("no point in time is given", hint=f"geomirror rewind {name} --to T")
     parameters = {"name": name, **parse_when(when, datetime.now().astimezone())}
-    asked = {**parameters, "is_dry_run": True}
+    asked = {**parameters, "is_dry_run": True, "is_quick": not dry_run}
     plan = app.call("rewind.begin", asked, timeout_s=_TIMEOUT_S)
     if dry_run:
         app.show(plan, lambda: _plan(plan))

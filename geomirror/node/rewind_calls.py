@@ -38,7 +38,7 @@ FOLLOW_S_MAX = 30.0
 POLL_S = 0.1
 
 
-class Rewind(Parameters, frozen=True):
+class Rewind(Parameters, frozen=True, omit_defaults=True):
     """`rewind RES --to T`"""
 
     name: str
@@ -46,6 +46,8 @@ class Rewind(Parameters, frozen=True):
     wall_ns: int | None = None
     mark: str | None = None
     is_dry_run: bool = False
+    is_quick: bool = False
+    """Of a dry run: the rewind follows, so undo is left for it to read."""
 
 
 class EndRewind(Parameters, frozen=True, omit_defaults=True):
@@ -100,7 +102,8 @@ class RewindCalls:
         try:
             self._require_quiet(definition)
             target = service.branches.target(at)
-            cut = await service.plan().cut_off(target, reads_undo=request.is_dry_run)
+            reads_undo = request.is_dry_run and not request.is_quick
+            cut = await service.plan().cut_off(target, reads_undo=reads_undo)
             await self._require_copies(definition, target, cut["cut_off"]["bytes"])
         except GeomirrorError as error:
             if not request.is_dry_run:

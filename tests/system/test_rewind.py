@@ -103,3 +103,31 @@ async def test_a_committed_rewind_cannot_be_taken_back(tmp_path: Path) -> None:
         assert (await content(a.uri()))[:MIB] == b"1" * MIB
         a.error("rewind", "rollback", "pg", expected=4, code="not_found")
         assert a.json("branch", "list", "pg")["branches"] == []
+
+
+async def test_damage_on_the_way_back_is_found_by_the_dry_run(tmp_path: Path) -> None:
+    chance = random.Random(6)
+    with some_sites(tmp_path, "a") as (a,):
+        alone(a)
+        await put(a, chance.randbytes(2 * MIB))
+        a.run("mark", "pg", "one")
+        new = chance.randbytes(2 * MIB)
+        await put(a, new)
+        a.stop()  # Everything is applied, over undo.
+        a.restart()
+        assert a.json("rewind", "pg", "--to", "one", "--dry-run")["is_possible"]
+        newest = max(a.data_dir.rglob("undo/*.und"))
+        with newest.open("r+b") as file:
+            file.seek(newest.stat().st_size // 2)
+            byte = file.read(1)
+            file.seek(-1, 1)
+            file.write(bytes([byte[0] ^ 1]))
+        plan = a.json("rewind", "pg", "--to", "one", "--dry-run", expected=5)
+        assert plan["refusal"]["code"] == "integrity"
+        assert newest.name in plan["refusal"]["message"]
+        assert (
+            "cannot be rewound"
+            in a.outcome("rewind", "pg", "--to", "one", "--dry-run", expected=5)[0]
+        )
+        assert (await content(a.uri()))[: 2 * MIB] == new
+        assert a.crashes() == []
