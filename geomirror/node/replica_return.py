@@ -17,21 +17,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import msgspec
 
-from geomirror.cluster.history import (
-    ANCESTOR,
+from geomirror.cluster.history import ANCESTOR, EQUAL, Comparison, History
+from geomirror.cluster.promotion import (
     DIVERGED,
-    EQUAL,
-    Comparison,
-    History,
-    compare,
+    DRAINING,
+    PRIMARY,
+    SECONDARY,
+    SUPERSEDED,
+    is_legal,
 )
-from geomirror.cluster.promotion import DIVERGED as DIVERGED_STAGE
-from geomirror.cluster.promotion import DRAINING, PRIMARY, SECONDARY, SUPERSEDED, is_legal
 from geomirror.errors import GeomirrorError, RefusedError, StorageError
 from geomirror.node.branch_desk import REWOUND, rewind_branch
 from geomirror.node.replica_roles import ReplicaRoles
@@ -41,9 +39,16 @@ from geomirror.volume.generations import chain_records
 from geomirror.volume.superblock import GenerationRecord
 from geomirror.wan_protocol.messages import GenerationEntry, StartEntry
 from geomirror.wan_protocol.primary import Primary
-from geomirror.wan_protocol.primary_starts import start_records
 from geomirror.wan_protocol.rejoin_policy import is_automatic
-from geomirror.wan_protocol.secondary import BLANK, Secondary
+from geomirror.wan_protocol.role_change import (
+    check_following,
+    claim,
+    compare_state,
+    compare_with_claim,
+    counts_with_resync,
+    following,
+)
+from geomirror.wan_protocol.secondary import Secondary
 from geomirror.wan_protocol.session import chain_entries, claim_history, state_history
 
 
@@ -51,7 +56,7 @@ class ReplicaReturn(ReplicaRoles):
     """The part of `ReplicaService` that comes back."""
 
     rejoin_refusal: str = ""
-    """Why it did not come back by itself."""
+    """Why it has not come back, though it may."""
     on_rejoined: Callable[[str], None]
     """Called when it is a secondary again, with the name of its primary."""
     other_since: dict[str, Any] = UNKNOWN_TAIL
@@ -92,11 +97,11 @@ class ReplicaReturn(ReplicaRoles):
             if is_new or self._outranked_by != superblock.superseded_by:
                 self._outranked_by = chain_records(core.superseded_by)
                 self._remembering = asyncio.ensure_future(self._remember(core))
-        elif self.stage == DIVERGED_STAGE and not superblock.superseded_by:
+        elif self.stage == DIVERGED and not superblock.superseded_by:
             self._enter("follow")
             self._outranked_by = None
         elif (
-            self.stage in (SECONDARY, DIVERGED_STAGE)
+            self.stage in (SECONDARY, DIVERGED)
             and superblock.superseded_by
             and superblock.superseded_by != self._outranked_by
         ):
@@ -109,11 +114,8 @@ class ReplicaReturn(ReplicaRoles):
             assert core.fenced is not None
             self._held.fail(core.fenced)
             await self._runner.idle()
-            starts = start_records(core.superseded_starts)
-            job = self._engine.supersede(core.superseded_by, starts)
-            if job is not None:
-                await self._execute(job)
-                self._engine.complete_checkpoint(job)
+            starts = core.superseded_starts
+            await self._take(claim(self._engine, core.superseded_by, starts))
             await self._settle_claim()
         except GeomirrorError as error:
             self._runner.tell("rejoin_failed", {"error": str(error)})
@@ -145,11 +147,11 @@ class ReplicaReturn(ReplicaRoles):
     @property
     def is_outranked(self) -> bool:
         """It has a tail that a history with a higher token lacks, and accepts nothing."""
-        return self.stage in (SUPERSEDED, DIVERGED_STAGE)
+        return self.stage in (SUPERSEDED, DIVERGED)
 
     def comparison(self) -> Comparison:
         """How what this member has relates to the chain that outranks it."""
-        return compare(state_history(self._engine), claim_history(self._engine.superblock))
+        return compare_with_claim(self._engine)
 
     @property
     def rejoins_by_itself(self) -> bool:
@@ -185,7 +187,7 @@ class ReplicaReturn(ReplicaRoles):
     def tail_beyond(self, other: History) -> dict[str, Any]:
         """What this member has that another history has not."""
         engine, own = self._engine, state_history(self._engine)
-        found, chain = compare(own, other), engine.superblock.chain
+        found, chain = compare_state(engine, other), engine.superblock.chain
         parted = None if found.branch is None else found.branch.epoch
         return {
             "relation": found.relation,
@@ -233,7 +235,7 @@ class ReplicaReturn(ReplicaRoles):
             f"holds {other['token']} and lacks epochs that are here"
         )
         if self.rejoin_refusal:
-            return f"{text}; it did not come back by itself: {self.rejoin_refusal}"
+            return f"{text}; it has not come back yet: {self.rejoin_refusal}"
         return f"{text}; {tail['next']}"
 
     # Coming back.
@@ -249,33 +251,39 @@ class ReplicaReturn(ReplicaRoles):
         engine, name = self._engine, self.definition.name
         if not self.is_outranked or not is_legal(self.stage, "rejoin"):
             raise RefusedError(f'"{name}" is {self.stage} at {self._node.name}')
-        found, branch = self.comparison(), ""
-        has_tail = found.relation == DIVERGED and found.branch is not None
-        if found.relation not in (ANCESTOR, EQUAL) and not (has_tail and gives_up_tail):
-            raise RefusedError(
-                f'"{name}" has a tail of its own here ({found.relation})',
-                hint=f"geomirror status {name} shows it",
-            )
-        chain = chain_entries(engine.superblock, engine.superblock.superseded_by)
+        check_following(engine, gives_up_tail=gives_up_tail)
+        by, branch = engine.superblock.superseded_by[-1].by, ""
+        is_going_on = counts_with_resync(engine, claim_history(engine.superblock))
+        is_held = engine.held is not None and not is_going_on
         self._enter("rejoin")
         try:
-            branch = await self._retreat(found, has_tail=has_tail)
-            job = engine.rejoin(chain, self._others())
-            await self._execute(job)
+            await self._stop_core()
+            wall_ns, name = self._node.clock.wall_ns(), self._branch_name()
+            kept = await self._take(
+                following(
+                    engine,
+                    self._others(),
+                    wall_ns,
+                    gives_up_tail=gives_up_tail,
+                    branch_name=name,
+                )
+            )
+            branch = kept.name if kept is not None else ""
         except GeomirrorError as error:
             self._enter("failed")
             self._is_broken = engine.must_reopen or isinstance(error, StorageError)
             if not self._is_broken:
                 self._begin()
             raise
-        engine.complete_checkpoint(job)
         self._enter("rejoined")
         self._outranked_by, self.rejoin_refusal = None, ""
         self.other_since = UNKNOWN_TAIL
         self._begin()
-        fields = {"epoch": engine.sealed_epoch, "by": chain[-1].by, "branch": branch}
+        if is_held:
+            self._runner.tell("returned", {"epoch": engine.applied_epoch})
+        fields = {"epoch": engine.sealed_epoch, "by": by, "branch": branch}
         self._runner.tell("rejoined", fields)
-        self.on_rejoined(chain[-1].by)
+        self.on_rejoined(by)
         return branch
 
     @property
@@ -283,40 +291,12 @@ class ReplicaReturn(ReplicaRoles):
         """Something was begun that only opening the resource again ends."""
         return self._is_broken
 
-    async def _retreat(self, found: Comparison, *, has_tail: bool) -> str:
-        """Bring what is here to where the other history can go on; the branch's name, or ""."""
-        engine = self._engine
-        is_held, is_empty = engine.held is not None, engine.state_epoch is None
-        await self._freeze(is_tail_kept=is_held or not (has_tail or is_empty))
-        if is_held:
-            await self._return()
-        elif is_empty:
-            # Being filled for the first time: there is nothing that could be kept.
-            engine.reset_position(engine.generation, 0, bytes(32), data_state=BLANK)
-        return await self._give_up(found) if has_tail else ""
-
-    async def _give_up(self, found: Comparison) -> str:
-        """Roll back to where the histories part; the branch's name."""
-        engine, parting = self._engine, self._parting()
-        name = f"orphan-{engine.generation.hex()[:8]}"
+    def _branch_name(self) -> str:
+        """Of the tail, if there is one."""
+        parting, own = self._parting(), self._engine.generation.hex()[:8]
         if parting is not None and parting.reason == REWOUND:
-            name = rewind_branch(parting.identity)  # As it is called at the primary.
-        elif parting is not None and parting.reason == RETURNED:
-            name = f"unrewound-{engine.generation.hex()[:8]}"
-        assert found.branch is not None
-        target, chain_hash = engine.retreat_point(found.branch.epoch, found.branch.chain_hash)
-        wall_ns = self._node.clock.wall_ns()
-        gone = await self._call(
-            partial(
-                engine.roll_back,
-                target,
-                name,
-                wall_ns=wall_ns,
-                chain_hash=chain_hash,
-                may_shrink=True,
-            )
-        )
-        return gone.branch.name if gone.branch is not None else ""
+            return rewind_branch(parting.identity)  # As it is called at the primary.
+        return f"unrewound-{own}" if parting is not None and parting.reason == RETURNED else ""
 
     def leave(self, error: GeomirrorError) -> None:
         """The resource is about to be opened again: its primary offers a session then."""

@@ -36,8 +36,8 @@ from geomirror.node.resource_definition import ResourceDefinition
 from geomirror.node.role_steps import RoleSteps
 from geomirror.volume.superblock import GenerationRecord
 from geomirror.wan_protocol.primary import Primary
+from geomirror.wan_protocol.role_change import demotion, lacking, promotion
 from geomirror.wan_protocol.secondary import CONSISTENT, Secondary
-from geomirror.wan_protocol.sender import FOLD, STREAM
 from geomirror.wan_protocol.sync_policy import parse_policy
 
 POLL_S = 0.02
@@ -114,19 +114,18 @@ class ReplicaRoles(RoleSteps):
         """
         self._check_promotable()
         engine = self._engine
-        if engine.held is not None:
+        if engine.held is not None and not engine.has_all_of_resync:
             # Before anything stops: what turns out to be damaged must not be half restored.
             await self._call(engine.check_held)
             self._check_promotable()  # A moment has passed.
         self._enter("promote")
         try:
-            await self._prepare_promotion()
+            # What a copy is in the middle of is gone on with behind the writers.
+            await self._stop_core(is_urgent=isinstance(self._core, Secondary))
             identity = self._node.entropy.token_bytes(16)
-            wall_ns = self._node.clock.wall_ns()
-            generation = engine.next_generation(identity, reason, self._node.name, wall_ns)
-            job = engine.promote(generation, self._others())
-            await self._execute(job)
-            engine.complete_checkpoint(job)
+            wall_ns, here = self._node.clock.wall_ns(), self._node.name
+            steps = promotion(engine, identity, reason, here, wall_ns, self._others())
+            generation = await self._take(steps)
             self.definition = install(generation)
         except GeomirrorError:
             self._enter("failed")
@@ -147,7 +146,8 @@ class ReplicaRoles(RoleSteps):
         if core.fenced is not None and self.stage != SUPERSEDED:
             raise core.fenced
         data_state = engine.superblock.data_state
-        if data_state != CONSISTENT and not engine.can_return:
+        is_whole = data_state == CONSISTENT or engine.has_all_of_resync or engine.can_return
+        if not is_whole:
             raise RefusedError(
                 f'the copy of "{name}" at {self._node.name} is {data_state}: no image of any '
                 "moment",
@@ -201,28 +201,17 @@ class ReplicaRoles(RoleSteps):
         return position
 
     async def _reached(self, core: Primary, heirs: list[str], epoch: int, timeout_s: float) -> None:
-        def behind() -> list[str]:
-            senders = {name: core.senders.get(name) for name in heirs}
-            return [
-                name
-                for name, s in senders.items()
-                if s is None
-                or not s.is_open
-                or s.mode not in (STREAM, FOLD)
-                or s.data_state != CONSISTENT
-                or s.durable_epoch < epoch
-            ]
-
         try:
             async with asyncio.timeout(timeout_s):
-                while core.engine.sealed_epoch < epoch or behind():
+                while core.engine.sealed_epoch < epoch or lacking(core, heirs, epoch):
                     if core.fenced is not None:
                         raise core.fenced
                     await asyncio.sleep(POLL_S)
         except TimeoutError:
             raise WaitTimeoutError(
-                f'"{self.definition.name}" stays at {self._node.name}: {", ".join(behind())} '
-                f"has not epoch {epoch} durable after {timeout_s:g} s",
+                f'"{self.definition.name}" stays at {self._node.name}: '
+                f"{', '.join(lacking(core, heirs, epoch))} has not epoch {epoch} durable after "
+                f"{timeout_s:g} s",
                 hint=f"nothing was lost; see geomirror status {self.definition.name}",
             ) from None
 
@@ -235,10 +224,8 @@ class ReplicaRoles(RoleSteps):
         core.retire(error)
         self._runner.drive()
         self._held.fail(error)
-        await self._freeze()
-        job = self._engine.demote(self._others())
-        await self._execute(job)
-        self._engine.complete_checkpoint(job)
+        await self._stop_core()
+        await self._take(demotion(self._engine, self._others()))
         self._enter("demoted")
         self._begin()
         self._runner.tell("demoted", {"epoch": self._engine.sealed_epoch})

@@ -72,6 +72,12 @@ class HeldCopy(CopyPosition):
         return None if self.superblock.role == "primary" else self.superblock.held
 
     @property
+    def has_all_of_resync(self) -> bool:
+        """Everything of the resync is durable here: applied, it is the state of one epoch, and the
+        state that is held need not be gone back to."""
+        return self.held is not None and self.sealed_epoch >= self.superblock.consistent_from >= 0
+
+    @property
     def is_returning(self) -> bool:
         """At a primary that was promoted in the middle of a resync: it serves the state from before
         it through undo, and its images are on their way back there."""

@@ -13,7 +13,7 @@ def answer_of(node: str, core: Primary | Secondary) -> MemberAnswer:
     engine, superblock = core.engine, core.engine.superblock
     wall_ns, end_lsn = _end_of_sealed(engine)
     is_primary = isinstance(core, Primary)
-    held = engine.held
+    held = None if engine.has_all_of_resync else engine.held
     is_usable = engine.can_return if held is not None else engine.state_epoch is not None
     is_consistent = is_primary or is_usable
     return MemberAnswer(
@@ -34,7 +34,7 @@ def answer_of(node: str, core: Primary | Secondary) -> MemberAnswer:
 def _end_of_sealed(engine: Engine) -> tuple[int | None, int | None]:
     """When the sealed epoch was cut, and its end in the primary's journal."""
     superblock, sealed, held = engine.superblock, engine.sealed_epoch, engine.held
-    if held is not None:
+    if held is not None and not engine.has_all_of_resync:
         # A promotion would go back to the state from before the resync.
         return held.wall_ns or None, held.end_lsn or None
     if sealed == 0:

@@ -139,7 +139,9 @@ class ResyncIntake(StandingKeeper):
         """Consistent from the moment that the end epoch of the resync is applied."""
         superblock = self.engine.superblock
         is_caught_up = self.engine.applied_epoch >= superblock.consistent_from >= 0
-        if superblock.data_state != INCONSISTENT or self.resync is not None or not is_caught_up:
+        # The next one waits: it is to hold the state that this one has made, not that from before.
+        is_copying = self.resync is not None and self.resync.is_begun
+        if superblock.data_state != INCONSISTENT or is_copying or not is_caught_up:
             return
         if self.engine.open_pass is None:
             superblock.data_state = CONSISTENT

@@ -27,6 +27,8 @@ STOP_LOOKS = 30
 """Tenths of a second that an orderly stop may take."""
 STOPPED_OPERATIONS_MAX = 40
 """A power cut inside a disk operation is at one of so many that come next."""
+CHANGE_OPERATIONS_MAX = 24
+"""The same, from a step of a change of a role on: each takes a few."""
 
 
 class Faults:
@@ -34,6 +36,7 @@ class Faults:
 
     def __init__(self, simulation: Simulation) -> None:
         self.is_ending = False
+        self.stops_in_changes = 0
         self.last_ns = 0
         """Time of the last fault, or of its mending."""
         self._simulation = simulation
@@ -118,6 +121,14 @@ class Faults:
                     self._simulation.crash(node, is_kill=False)
 
             self._world.after(self._world.between(10_000, 5 * MS), crash)
+
+    def changing(self, node: SimNode) -> None:
+        """A step of a change of its role comes next: sometimes the power goes away in it."""
+        chance = self._chance
+        if self.is_ending or chance.random() >= self._simulation.options.change_crash_chance:
+            return
+        self.stops_in_changes += 1
+        node.stop_at_operation(chance.randrange(1, CHANGE_OPERATIONS_MAX))
 
     def _any_node(self) -> SimNode:
         return self._chance.choice(list(self._simulation.nodes.values()))

@@ -70,6 +70,9 @@ FOCUS: dict[str, dict[str, Any]] = {
     "old_sizes_not_kept": GROWTHS,
     "name_after_epoch": {"promise_crash_chance": 0.1, "marks_mean_ns": SECOND * 3 // 10},
     "tables_not_looked_at": VERIFIES,
+    # Where nothing rots, every difference that is found is none.
+    "newest_epoch_compared": {"verify_mean_ns": SECOND, "rot_mean_ns": NEVER, "burst": 20},
+    "healed_with_what_the_image_holds": {**VERIFIES, "burst": 20},
     "apply_while_held": {"hold_mean_ns": 2 * SECOND},
     "late_copy_wins": OVERFLOWS,
     "thinning_forgets_pins": {"marks_mean_ns": SECOND},
@@ -87,7 +90,8 @@ IN_PUT_BACKS = {make.__name__ for make in OLDER_PRIMARIES}
 
 def focus_of(name: str, seed: int) -> dict[str, Any]:
     """What the runs lean towards in which a mutation is looked for."""
-    found = successions(seed) if name in IN_SUCCESSIONS else FOCUS.get(name, {})
+    drawn = successions(seed) if name in IN_SUCCESSIONS else {}
+    found = {**drawn, **FOCUS.get(name, {})}
     return {**found, "put_back_mean_ns": 3 * SECOND} if name in IN_PUT_BACKS else found
 
 

@@ -103,6 +103,8 @@ class Setup:
     """A change of the role failed: the daemon opens the resource again."""
     on_promise: Callable[[SimNode], None]
     """Something was said to be durable: a good moment for the power to go away."""
+    on_step: Callable[[SimNode], None]
+    """A job of a change of its role runs next."""
     on_verify_answer: Callable[[str, str, VerifyAnswer], None]
     on_accepted: Callable[[SimNode, str, SessionAccept], None]
     """A primary has taken in where a copy stands."""
@@ -268,6 +270,19 @@ class SimNode:
     def _watch_writes(self) -> None:
         engine, oracle = self.engine, self.oracle
         real_cut, real_write, real_grow = engine.cut, engine.write, engine.grow
+        core, is_healing = self.core, False
+        assert isinstance(core, Primary)
+        real_heal = core._heal_write
+
+        def heal_write(*what: Any) -> None:
+            nonlocal is_healing
+            is_healing = True
+            try:
+                real_heal(*what)
+            finally:
+                is_healing = False
+
+        core._heal_write = heal_write  # type: ignore[method-assign]
 
         def cut(wall_ns: int, *, is_mark: bool = False) -> EpochDraft | None:
             draft = real_cut(wall_ns, is_mark=is_mark)
@@ -280,6 +295,8 @@ class SimNode:
             last = engine.superblock.chain[-1]
             self.setup.placing.check_claim(self, (last.token, last.identity), "takes a write by")
             before = len(oracle.log)
+            if is_healing:
+                oracle.check_healing(self.name, writes)
             for _, volume, offset, length, data in writes:
                 oracle.add(Entry(volume, offset, length, data))
             try:
@@ -416,7 +433,9 @@ class SimNode:
         oracle = self.oracle
         before = self.setup.placing.mirror(self).durable_epoch
         oracle.reported_durable(self.name, message.durable_epoch, message.durable_hash)
-        if self.setup.is_succession and self.is_copying:
+        engine = self.engine
+        has_all = 0 <= engine._written.consistent_from <= engine.sealed_epoch
+        if self.setup.is_succession and self.is_copying and not has_all:
             # A promotion may go back to the state from before the resync.
             self.setup.placing.mirror(self).durable_epoch = before
 

@@ -44,6 +44,8 @@ class Options:
     snapshot_mean_ns: int
     promise_crash_chance: float
     """That the power goes away right after something was said to be durable."""
+    change_crash_chance: float = 0.0
+    """That the power goes away in a step of a change of a role."""
     growth_chance: float = 0.0
     """That a volume grows or is added after a round of writes."""
     policy: SyncPolicy = ASYNCHRONOUS

@@ -12,8 +12,10 @@ old one, which may go on as well. `placing` knows which node is on which.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+
+from geomirror.volume.journal import Write
 
 BLOCK = 4096
 ENDLESS = 1 << 62
@@ -228,6 +230,17 @@ class Oracle:
     def blank(self) -> dict[int, bytearray]:
         """All volumes as zeros."""
         return {volume: bytearray(size) for volume, size in self.sizes.items()}
+
+    def check_healing(self, name: str, writes: Sequence[Write]) -> None:
+        """V3: what a verify writes again at the primary is what every reader finds there."""
+        rotten = self.rotten.get(name, ())
+        for _, volume, offset, length, data in writes:
+            content = self.content[volume][offset : offset + length]
+            is_same = content == (bytes(length) if data is None else data)
+            if not is_same and (volume, offset // BLOCK) not in rotten:
+                where = f"block {offset // BLOCK} of volume {volume}"
+                raise OracleError(f"V3: {name} heals {where} with something else")
+        self.checks += 1
 
     def add(self, entry: Entry | Growth) -> None:
         """An operation was handed to the primary."""

@@ -1,8 +1,8 @@
 """A simulated node changes its role: what `node.replica_roles` does, with jobs that take a while.
 
-What follows what is the product's table (`cluster.promotion`), what the steps do is its engine's;
-here jobs are waited for, and positions to be reached. A crash comes between two jobs or within one;
-what the role is then is the disk's to say.
+What follows what is the product's table (`cluster.promotion`), the steps are the product's
+(`wan_protocol.role_change`); here jobs are waited for, and positions to be reached. A crash comes
+between two jobs or within one; what the role is then is the disk's to say.
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ from geomirror.errors import GeomirrorError, NotPrimaryError, StorageError
 from geomirror.volume.superblock import GenerationRecord
 from geomirror.wan_protocol.decisions import Job
 from geomirror.wan_protocol.primary import Primary
-from geomirror.wan_protocol.secondary import CONSISTENT, Secondary
-from geomirror.wan_protocol.session import chain_entries
-from tests.sim.role_steps import (
+from geomirror.wan_protocol.role_change import (
     Change,
     Steps,
     check_following,
     claim,
     compare_with_claim,
+    counts_with_resync,
     demotion,
     following,
     lacking,
     promotion,
 )
+from geomirror.wan_protocol.secondary import CONSISTENT, Secondary
+from geomirror.wan_protocol.session import chain_entries, claim_history
 from tests.sim.world import MS, SECOND
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class Roles:
         """Whether this copy can become the primary now."""
         core, engine = self.node.core, self.node.engine
         is_whole = engine.superblock.data_state == CONSISTENT or engine.can_return
+        is_whole = is_whole or engine.has_all_of_resync
         is_free = self.stage in (SECONDARY, DIVERGED, SUPERSEDED) and not self._is_remembering
         is_well = self.stage == SUPERSEDED or (core.fenced is None and not core.is_frozen)
         # One that has not heard of its primary yet is a part of no history.
@@ -113,7 +115,7 @@ class Roles:
             self._enter("failed")
             self._reopen()
 
-        self._freeze(lambda: self._run(steps(), done, failed))
+        self._freeze(lambda: self._run(steps(), done, failed), is_urgent=True)
 
     # Primary to secondary.
 
@@ -235,6 +237,11 @@ class Roles:
         node = self.node
         check_following(node.engine, gives_up_tail=gives_up_tail)
         self._enter("rejoin")
+        held, theirs = node.engine.held, claim_history(node.engine.superblock)
+        if held is not None and not counts_with_resync(node.engine, theirs):
+            # What it has beyond the state that it holds is given up with that resync.
+            mirror = node.setup.placing.mirror(node)
+            mirror.durable_epoch = min(mirror.durable_epoch, held.epoch)
 
         def steps() -> Steps[Any]:
             return following(node.engine, node.others, node.wall_ns(), gives_up_tail=gives_up_tail)
@@ -261,12 +268,14 @@ class Roles:
     def _enter(self, event: str) -> None:
         self.stage = next_state(self.stage, event)
 
-    def _freeze(self, then: Callable[[], None]) -> None:
+    def _freeze(self, then: Callable[[], None], *, is_urgent: bool = False) -> None:
         core = self.node.core
 
         def freeze() -> None:
             core.freeze()
             if isinstance(core, Secondary):
+                if is_urgent:
+                    core.hurry()
                 core.close_session()
 
         self.node.call(freeze)
@@ -310,6 +319,7 @@ class Roles:
             if node.life != life:
                 return
             assert job is not None
+            node.setup.on_step(node)
             failure = node.run_blocking(job.run)
             if node.life == life:
                 go_on = partial(self._go_on, change, life, done, failed, failure)

@@ -39,6 +39,8 @@ QUIET_NS = 40 * SECOND
 LAG_S_MAX = 20
 VERDICTS_NS = 700 * MS
 """Between two looks at what survivors would say; also right after each crash."""
+RESTART_LOOKS = 4
+"""The same before a node that comes back has heard of anybody, each time by other survivors."""
 SECONDS = 600
 """Length of a run, if nothing else is asked for."""
 SUCCESSION_EVERY = 3
@@ -135,6 +137,7 @@ class Simulation:
             on_followed=lambda node: self.succession.followed(node),
             on_reopen=lambda node: self.crash(node, is_kill=True),
             on_promise=lambda node: self.faults.promised(node),
+            on_step=lambda node: self.faults.changing(node),
             on_verify_answer=lambda *what: self.verifying.answered(*what),
             on_accepted=lambda *what: self.put_back.accepted(*what),
             node=lambda name: self.nodes[name],
@@ -297,6 +300,8 @@ class Simulation:
         except (FencedError, IntegrityError) as error:
             self._noticed(node, error)
             return
+        for _ in range(0 if self.is_succession else RESTART_LOOKS):
+            self.verdicts.look(self.nodes)  # What it knows now is what was durable.
         for pair in self._pairs_of(node):
             self.network.connect_later(*pair)
 

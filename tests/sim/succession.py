@@ -16,13 +16,13 @@ from geomirror.volume.engine import Engine
 from geomirror.wan_protocol.member_answer import answer_of
 from geomirror.wan_protocol.primary import Primary
 from geomirror.wan_protocol.primary_starts import start_entries
+from geomirror.wan_protocol.role_change import lacking
 from geomirror.wan_protocol.secondary import CONSISTENT, Secondary
 from geomirror.wan_protocol.session import chain_entries, highest_chain, highest_starts
 from tests.sim.node import SimNode
 from tests.sim.options import NEVER
 from tests.sim.oracle import OracleError
 from tests.sim.put_back import draw_put_backs
-from tests.sim.role_steps import lacking
 from tests.sim.roles import Position
 from tests.sim.world import MS, SECOND
 
@@ -43,6 +43,7 @@ def successions(seed: int) -> dict[str, Any]:
     return {
         "nodes": chance.choice([2, 3, 3, 4, 5]),
         "succession_mean_ns": int(chance.uniform(2, 8) * SECOND),
+        "change_crash_chance": chance.choice([0.0, 0.02, 0.1]),
         "bit_flips": False,
         "put_back_mean_ns": draw_put_backs(seed),
     }

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from geomirror.volume.engine import Engine
 from geomirror.volume.epoch_content import EpochContent
+from geomirror.volume.image import Image
 from geomirror.volume.view_index import IMAGE
 from geomirror.wan_protocol import verify_answering
+from geomirror.wan_protocol.verify_answering import Pinned, VerifyAnswering
+from geomirror.wan_protocol.verify_healing import HealJob
 from tests.sim.sync_mutations import Patch
 
 
@@ -34,7 +39,38 @@ def last_region_not_compared() -> list[Patch]:
     return [(verify_answering, "different_regions", different)]
 
 
+def newest_epoch_compared() -> list[Patch]:
+    """The secondary compares what it has, at whatever epoch that is."""
+    real = VerifyAnswering._keep
+
+    def keep(self: VerifyAnswering, pinned: Pinned) -> None:
+        if self.engine.sealed_epoch >= pinned.epoch and pinned.asks:
+            pinned.epoch = self.engine.sealed_epoch
+            real(self, pinned)
+
+    return [(VerifyAnswering, "_keep", keep)]
+
+
+def healed_with_what_the_image_holds() -> list[Patch]:
+    """Blocks are written again as the primary's image has them, whatever waits in the journal."""
+    real = HealJob.__init__
+
+    def init(self: HealJob, engine: Engine, blocks: list[tuple[int, int]]) -> None:
+        real(self, engine, blocks)
+        for each in self.blocks:
+            image = engine.images[each.volume]
+            each.reading.run = partial(_read_image, each, image)  # type: ignore[method-assign]
+
+    return [(HealJob, "__init__", init)]
+
+
+def _read_image(each: Any, image: Image) -> None:
+    each.reading.buffers = [image.read_existing(each.block).ljust(each.length, b"\0")]
+
+
 VERIFY_MUTATIONS: tuple[Callable[[], list[Patch]], ...] = (
     tables_not_looked_at,
     last_region_not_compared,
+    newest_epoch_compared,
+    healed_with_what_the_image_holds,
 )

@@ -3,6 +3,7 @@
 V1 no region is ever called different unless a block of it rotted at one of the two nodes: whatever
 is written, applied, copied or lost meanwhile. V2 when faults stop, a verify comes to its end, names
 exactly the blocks that rotted, and afterwards every copy is the primary's content, byte for byte.
+V3 what is written again for a copy is what a reader of the primary finds there (`oracle`).
 """
 
 from __future__ import annotations

@@ -51,6 +51,7 @@ def digest(image: Path) -> str:
 
 def lose_the_primary(a: Site, public: Path) -> dict[int, float]:
     """A database under load is lost with its site; the commits that were confirmed, and when."""
+    chance = random.Random(SEED)  # How much both sites have, and how long the tail is.
     attached = Attached(a, public / "east")
     cluster = Cluster(require_postgres(), attached.mount / "data", public / "east.sockets")
     try:
@@ -58,10 +59,11 @@ def lose_the_primary(a: Site, public: Path) -> dict[int, float]:
         fill(cluster)
         load = start_load(cluster, public / "east.sockets" / "commits")
         ticker = Ticker(cluster)
-        until(lambda: len(ticker.confirmed) > 100, what="commits")
+        shared = 100 + chance.randrange(100)
+        until(lambda: len(ticker.confirmed) > shared, what="commits")
         wait_applied(a)
         a.run("pause", "pg")
-        alone = len(ticker.confirmed) + ALONE_COMMITS
+        alone = len(ticker.confirmed) + ALONE_COMMITS + chance.randrange(200)
         until(lambda: len(ticker.confirmed) > alone, what="commits that nobody else has")
         pull_the_plug(a, attached, cluster, load)
         ticker.end()

@@ -30,6 +30,22 @@ def held_stage(blocks: int = 4) -> Stage:
     return stage
 
 
+def resynced() -> Stage:
+    """All of a resync is durable at a copy whose readers hold applying back."""
+    stage = held_stage()
+    stage.secondary.set_hold(True, stage.now_ns)
+    stage.write_epochs(1, seed=77)
+    stage.unpark()
+    stage.pass_time(3000)
+    stage.write_epochs(1, seed=9)
+    stage.pass_time(1000)
+    engine = stage.secondary.engine
+    assert engine.held is not None
+    assert engine.held.epoch == 2
+    assert engine.sealed_epoch == stage.primary.engine.sealed_epoch > 2
+    return stage
+
+
 def seen(stage: Stage, epoch: int) -> dict[int, bytes]:
     engine = stage.nodes[PEER].engine
     history = lambda: engine.undo.history  # noqa: E731
@@ -141,6 +157,25 @@ def test_an_overflow_in_the_middle_of_a_resync_changes_nothing_of_it() -> None:
     stage.pass_time(20_000)
     stage.check_in_sync()
     check_at(stage, 2)
+
+
+def test_the_next_resync_holds_what_the_last_one_has_made() -> None:
+    stage = resynced()
+    whole = stage.secondary.engine.sealed_epoch
+    stage.overflow()
+    stage.park_frames()
+    stage.link_up()
+    stage.pass_time(2500)
+    engine = stage.secondary.engine
+    assert engine.state_epoch == 2, "readers are pinned to it"
+    stage.secondary.set_hold(False, stage.now_ns)
+    stage.pass_time(1000)
+    assert engine.held is not None
+    assert engine.held.epoch == whole
+    check_at(stage, whole)
+    stage.unpark()
+    stage.pass_time(8000)
+    stage.check_in_sync()
 
 
 def test_no_room_for_undo_leaves_the_copy_as_it_is_and_says_so() -> None:

@@ -10,7 +10,7 @@ Each is a generator of jobs. `Change` drives it: whoever holds one runs the job 
 any thread, and asks for the next; a job's error is raised in the step that wanted it.
 Invariants: one job runs at a time and nothing else uses the engine; a crash or an error before or
 in any job leaves a disk from which opening the resource goes on as one of the two roles.
-Deliberately not here: who decides, and what is served meanwhile (the node).
+Deliberately not here: who decides, stopping the core, and what is served meanwhile (the node).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from functools import partial
 from typing import Generic, TypeVar
 
-from geomirror.cluster.history import ANCESTOR, DIVERGED, EQUAL, Comparison, compare
+from geomirror.cluster.history import ANCESTOR, DIVERGED, EQUAL, Comparison, History, compare
 from geomirror.errors import GeomirrorError, RefusedError
 from geomirror.volume.branches import BranchRecord
 from geomirror.volume.engine import Engine
@@ -31,7 +31,12 @@ from geomirror.wan_protocol.primary import Primary
 from geomirror.wan_protocol.primary_starts import start_records
 from geomirror.wan_protocol.secondary import BLANK
 from geomirror.wan_protocol.sender import FOLD, STREAM
-from geomirror.wan_protocol.session import chain_entries, claim_history, state_history
+from geomirror.wan_protocol.session import (
+    chain_entries,
+    claim_history,
+    my_history,
+    state_history,
+)
 
 Result = TypeVar("Result")
 Steps = Generator[Job, None, Result]
@@ -72,18 +77,19 @@ class Change(Generic[Result]):
 # Bringing things to an end.
 
 
-def settle(engine: Engine) -> Steps[None]:
-    """Make everything durable that was received, and bring it into the images."""
+def settle(engine: Engine, through_epoch: int | None = None) -> Steps[None]:
+    """Make everything durable that was received, and bring it into the images.
+
+    :param through_epoch: at least this, and not much more; None: all of it.
+    """
     while engine.is_returning:
         step = engine.return_step_job()
         yield step
         engine.complete_return_step(step)
     while True:
-        if engine.committed_epoch > engine.sealed_epoch:
-            sync = engine.sync_job()
-            yield sync
-            engine.complete_sync(sync)
-        target = engine.half_applied_through or engine.pass_end(engine.sealed_epoch)
+        yield from sync(engine)
+        wanted = engine.sealed_epoch if through_epoch is None else through_epoch
+        target = engine.half_applied_through or engine.pass_end(max(wanted, engine.applied_epoch))
         grow = engine.grow_job(target) if target > engine.applied_epoch else None
         if grow is not None:
             yield grow
@@ -94,6 +100,14 @@ def settle(engine: Engine) -> Steps[None]:
         apply = engine.apply_job(target)
         yield apply
         engine.complete_apply(apply)
+
+
+def sync(engine: Engine) -> Steps[None]:
+    """Make durable what is committed."""
+    if engine.committed_epoch > engine.sealed_epoch:
+        job = engine.sync_job()
+        yield job
+        engine.complete_sync(job)
 
 
 def checkpoint(engine: Engine) -> Steps[None]:
@@ -118,7 +132,13 @@ def go_back(engine: Engine) -> Steps[None]:
 
 
 def end_resync(engine: Engine) -> Steps[None]:
-    """Close the undo of a resync of which everything has come and is applied."""
+    """Bring the images to where a resync of which everything has come is over; close its undo."""
+    wanted = engine.superblock.consistent_from
+    if engine.applied_epoch < wanted:
+        # An epoch that was folded has the number of the last of the fold.
+        later = (each.number for each in engine.unapplied_epochs() if each.number >= wanted)
+        wanted = next(later, wanted)
+    yield from settle(engine, wanted)
     job = engine.close_held_job()
     yield job
     engine.complete_close_held(job)
@@ -141,23 +161,17 @@ def promotion(
 
     :param reason: `promoted` after a hand over, `forced` otherwise.
     """
-    superblock = engine.superblock
-    if superblock.role == "primary":
+    if engine.superblock.role == "primary":
         # One that was outranked may have writes that no epoch holds.
         yield Call(partial(engine.seal_all, wall_ns))
         yield from settle(engine)
-    is_whole = engine.committed_epoch >= superblock.consistent_from >= 0
-    if engine.held is not None and not is_whole:
-        engine.take_held()
-    elif engine.held is not None:
-        yield from settle(engine)
+    yield from sync(engine)
+    if engine.has_all_of_resync:
         yield from end_resync(engine)
+    if engine.held is not None:
+        engine.take_held()
     elif engine.has_growth_to_apply:
         yield from settle(engine)
-    elif engine.committed_epoch > engine.sealed_epoch:
-        sync = engine.sync_job()
-        yield sync
-        engine.complete_sync(sync)
     generation = engine.next_generation(identity, reason, by, wall_ns)
     job = engine.promote(generation, peers)
     yield job
@@ -184,13 +198,21 @@ def claim(
 
 
 def following(
-    engine: Engine, peers: Iterable[str], wall_ns: int, *, gives_up_tail: bool
+    engine: Engine,
+    peers: Iterable[str],
+    wall_ns: int,
+    *,
+    gives_up_tail: bool,
+    branch_name: str = "",
 ) -> Steps[BranchRecord | None]:
-    """Become a secondary of the chain that outranks this member.
+    """Become a secondary of the chain that outranks this member; its tail becomes a branch.
 
+    :param branch_name: of the tail; "": named by the generation that it is of.
     :returns: the branch that the tail is now, None when there was no tail.
     :raises RefusedError: it has a tail and may not give it up, or no common point is known.
     """
+    if counts_with_resync(engine, claim_history(engine.superblock)):
+        yield from end_resync(engine)
     found = check_following(engine, gives_up_tail=gives_up_tail)
     chain = chain_entries(engine.superblock, engine.superblock.superseded_by)
     has_tail = found.relation == DIVERGED
@@ -212,7 +234,7 @@ def following(
             partial(
                 engine.roll_back,
                 target,
-                f"orphan-{engine.generation.hex()[:8]}",
+                branch_name or f"orphan-{engine.generation.hex()[:8]}",
                 wall_ns=wall_ns,
                 chain_hash=chain_hash,
                 may_shrink=True,
@@ -247,7 +269,28 @@ def check_following(engine: Engine, *, gives_up_tail: bool) -> Comparison:
 
 def compare_with_claim(engine: Engine) -> Comparison:
     """How what this member has relates to the chain that outranks it."""
-    return compare(state_history(engine), claim_history(engine.superblock))
+    return compare_state(engine, claim_history(engine.superblock))
+
+
+def compare_state(engine: Engine, theirs: History) -> Comparison:
+    """How what this member has relates to another history.
+
+    A copy that has all of a resync counts with it, unless the histories part before the end of
+    that, where nothing leads back to: then with the state that it holds.
+    """
+    mine = my_history(engine) if counts_with_resync(engine, theirs) else state_history(engine)
+    return compare(mine, theirs)
+
+
+def counts_with_resync(engine: Engine, theirs: History) -> bool:
+    """Whether a copy has all of a resync, and the other history does not part from it before the
+    end of that."""
+    if not engine.has_all_of_resync:
+        return False
+    found = compare(my_history(engine), theirs)
+    parting = -1 if found.branch is None else found.branch.epoch
+    is_part = found.relation in (ANCESTOR, EQUAL)
+    return is_part or parting >= engine.superblock.consistent_from
 
 
 def lacking(core: Primary, heirs: Iterable[str], epoch: int) -> list[str]:
