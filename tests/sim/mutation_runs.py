@@ -70,6 +70,7 @@ FOCUS: dict[str, dict[str, Any]] = {
     "old_sizes_not_kept": GROWTHS,
     "name_after_epoch": {"promise_crash_chance": 0.1, "marks_mean_ns": SECOND * 3 // 10},
     "tables_not_looked_at": VERIFIES,
+    "standing_acknowledged_early": {**RULES, "promise_crash_chance": 0.3},
     # Where nothing rots, every difference that is found is none.
     "newest_epoch_compared": {"verify_mean_ns": SECOND, "rot_mean_ns": NEVER, "burst": 20},
     "healed_with_what_the_image_holds": {**VERIFIES, "burst": 20},
@@ -79,6 +80,7 @@ FOCUS: dict[str, dict[str, Any]] = {
     "older_copy_not_noticed": {"snapshot_mean_ns": 2 * SECOND},
 }
 FOUND_WITH = {
+    "standing_acknowledged_early": 10,
     "status_of_what_was_received": 21,
     "rules_given_up_untold": 15,
     "unsealed_copied": 32,

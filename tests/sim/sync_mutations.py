@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from geomirror.wan_protocol.in_sync_set import InSyncSet
+from geomirror.wan_protocol.messages import AnnounceAcknowledge
 from geomirror.wan_protocol.peer_flushes import PeerFlushes
 from geomirror.wan_protocol.peer_standings import PeerStandings
+from geomirror.wan_protocol.standing_keeper import StandingKeeper
 
 Patch = tuple[type | Any, str, Any]
 """Object, attribute, replacement."""
@@ -50,9 +52,21 @@ def rules_given_up_untold() -> list[Patch]:
     return [(InSyncSet, "_relied_on", lambda self: set())]
 
 
+def standing_acknowledged_early() -> list[Patch]:
+    """A secondary says that it knows a standing before that is durable there."""
+    real = StandingKeeper.take_standing
+
+    def take_standing(self: StandingKeeper, message: Any) -> None:
+        real(self, message)
+        self._send(AnnounceAcknowledge(self.session, message.standing.version))
+
+    return [(StandingKeeper, "take_standing", take_standing)]
+
+
 SYNC_MUTATIONS = (
     flush_without_peers,
     degraded_before_saved,
     open_epoch_not_confirmed,
     rules_given_up_untold,
+    standing_acknowledged_early,
 )
