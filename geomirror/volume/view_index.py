@@ -36,8 +36,8 @@ from geomirror.volume.undo_file import (
 IMAGE = -2
 """The block is unchanged since the epoch."""
 ZERO = -1
-_GROUP_ENTRIES = 1 << 18
-"""Entries of several passes that are merged at once."""
+_GROUP_ENTRIES = 1 << 20
+"""Entries of several passes that are merged at once: each merge moves all that is there."""
 _RECENT_PART = 8
 """The recent table becomes part of the base at an eighth of its size: each entry is moved a few
 times, and a new pass does not move them all."""
