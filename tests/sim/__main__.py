@@ -13,6 +13,7 @@ from typing import Any
 
 from tests.sim.mutations import MUTATIONS, mutated
 from tests.sim.oracle import OracleError
+from tests.sim.proof import StumbleError
 from tests.sim.simulation import SECONDS, Outcome, Simulation, kind_of
 from tests.sim.succession import successions
 
@@ -42,6 +43,7 @@ class Totals:
     growths: int = 0
     promotions: int = 0
     tails: int = 0
+    rewinds: int = 0
     verifies: int = 0
     rotten: int = 0
     put_backs: int = 0
@@ -61,6 +63,7 @@ class Totals:
         self.growths += outcome.growths
         self.promotions += outcome.promotions
         self.tails += outcome.tails
+        self.rewinds += outcome.rewinds
         self.verifies += outcome.verifies
         self.rotten += outcome.rotten
         self.put_backs += outcome.put_backs
@@ -71,7 +74,7 @@ class Totals:
             f"{self.seeds} seeds, {self.simulated:.0f} simulated s, {speed:.0f} times real time: "
             f"{self.operations} writes in {self.epochs} epochs, {self.crashes} crashes, "
             f"{self.growths} growths, {self.resyncs} resyncs, {self.promotions} promotions, "
-            f"{self.tails} tails and {self.checks} images compared, "
+            f"{self.tails} tails, {self.rewinds} rewinds and {self.checks} images compared, "
             f"{self.verifies} verifies, {self.rotten} blocks rotted, "
             f"{self.put_backs} older disks of primaries put back, "
             f"{self.detected} times planted damage was noticed"
@@ -113,7 +116,7 @@ def _run(seed: int, length: int, kind: str, totals: Totals, *, is_told: bool) ->
     simulation = Simulation(seed, length, **KINDS[kind](seed))
     try:
         totals.add(simulation.run())
-    except OracleError as error:
+    except (OracleError, StumbleError) as error:
         if error.__cause__ is not None:
             traceback.print_exception(error.__cause__)
         print(error)

@@ -15,8 +15,10 @@ from tests.sim.mark_mutations import MARK_MUTATIONS
 from tests.sim.mutations import MUTATIONS, mutated
 from tests.sim.options import NEVER
 from tests.sim.oracle import OracleError
+from tests.sim.proof import StumbleError
 from tests.sim.put_back_mutations import OLDER_PRIMARIES, PUT_BACK_MUTATIONS
 from tests.sim.resync_mutations import RESYNC_MUTATIONS
+from tests.sim.rewind_mutations import REWIND_MUTATIONS
 from tests.sim.simulation import Simulation
 from tests.sim.succession import successions
 from tests.sim.succession_mutations import SUCCESSION_MUTATIONS
@@ -86,19 +88,23 @@ FOUND_WITH = {
     "unsealed_copied": 32,
 }
 """Seeds that found what takes long to find, tried first: it may be others when the code changes."""
-IN_SUCCESSIONS = {make.__name__ for make in (*SUCCESSION_MUTATIONS, *OLDER_PRIMARIES)}
+IN_REWINDS = {make.__name__ for make in REWIND_MUTATIONS}
 IN_PUT_BACKS = {make.__name__ for make in OLDER_PRIMARIES}
+IN_SUCCESSIONS = {make.__name__ for make in SUCCESSION_MUTATIONS} | IN_REWINDS | IN_PUT_BACKS
 
 
 def focus_of(name: str, seed: int) -> dict[str, Any]:
     """What the runs lean towards in which a mutation is looked for."""
     drawn = successions(seed) if name in IN_SUCCESSIONS else {}
     found = {**drawn, **FOCUS.get(name, {})}
+    if name in IN_REWINDS:
+        return {**found, "rewind_mean_ns": SECOND, "put_back_mean_ns": NEVER}
     return {**found, "put_back_mean_ns": 3 * SECOND} if name in IN_PUT_BACKS else found
 
 
 OF_MEMBERS = sorted(
-    make.__name__ for make in (*SUCCESSION_MUTATIONS, *SYNC_MUTATIONS, *PUT_BACK_MUTATIONS)
+    make.__name__
+    for make in (*SUCCESSION_MUTATIONS, *REWIND_MUTATIONS, *SYNC_MUTATIONS, *PUT_BACK_MUTATIONS)
 )
 """What members say and hear of each other."""
 OF_COPIES = sorted(
@@ -123,4 +129,6 @@ def find(name: str) -> None:
             except OracleError as error:
                 print(f"found with seed {seed}: {str(error).splitlines()[0]}")
                 return
+            except StumbleError as error:
+                print(f"seed {seed} proves nothing: {str(error).splitlines()[0]}")
     raise AssertionError(f"{name} is not found within {SEEDS_MAX} seeds")

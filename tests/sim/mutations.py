@@ -2,7 +2,7 @@
 
 A mutation is a list of patches; `mutated(name)` applies them for a while. What none of them does is
 raise an error by itself: a wrong result has to be noticed by the oracle, or by a check that is in
-the product for that very purpose.
+the product for that very purpose (`proof`).
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from tests.sim.history_mutations import HISTORY_MUTATIONS
 from tests.sim.mark_mutations import MARK_MUTATIONS
 from tests.sim.put_back_mutations import PUT_BACK_MUTATIONS
 from tests.sim.resync_mutations import RESYNC_MUTATIONS
+from tests.sim.rewind_mutations import REWIND_MUTATIONS
 from tests.sim.succession_mutations import SUCCESSION_MUTATIONS
 from tests.sim.sync_mutations import SYNC_MUTATIONS, Patch
 from tests.sim.verify_mutations import VERIFY_MUTATIONS
@@ -365,6 +366,7 @@ MUTATIONS: dict[str, Callable[[], list[Patch]]] = {
         *RESYNC_MUTATIONS,
         *GROWTH_MUTATIONS,
         *SUCCESSION_MUTATIONS,
+        *REWIND_MUTATIONS,
         *VERIFY_MUTATIONS,
         *PUT_BACK_MUTATIONS,
     )

@@ -46,6 +46,7 @@ from tests.sim.network import Network
 from tests.sim.oracle import Entry, Growth, Oracle
 from tests.sim.placing import Placing
 from tests.sim.promotable import CutCheck
+from tests.sim.rewinds import Errand, open_quietly
 from tests.sim.roles import Roles
 from tests.sim.sync_check import SyncCheck
 from tests.sim.verdict_check import VerdictCheck
@@ -99,6 +100,8 @@ class Setup:
     """It has a tail that a history with a higher claim lacks."""
     on_followed: Callable[[SimNode], None]
     """A superseded primary is a secondary now."""
+    on_not_followed: Callable[[SimNode, GeomirrorError], None]
+    """It could not give up its tail."""
     on_reopen: Callable[[SimNode], None]
     """A change of the role failed: the daemon opens the resource again."""
     on_promise: Callable[[SimNode], None]
@@ -125,6 +128,8 @@ class SimNode:
         self.watch = Watch(self)
         self.roles = Roles(self)
         self.undo_memory = UndoMemory()
+        self.errand: Errand | None = None
+        """What is done with the resource when it is opened next, before it is served."""
         self.readings = 0
         """Reads of a client that are under way."""
         self.is_alive = False
@@ -225,13 +230,14 @@ class SimNode:
             self.store, self.setup.limits, self.entropy, lambda volume: self.store.open("none")
         )
         self.setup.on_recovered(self)
+        open_quietly(self)
         self.roles.begin(self.engine.superblock.role)
         self._begin()
 
     def _begin(self) -> None:
         setup = self.setup
         self.role = self.engine.superblock.role
-        for wrapped in ("cut", "write", "grow"):
+        for wrapped in ("cut", "write", "grow", "roll_back"):
             self.engine.__dict__.pop(wrapped, None)
         if self.is_primary:
             self.core = Primary(
@@ -242,7 +248,7 @@ class SimNode:
                 now_ns=self.now_ns(),
                 wall_ns=self.wall_ns(),
             )
-            self._watch_writes()
+            self.watch_writes()
             self.core.set_policy(setup.sync.policy_at(self.name), self.now_ns())
         else:
             chain = self.engine.superblock.chain
@@ -267,8 +273,9 @@ class SimNode:
         for peer in sorted(self.links):
             self.call(partial(self.core.link_up, peer, self.now_ns()))
 
-    def _watch_writes(self) -> None:
-        engine, oracle = self.engine, self.oracle
+    def watch_writes(self) -> None:
+        """From now on the history that the node is on hears of all that is written."""
+        engine = self.engine
         real_cut, real_write, real_grow = engine.cut, engine.write, engine.grow
         core, is_healing = self.core, False
         assert isinstance(core, Primary)
@@ -287,13 +294,14 @@ class SimNode:
         def cut(wall_ns: int, *, is_mark: bool = False) -> EpochDraft | None:
             draft = real_cut(wall_ns, is_mark=is_mark)
             if draft is not None:
-                oracle.cut(draft.number)
+                self.oracle.cut(draft.number)
             return draft
 
         def write(writes: Any, wall_ns: int) -> int:
             # In doubt until the call returns: a crash inside it may keep any first part.
             last = engine.superblock.chain[-1]
             self.setup.placing.check_claim(self, (last.token, last.identity), "takes a write by")
+            oracle = self.oracle
             before = len(oracle.log)
             if is_healing:
                 oracle.check_healing(self.name, writes)
@@ -306,6 +314,7 @@ class SimNode:
                 raise
 
         def grow(change: VolumeChange, wall_ns: int) -> int:
+            oracle = self.oracle
             oracle.add(Growth(change.index, change.old_size_bytes, change.size_bytes))
             try:
                 return real_grow(change, wall_ns)
@@ -323,6 +332,7 @@ class SimNode:
         self.is_alive = False
         self.life += 1
         self.undo_memory = UndoMemory()
+        self.errand = None
         self.readings = 0
         self.links.clear()
         self.stop_at_operation(0)

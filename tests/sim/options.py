@@ -59,6 +59,8 @@ class Options:
     """Between two changes of the primary that an operator asks for."""
     put_back_mean_ns: int = NEVER
     """Between snapshots of the primary's disk that are put back later."""
+    rewind_mean_ns: int = NEVER
+    """Between two looks whether to rewind the primary, or to end a rewind."""
     verify_mean_ns: int = NEVER
     """Between looks whether to start a verify."""
     rot_mean_ns: int = NEVER

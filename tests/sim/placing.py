@@ -44,6 +44,10 @@ class Placing:
     """Histories that were written to."""
     tails: int = 0
     """Branches compared."""
+    rewinds: int = 0
+    """Contents compared after a rewind or its return."""
+    taken_in: dict[str, BranchRecord] = field(default_factory=dict)
+    """Branches of rewinds that were to be taken back in, by name."""
 
     def line_of(self, superblock: Superblock, chain: Sequence[GenerationRecord]) -> Oracle:
         """The history that a chain ends in, at somebody with this superblock."""
@@ -125,6 +129,24 @@ class Placing:
         self.lines[last.identity] = line
         self.written[last.identity] = last.by
 
+    def begin_rewound(self, node: SimNode, chain: Sequence[GenerationRecord]) -> None:
+        """A rewind, or its return, may write a superblock with this chain; again after a crash."""
+        engine, last, current = node.engine, chain[-1], node.oracle
+        known = self.lines.get(last.identity)
+        if known is None and self.is_writer(node):
+            kept = engine.epoch_numbers()
+            for number in range(current.sealed_epoch + 1, engine.sealed_epoch + 1):
+                if number in kept:
+                    current.sealed(number, engine.epoch_info(number).chain_hash)
+        line = self.lines[last.parent].fork(last.identity, last.parent_epoch)
+        self.lines[last.identity] = line
+        self.written[last.identity] = last.by
+        mirror = self.mirror(node)
+        if known is not None and mirror.line is known:
+            # What was taken in so far is taken in once more; nobody was told of it.
+            mirror.line = line
+            mirror.durable_epoch = min(mirror.durable_epoch, last.parent_epoch)
+
     def mirror(self, node: SimNode) -> Mirror:
         """What is known of a node's copy."""
         mirrors = self.root.mirrors
@@ -195,11 +217,17 @@ class Placing:
     ) -> None:
         """What the node had beyond a common epoch is a branch."""
         for record in node.engine.branches.records():
-            is_of_it = record.generation == old.generation and record.base_epoch <= common
-            if not is_of_it or record.end_epoch < floor:
+            line = old
+            if record.generation != old.generation:
+                if self.forked:
+                    continue  # Which of several lines it is of, nobody remembers.
+                # One of a later generation begins with epochs of those before it.
+                line = self.lines[record.generation]
+            reached = min(record.end_epoch, line.common_epoch(old))
+            if record.base_epoch > common or reached < floor:
                 continue
-            self.check_branch(node, record, old)
-            count = old.epoch_prefix[record.end_epoch]
+            self.check_branch(node, record, line)
+            count = old.epoch_prefix[reached]
             if is_writer and old.flushed > count:
                 raise OracleError(
                     f"O6: branch {record.name} of {node.name} holds {count} operations, "

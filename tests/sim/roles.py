@@ -256,6 +256,7 @@ class Roles:
 
         def failed(error: GeomirrorError) -> None:
             self._enter("failed")
+            node.setup.on_not_followed(node, error)
             if node.engine.must_reopen or isinstance(error, StorageError):
                 self._reopen()
             else:

@@ -23,7 +23,9 @@ from tests.sim.options import NEVER, Options
 from tests.sim.oracle import Oracle, OracleError
 from tests.sim.placing import Placing
 from tests.sim.promotable import CutCheck
+from tests.sim.proof import StumbleError, is_proof
 from tests.sim.put_back import PutBack
+from tests.sim.rewinds import Rewinds
 from tests.sim.succession import Succession, successions
 from tests.sim.sync_check import SyncCheck, draw_policy
 from tests.sim.verdict_check import VerdictCheck
@@ -68,6 +70,7 @@ class Outcome:
     epochs: int
     promotions: int
     tails: int
+    rewinds: int
     verifies: int
     rotten: int
     put_backs: int
@@ -76,7 +79,7 @@ class Outcome:
 
 
 class Simulation:
-    """Runs one seed. `run` raises OracleError with the story's last lines."""
+    """Runs one seed. `run` raises OracleError or StumbleError with the story's last lines."""
 
     def __init__(self, seed: int, seconds: int = SECONDS, **focus: object) -> None:
         """:param focus: options to use instead of what the seed draws."""
@@ -135,6 +138,7 @@ class Simulation:
             on_fenced=self._fenced,
             on_outranked=lambda node: self.succession.outranked(node),
             on_followed=lambda node: self.succession.followed(node),
+            on_not_followed=lambda node, error: self.succession.refused(node, error),
             on_reopen=lambda node: self.crash(node, is_kill=True),
             on_promise=lambda node: self.faults.promised(node),
             on_step=lambda node: self.faults.changing(node),
@@ -151,6 +155,7 @@ class Simulation:
         self.faults = Faults(self)
         self.marking = Marking(self, seed, options.marks_mean_ns)
         self.succession = Succession(self, seed, options.succession_mean_ns)
+        self.rewinds = Rewinds(self, seed, options.rewind_mean_ns)
         self.verifying = Verifying(self, seed, options.verify_mean_ns, options.rot_mean_ns)
         self.put_back = PutBack(self, seed, options.put_back_mean_ns)
         self.crashes = self.lost = 0
@@ -192,7 +197,8 @@ class Simulation:
             if not (self.is_detected and isinstance(error, GeomirrorError)):
                 story = "\n".join(self.world.trace[-40:])
                 kind = type(error).__name__
-                raise OracleError(f"seed={self.seed}: {kind}: {error}\n{story}") from error
+                told = f"seed={self.seed}: {kind}: {error}\n{story}"
+                raise (OracleError if is_proof(error) else StumbleError)(told) from error
         lines = {id(line): line for line in (self.oracle, *self.placing.lines.values())}.values()
         return Outcome(
             self.seed,
@@ -212,6 +218,7 @@ class Simulation:
             max(line.sealed_epoch for line in lines),
             sum(node.roles.promotions for node in self.nodes.values()),
             self.placing.tails,
+            self.placing.rewinds,
             self.verifying.ended,
             self.verifying.rotten,
             self.put_back.count,
@@ -232,6 +239,7 @@ class Simulation:
         self.faults.begin()
         self.marking.begin()
         self.succession.begin()
+        self.rewinds.begin()
         self.verifying.begin()
         self.put_back.begin()
         if not self.is_succession:

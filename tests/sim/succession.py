@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from geomirror.cluster.verdict import COMPLETE, assess
-from geomirror.errors import RefusedError
+from geomirror.errors import GeomirrorError, RefusedError
 from geomirror.volume.engine import Engine
 from geomirror.wan_protocol.member_answer import answer_of
 from geomirror.wan_protocol.primary import Primary
@@ -23,6 +23,7 @@ from tests.sim.node import SimNode
 from tests.sim.options import NEVER
 from tests.sim.oracle import OracleError
 from tests.sim.put_back import draw_put_backs
+from tests.sim.rewinds import draw_rewinds, is_rewind
 from tests.sim.roles import Position
 from tests.sim.world import MS, SECOND
 
@@ -32,20 +33,26 @@ if TYPE_CHECKING:
 CALM_FACTOR = 6
 TAKE_NS = 200 * MS
 """From the hand over to the heir's promotion, about."""
-TRIES_MAX = 8
-"""A tail that cannot be given up, say because the state to go back to is not kept."""
+TRIES_MAX = 2
+"""A tail that cannot be given up so often, with no faults any more, never can."""
+LEGITIMATE = ("no state at or before epoch",)
+"""Why that may be: the undo that led back there was given up for want of room, or a resync, a disk
+that was put back or a damaged file ended it."""
 OTHER_HISTORY = "has another history here"
 
 
 def successions(seed: int) -> dict[str, Any]:
     """Options of a run in which the primary changes: two to five nodes."""
     chance = random.Random(f"{seed}/succession")
+    put_back_mean_ns = draw_put_backs(seed)
     return {
         "nodes": chance.choice([2, 3, 3, 4, 5]),
         "succession_mean_ns": int(chance.uniform(2, 8) * SECOND),
         "change_crash_chance": chance.choice([0.0, 0.02, 0.1]),
+        # Rewinds of disks that were put back are not looked at.
+        "rewind_mean_ns": draw_rewinds(seed) if put_back_mean_ns == NEVER else NEVER,
         "bit_flips": False,
-        "put_back_mean_ns": draw_put_backs(seed),
+        "put_back_mean_ns": put_back_mean_ns,
     }
 
 
@@ -60,8 +67,10 @@ class Succession:
         self._is_automatic = self._chance.random() < 0.4
         """`auto_rejoin`"""
         self.counts: dict[str, int] = {}
-        self._tries: dict[str, int] = {}
-        """Outranked members → how often they were to give up their tail."""
+        self._refusals: dict[str, list[str]] = {}
+        """Outranked members → why they could not give up their tail, since faults ended."""
+        self._hopeless: set[str] = set()
+        """Those that could not, for good."""
 
     def begin(self) -> None:
         """Schedule what the options ask for."""
@@ -199,15 +208,24 @@ class Succession:
         if not node.is_alive or not node.roles.is_outranked:
             return
         self._count("resolve")
-        self._tries[node.name] = self._tries.get(node.name, 0) + 1
         try:
             node.roles.follow(gives_up_tail=True)
         except RefusedError as error:
             self._world.note(f"{node.name}: {error}")
+            self.refused(node, error)
+
+    def refused(self, node: SimNode, error: GeomirrorError) -> None:
+        """It could not give up its tail; while disks fail that is tried again, whatever it says."""
+        if self._simulation.faults.is_ending:
+            self._refusals.setdefault(node.name, []).append(str(error))
 
     def outranked(self, node: SimNode) -> None:
-        """A member has a tail: where the settings say so it comes back by itself."""
-        if self._is_automatic:
+        """A member has a tail: where the settings say so, or after a rewind of the history that it
+        followed, it comes back by itself."""
+        superblock = node.engine.superblock
+        own = [each.identity for each in superblock.chain]
+        parting = [each for each in superblock.superseded_by if each.identity not in own]
+        if self._is_automatic or (parting and is_rewind(parting[0])):
             self._world.after(MS, partial(self._give_up, node))
 
     def _insist(self) -> None:
@@ -249,7 +267,18 @@ class Succession:
 
     def followed(self, node: SimNode) -> None:
         """It gave up its tail, or had none."""
-        self._tries.pop(node.name, None)
+        self._refusals.pop(node.name, None)
+
+    def _check_hopeless(self, node: SimNode) -> None:
+        """A tail that cannot be given up costs a copy: only for want of a state to go back to."""
+        reason = self._refusals.pop(node.name)[-1]
+        if not any(words in reason for words in LEGITIMATE):
+            raise OracleError(f"{node.name} cannot give up its tail: {reason}")
+        if node.name in self._hopeless:
+            raise OracleError(
+                f"{node.name} was made anew, and again cannot give up a tail: {reason}"
+            )
+        self._hopeless.add(node.name)
 
     def _make_anew(self) -> None:
         """`remove-secondary`, `add-secondary` for copies that cannot follow."""
@@ -259,12 +288,13 @@ class Succession:
             core = node.core
             is_refused = node.name in senders and OTHER_HISTORY in senders[node.name].refusal
             is_stuck = isinstance(core, Secondary) and is_refused
-            is_hopeless = self._tries.get(node.name, 0) > TRIES_MAX
+            is_hopeless = len(self._refusals.get(node.name, ())) > TRIES_MAX
             if is_hopeless:
                 self._count("tail given up for good")
+                self._check_hopeless(node)
             if is_hopeless or (node.is_alive and is_stuck and not core.is_frozen):
                 self._count("anew")
-                self._tries.pop(node.name, None)
+                self._refusals.pop(node.name, None)
                 self._simulation.make_anew(node)
 
     def mend(self) -> None:

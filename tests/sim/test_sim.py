@@ -6,13 +6,16 @@ import os
 import secrets
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
 from tests.sim.mutations import mutated
+from tests.sim.options import NEVER
 from tests.sim.oracle import OracleError
 from tests.sim.simulation import Simulation
 from tests.sim.succession import successions
+from tests.sim.world import SECOND
 
 FIXED, FIXED_SECONDS = range(1, 21), 300
 SUCCESSIONS = range(1, 21)
@@ -48,6 +51,19 @@ def test_a_fresh_seed_keeps_all_promises(number: int) -> None:
     seed = FRESH_FIRST + number
     print(f"seed={seed}: replay with python -m tests.sim --seed {seed} --kind single")
     Simulation(seed).run()
+
+
+@pytest.mark.timeout(600)
+def test_rewinds_and_their_returns_are_among_what_happens() -> None:
+    done: Counter[str] = Counter()
+    for seed in range(1, 5):
+        often = {"rewind_mean_ns": SECOND, "put_back_mean_ns": NEVER}
+        options = {**successions(seed), **often}
+        simulation = Simulation(seed, FIXED_SECONDS, **options)
+        assert simulation.run().rewinds
+        done.update(simulation.rewinds.counts)
+    assert done["rewind"] >= 4, done
+    assert done["return"] + done["commit"] >= 2, done
 
 
 def test_a_seed_repeats_exactly() -> None:
