@@ -103,11 +103,17 @@ def test_a_primary_whose_disk_was_put_back_does_not_win(tmp_path: Path, kept: st
         write_version(a, 2)
         held = b.status()["position"]["applied_epoch"]
         put_back(a, tmp_path / "older")
-        for number in range(8):
-            # It goes on to numbers that the copy has, and past them.
-            asyncio.run(a.write(4 * MIB, version(50 + number)))
+        written = 50
+
+        def has_passed() -> bool:
+            """It goes on to numbers that the copy has, and past them."""
+            nonlocal written
+            written += 1
+            asyncio.run(a.write(4 * MIB, version(written)))
+            return bool(a.status()["position"]["epoch"] > held)
+
+        until(has_passed, what="it has passed the copy")
         found = refused(a, "west-1")
-        until(lambda: a.status()["position"]["epoch"] > held, what="it has passed the copy")
         assert "put back to an older state" in b.peer()["reason"]
         assert f"-{held}, which this copy has" in found["reason"]
         assert "geomirror failover pg --to NODE" in a.status()["reason"]
@@ -131,7 +137,7 @@ def test_a_primary_whose_disk_was_put_back_does_not_win(tmp_path: Path, kept: st
         (branch,) = branches(other)
         assert branch.startswith("orphan-")
         shown = other.json("branch", "view", "pg", branch)["nbd_uri"]
-        expected = (0, version(2)) if other is b else (4 * MIB, version(57))
+        expected = (0, version(2)) if other is b else (4 * MIB, version(written))
         assert asyncio.run(read_uri(shown, expected[0])) == expected[1]
         assert a.crashes() == b.crashes() == []
 
