@@ -158,7 +158,7 @@ def _lookups(undo: UndoStore, newest: int) -> None:
 def _time(undo: UndoStore, newest: int) -> None:
     marks = MarkTable()
     points = points_of(undo.history, newest, NOW, marks)
-    locate(points, At(wall_ns=NOW - 1800 * SECOND), marks, NOW)
+    locate(points, At(wall_ns=NOW - 600 * SECOND), marks, NOW)
 
 
 CELLS = [Cell(NAME, _full, "full")]
