@@ -186,8 +186,10 @@ def open_quietly(node: SimNode) -> None:
     superblock = node.engine.superblock
     if superblock.role != "primary" or not superblock.chain:
         return
-    _follow_steps(node)
     reason = superblock.chain[-1].reason
+    if errand is None and not reason.startswith(rewinding.RETURNING):
+        return
+    _follow_steps(node)
     if reason.startswith(rewinding.RETURNING):
         node.world.note(f"{node.name}: a return is gone on with")
         rewinding.finish_return(node.engine, _context(node))
