@@ -35,9 +35,10 @@ TAKE_NS = 200 * MS
 """From the hand over to the heir's promotion, about."""
 TRIES_MAX = 2
 """A tail that cannot be given up so often, with no faults any more, never can."""
-LEGITIMATE = ("no state at or before epoch",)
+LEGITIMATE = ("no state at or before epoch", "nothing is rolled back to before a volume grew")
 """Why that may be: the undo that led back there was given up for want of room, or a resync, a disk
-that was put back or a damaged file ended it."""
+that was put back or a damaged file ended it; or a copy is in a resync over a growth, which its new
+primary does not end."""
 OTHER_HISTORY = "has another history here"
 
 
