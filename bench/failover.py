@@ -156,7 +156,7 @@ async def _rewind(lab: Rig, size: int, written: int, number: int) -> dict[str, A
     taken = time.monotonic() - began
     listed = await lab.primary.cli("branch", "list", RESOURCE, "--json")
     (branch,) = [b for b in listed["branches"] if b["name"] == found["branch"]]
-    await lab.primary.cli("branch", "drop", RESOURCE, found["branch"], "--yes", "--json")
+    await lab.primary.cli("rewind", "commit", RESOURCE, "--yes", "--json")
     changed = int(branch.get("raw_bytes") or written)
     return {"rewind_seconds": taken, "changed_bytes": changed}
 

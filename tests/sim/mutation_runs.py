@@ -74,7 +74,7 @@ FOCUS: dict[str, dict[str, Any]] = {
     "tables_not_looked_at": VERIFIES,
     "standing_acknowledged_early": {**RULES, "promise_crash_chance": 0.3},
     # Where nothing rots, every difference that is found is none.
-    "newest_epoch_compared": {"verify_mean_ns": SECOND, "rot_mean_ns": NEVER, "burst": 20},
+    "newest_epoch_compared": {"verify_mean_ns": SECOND},
     "healed_with_what_the_image_holds": {**VERIFIES, "burst": 20},
     "apply_while_held": {"hold_mean_ns": 2 * SECOND},
     "late_copy_wins": OVERFLOWS,
@@ -82,6 +82,7 @@ FOCUS: dict[str, dict[str, Any]] = {
     "older_copy_not_noticed": {"snapshot_mean_ns": 2 * SECOND},
 }
 FOUND_WITH = {
+    "newest_epoch_compared": 5,
     "standing_acknowledged_early": 10,
     "status_of_what_was_received": 21,
     "rules_given_up_untold": 15,

@@ -160,7 +160,7 @@ def test_a_copy_that_was_away_and_one_that_was_not(tmp_path: Path):
         put(a, 1, "x")
         c.restart()
         refused(a, "west-1")
-        until(lambda: streams(a, "north-1"), what="it follows")
+        until(lambda: has_all(a, "north-1"), what="it follows")
         assert (letters(c, 2), letters(b, 2)) == ("1x", "12")
         b.run("failover", "pg", "--to", "west-1", "--yes")
         assert outranked(a, "superseded")["branch_epoch"] < held

@@ -129,6 +129,8 @@ def connection(source: Host, target: Host, address: str) -> tuple[socket.socket,
     """Both ends of a TCP connection to a virtual address."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket_in(target, family) as listener:
+        # An earlier story's connection may be in TIME_WAIT.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((address, TCP_PORT + 1))
         listener.listen()
         listener.settimeout(20)
