@@ -84,7 +84,8 @@ FOCUS: dict[str, dict[str, Any]] = {
 FOUND_WITH = {
     "newest_epoch_compared": 5,
     "standing_acknowledged_early": 10,
-    "status_of_what_was_received": 21,
+    "status_of_what_was_received": 46,
+    "stale_token_accepted": 43,
     "rules_given_up_untold": 15,
     "unsealed_copied": 32,
 }
