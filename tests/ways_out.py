@@ -142,7 +142,7 @@ class Proxy(Server):
         if self.drip_s is not None:
             while True:
                 sock.sendall(b"H")
-                time.sleep(self.drip_s)
+                time.sleep(self.drip_s)  # Its pace is what the other side has to bear.
         if self.answer is not None:
             sock.sendall(self.answer)
             sock.recv(1)
@@ -177,7 +177,8 @@ class Gate(Server):
     def __init__(self, target: int) -> None:
         self.target = target
         self._filling: list[socket.socket] = []
-        self._frozen = threading.Event()
+        self._is_passable = threading.Event()
+        self._is_passable.set()
         super().__init__()
 
     def serve(self, sock: socket.socket) -> None:
@@ -186,8 +187,7 @@ class Gate(Server):
             with contextlib.suppress(OSError):
                 while True:
                     for ready in select.select([sock, onward], [], [], 0.1)[0]:
-                        if self._frozen.is_set():
-                            time.sleep(0.05)
+                        if not self._is_passable.wait(0.1):
                             continue
                         data = ready.recv(1 << 16)
                         if not data:
@@ -198,7 +198,7 @@ class Gate(Server):
 
     def swallow(self) -> None:
         """Become a black hole: connections freeze, new ones get no answer to their first packet."""
-        self._frozen.set()
+        self._is_passable.clear()
         listening, self._listening = self._listening, None
         assert listening is not None
         listening.shutdown(socket.SHUT_RDWR)
@@ -208,12 +208,13 @@ class Gate(Server):
         full.bind(("127.0.0.1", self.port))
         full.listen(0)
         self._filling = [full]
-        for _ in range(4):  # until its queue is full, the kernel answers
+        while True:  # until its queue is full, the kernel answers
             sock = socket.socket()
             sock.setblocking(False)
             sock.connect_ex(("127.0.0.1", self.port))
             self._filling.append(sock)
-        time.sleep(0.05)
+            if not select.select([], [sock], [], 0.05)[1]:
+                break
 
     def let_through(self) -> None:
         """Back to normal; what was frozen is cut."""
@@ -221,12 +222,14 @@ class Gate(Server):
         for sock in self._filling:
             sock.close()
         self._filling = []
-        self._frozen.clear()
+        self._is_passable.set()
         self.open()
 
     def stop(self) -> None:
         for sock in self._filling:
             sock.close()
+        self.close()
+        self._is_passable.set()  # Frozen threads see that they are cut.
         super().stop()
 
 

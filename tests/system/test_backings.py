@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.system.loop_disks import loop_device
 from tests.system.support import (
     MIB,
     Site,
     create,
-    is_root,
     make_network,
     some_sites,
     until,
@@ -51,18 +51,6 @@ def refused(site: Site, *arguments: str, code: str = "refused", expected: int = 
     assert [r["name"] for r in site.call("resource.list")["resources"] if r["name"] == "x"] == []
     assert not (site.data_dir / "resources/x").exists()
     return said
-
-
-def loop_device(path: Path) -> str:
-    """A loop device over a file; skips the test where none can be had."""
-    if not is_root() or shutil.which("losetup") is None:
-        pytest.skip("loop devices need root and losetup")
-    done = subprocess.run(
-        ["losetup", "--find", "--show", path], capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
-        pytest.skip(f"no loop device: {done.stderr.strip()}")
-    return done.stdout.strip()
 
 
 def test_a_backing_that_holds_data_is_only_taken_with_a_word(pair, disk: Path):

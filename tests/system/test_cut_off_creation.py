@@ -28,7 +28,7 @@ def test_a_stop_in_the_middle_of_a_creation_needs_no_hand(
         for at, seconds in enumerate(MOMENTS_S):
             name = f"pg{at}"
             create(a, name, size="8M")
-            time.sleep(seconds)
+            time.sleep(seconds)  # The moment of the cut: there is no event in the middle.
             b.stop(number)
             b.restart()
             until(lambda name=name: is_current(a, name), what=f"{name} at west-1")

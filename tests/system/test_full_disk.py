@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +13,12 @@ import pytest
 
 from geomirror.errors import NoSpaceError
 from geomirror.nbd.client_io import NbdClient
+from tests.system.loop_disks import make_ext4, mounted
 from tests.system.support import (
     MIB,
     SEED,
     Site,
     create,
-    is_root,
     make_network,
     some_sites,
     until,
@@ -32,27 +31,19 @@ WAIT_S = 2
 
 
 @pytest.fixture
-def mounted(tmp_path: Path) -> Iterator[Path]:
+def small_disk(tmp_path: Path) -> Iterator[Path]:
     """An ext4 of 400 MiB over a loop device."""
-    if not is_root() or shutil.which("mke2fs") is None:
-        pytest.skip("a file system of its own needs root and mke2fs")
-    image, mount = tmp_path / "fs.img", tmp_path / "mnt"
-    mount.mkdir()
-    subprocess.run(["mke2fs", "-q", "-t", "ext4", "-m", "0", image, "400m"], check=True)
-    done = subprocess.run(
-        ["mount", "-o", "loop", image, mount], capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
-        pytest.skip(f"no mount: {done.stderr.strip()}")
-    yield mount
-    subprocess.run(["umount", mount], check=True)
+    image = tmp_path / "fs.img"
+    make_ext4(image, "400m")
+    with mounted(image, tmp_path / "mnt") as directory:
+        yield directory
 
 
 @pytest.fixture
-def site(mounted: Path, tmp_path: Path) -> Iterator[Site]:
+def site(small_disk: Path, tmp_path: Path) -> Iterator[Site]:
     """A node whose data directory lies on the small file system."""
     with some_sites(tmp_path, "a") as (a,):
-        a.data_dir = mounted / "a"
+        a.data_dir = small_disk / "a"
         listen = ("--listen", f"127.0.0.1:{a.port}")
         a.run("network", "create", "acme", "--site", "east", "--node", "east-1", *listen)
         config = a.data_dir / "geomirror.toml"
@@ -63,9 +54,9 @@ def site(mounted: Path, tmp_path: Path) -> Iterator[Site]:
         yield a
 
 
-def fill(mounted: Path) -> Path:
+def fill(small_disk: Path) -> Path:
     """Take all the space that is left."""
-    path = mounted / "filler"
+    path = small_disk / "filler"
     with path.open("wb", buffering=0) as file:
         for size in (MIB, 4096):
             block = bytes(size)
@@ -129,8 +120,8 @@ def full_text(site: Site) -> str:
     return text if "disk is full" in text else ""
 
 
-async def test_a_full_disk_holds_writers_back_and_loses_nothing(site: Site, mounted: Path):
-    filler = await asyncio.to_thread(fill, mounted)
+async def test_a_full_disk_holds_writers_back_and_loses_nothing(site: Site, small_disk: Path):
+    filler = await asyncio.to_thread(fill, small_disk)
     async with await NbdClient.connect(site.uri()) as client:
         writer = Writer(client)
         waited_s = await writer.write_until_the_disk_is_full()
@@ -161,14 +152,14 @@ async def test_a_full_disk_holds_writers_back_and_loses_nothing(site: Site, moun
 
 
 async def test_a_daemon_killed_on_a_full_disk_starts_again_when_there_is_space(
-    site: Site, mounted: Path
+    site: Site, small_disk: Path
 ):
     async with await NbdClient.connect(site.uri()) as client:
         writer = Writer(client)
         for number in range(8):
             await writer.write(number)
         await asyncio.to_thread(site.kill)
-    filler = await asyncio.to_thread(fill, mounted)
+    filler = await asyncio.to_thread(fill, small_disk)
     await asyncio.to_thread(site.restart)
     found = site.status()
     if found["error"] is not None:
@@ -180,20 +171,20 @@ async def test_a_daemon_killed_on_a_full_disk_starts_again_when_there_is_space(
         await writer.check(again)
 
 
-def test_a_read_only_data_directory_keeps_the_daemon_from_starting(site: Site, mounted: Path):
+def test_a_read_only_data_directory_keeps_the_daemon_from_starting(site: Site, small_disk: Path):
     asyncio.run(site.write(0, b"x" * MIB))
     site.stop()
-    subprocess.run(["mount", "-o", "remount,ro", mounted], check=True)
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     said = site.error("node", "run", expected=8, code="storage")
     assert str(site.data_dir) in said
     assert "Read-only file system" in said
-    subprocess.run(["mount", "-o", "remount,rw", mounted], check=True)
+    subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
     site.restart()
     assert asyncio.run(site.read(0, MIB)) == b"x" * MIB
 
 
-def test_a_data_directory_without_room_for_a_journal(site: Site, mounted: Path):
-    filler = fill(mounted)
+def test_a_data_directory_without_room_for_a_journal(site: Site, small_disk: Path):
+    filler = fill(small_disk)
     new = ("resource", "create", "more", "--size", "64M", "--primary", "east-1")
     said = site.error(*new, "--journal-size", "256M", expected=8, code="no_space")
     assert str(site.data_dir) in said
@@ -204,14 +195,14 @@ def test_a_data_directory_without_room_for_a_journal(site: Site, mounted: Path):
     assert asyncio.run(site.read(0, MIB)) == b"x" * MIB
 
 
-async def test_a_secondary_on_a_full_disk_says_so_and_catches_up(mounted: Path, tmp_path: Path):
+async def test_a_secondary_on_a_full_disk_says_so_and_catches_up(small_disk: Path, tmp_path: Path):
     with some_sites(tmp_path, "a", "b") as (a, b):
-        b.data_dir = mounted / "b"
+        b.data_dir = small_disk / "b"
         await asyncio.to_thread(make_network, a, b)
         # More segments than can lie ready there: the disk is full before the journal is.
         await asyncio.to_thread(create, a, "pg", "--journal-size", "384M")
         await asyncio.to_thread(wait_applied, a)
-        filler = await asyncio.to_thread(fill, mounted)
+        filler = await asyncio.to_thread(fill, small_disk)
         async with await NbdClient.connect(a.uri()) as client:
             writer = Writer(client)
             async with await NbdClient.connect(b.uri()) as reader:

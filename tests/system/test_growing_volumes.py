@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import json
 import random
@@ -17,12 +16,12 @@ from pathlib import Path
 import pytest
 
 from geomirror.nbd.client_io import NbdClient
+from tests.system.loop_disks import loop_over, mounted, need_loops
 from tests.system.support import (
     MIB,
     SEED,
     Site,
     create,
-    is_root,
     make_network,
     some_sites,
     until,
@@ -190,22 +189,6 @@ def test_who_was_away_and_who_comes_later_have_the_same_volumes(tmp_path: Path):
         assert a.crashes() == b.crashes() == c.crashes() == []
 
 
-@contextlib.contextmanager
-def loop_over(path: Path) -> Iterator[str]:
-    """A loop device; the test is skipped where none can be had."""
-    if not is_root() or shutil.which("losetup") is None:
-        pytest.skip("loop devices need root and losetup")
-    command = ["losetup", "--find", "--show", path]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        pytest.skip(f"no loop device: {done.stderr.strip()}")
-    device = done.stdout.strip()
-    try:
-        yield device
-    finally:
-        subprocess.run(["losetup", "--detach", device], check=True)
-
-
 def enlarge(path: Path, device: str, size: int) -> None:
     with path.open("r+b") as file:
         file.truncate(size)
@@ -251,8 +234,8 @@ def test_a_device_that_is_too_small_is_refused_here_and_waited_for_there(tmp_pat
         assert a.crashes() == b.crashes() == []
 
 
-@pytest.mark.skipif(not is_root(), reason="mounting needs root")
 def test_an_ext4_is_grown_on_its_volume(pair, tmp_path: Path):
+    need_loops()
     a, b = pair
     image = tmp_path / "fs.img"
     tree = tmp_path / "tree"
@@ -271,12 +254,6 @@ def test_an_ext4_is_grown_on_its_volume(pair, tmp_path: Path):
     copy, mount = tmp_path / "copy.img", tmp_path / "mount"
     subprocess.run(["nbdcopy", b.uri(), copy], check=True)
     subprocess.run(["e2fsck", "-fn", copy], check=True, capture_output=True)
-    mount.mkdir()
-    done = subprocess.run(["mount", "-o", "loop,ro", copy, mount], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"no mount: {done.stderr.strip()}")
-    try:
+    with mounted(copy, mount, "ro"):
         assert (mount / "orders").read_bytes() == (tree / "orders").read_bytes()
         assert shutil.disk_usage(mount).total > 48 * MIB
-    finally:
-        subprocess.run(["umount", mount], check=True)

@@ -93,7 +93,7 @@ def test_loss_reordering_duplicates_and_corruption_change_no_byte(pair: Pair) ->
 @pytest.mark.parametrize("seconds", [1, 8, 60])
 def test_after_an_outage_data_flows_at_once(pair: Pair, seconds: float) -> None:
     pair.wan.down()
-    time.sleep(seconds)
+    time.sleep(seconds)  # The length of the outage.
     assert lag_s(pair) > seconds - 0.5
     assert pair.a.peer()["state"] == "Disconnected"
     assert pair.a.link()["last_error"]
@@ -145,7 +145,7 @@ def test_a_daemon_that_hangs_is_an_outage_for_the_other_one(
         # The kernel goes on accepting connections and bytes for it.
         hung, other = time.monotonic(), pair.b if site is pair.a else pair.a
         until(lambda: other.peer()["state"] == "Disconnected", NOTICED_S_MAX, "it is noticed")
-        time.sleep(max(0.0, hung + seconds - time.monotonic()))
+        time.sleep(max(0.0, hung + seconds - time.monotonic()))  # The length of the outage.
         assert other.peer()["state"] == "Disconnected"
         if other is pair.a:
             assert lag_s(pair) > seconds - 0.5

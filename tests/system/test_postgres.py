@@ -49,7 +49,7 @@ def test_every_confirmed_commit_is_there_and_the_mirror_is_sound(
         logs = public / "sockets" / "commits"
         load = start_load(cluster, logs)
         until(lambda: confirmed_commits(logs) > 50, 60, "commits")
-        time.sleep(MORE_S)
+        time.sleep(MORE_S)  # The moment is the seed's: nothing tells a good one.
         pull_the_plug(a, attached, cluster, load)
         commits = confirmed_commits(logs)
         assert commits > 50

@@ -103,15 +103,20 @@ def _opened(site: Site) -> dict[str, Any] | None:
     return None if found["state"] == "opening" else found
 
 
+def copied(a: Site, b: Site) -> None:
+    """A network of both, and a resource whose copy is whole."""
+    make_network(a, b)
+    create(a, "pg")
+    until(lambda: a.peer()["disk_state"] == "UpToDate", what="the copy is there")
+
+
 @pytest.fixture
 def pair(disk: PowerDisk, tmp_path: Path) -> Iterator[tuple[PowerSite, Site]]:
     """A primary on the disk, and a copy whose power stays."""
     a = PowerSite(tmp_path, "a", disk.mount / "a")
     with some_sites(tmp_path, "b") as (b,):
         try:
-            make_network(a, b)
-            create(a, "pg")
-            until(lambda: a.peer()["disk_state"] == "UpToDate", what="the copy is there")
+            copied(a, b)
             yield a, b
         finally:
             a.end()
@@ -184,9 +189,7 @@ def mirror(disk: PowerDisk, tmp_path: Path) -> Iterator[tuple[Site, PowerSite]]:
     b = PowerSite(tmp_path, "b", disk.mount / "b")
     with some_sites(tmp_path, "a") as (a,):
         try:
-            make_network(a, b)
-            create(a, "pg")
-            until(lambda: a.peer()["disk_state"] == "UpToDate", what="the copy is there")
+            copied(a, b)
             yield a, b
         finally:
             b.end()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +13,11 @@ import pytest
 
 from geomirror.errors import FencedError, GeomirrorError, StorageError
 from geomirror.nbd.client_io import NbdClient
+from tests.system.loop_disks import make_ext4, mount
 from tests.system.support import (
     MIB,
     Site,
     create,
-    is_root,
     make_network,
     some_sites,
     until,
@@ -36,14 +35,11 @@ class FragileDisk:
     def __init__(self, root: Path) -> None:
         self._image, self.mount = root / "fs.img", root / "mnt"
         self.mount.mkdir()
-        subprocess.run(["mke2fs", "-q", "-t", "ext4", "-m", "0", self._image, "600m"], check=True)
+        make_ext4(self._image, "600m")
         self.mount_again()
 
     def mount_again(self) -> None:
-        command = ["mount", "-o", "loop,errors=remount-ro", self._image, self.mount]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            pytest.skip(f"no mount: {done.stderr.strip()}")
+        mount(self._image, self.mount, "errors=remount-ro")
 
     def become_read_only(self) -> None:
         """From here on nothing can be written."""
@@ -76,8 +72,6 @@ class FragileDisk:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[FragileDisk]:
-    if not is_root() or shutil.which("mke2fs") is None:
-        pytest.skip("a file system of its own needs root and mke2fs")
     found = FragileDisk(tmp_path)
     yield found
     found.close()
