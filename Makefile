@@ -28,7 +28,7 @@ test: $(VENV)/.ready  ## everything CI runs: lint, types, tests, fixed and fresh
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -n 4 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.ready  ## quick: lint, types and the tests that start no process
 	$(BIN)/ruff check .

@@ -16,6 +16,7 @@ import rich_click as click
 from rich.console import Console
 
 from bench import (
+    costs,
     failover,
     history,
     link_dead,
@@ -48,7 +49,7 @@ BENCHMARKS: dict[str, list[Cell]] = {
     resync.NAME: resync.CELLS,
     **{
         module.NAME: [Cell(module.NAME, module.run)]
-        for module in (link_dead, link_use, synchronous, restart, memory, simulator)
+        for module in (link_dead, link_use, synchronous, restart, memory, simulator, costs)
     },
 }
 MEASUREMENTS = ROOT / "docs" / "measurements.md"

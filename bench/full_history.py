@@ -31,6 +31,7 @@ from bench.machine import memory_bytes
 from bench.options import Options
 from bench.report import Result
 from bench.rig import require_free
+from bench.undo_labels import full_labels
 from geomirror.environment import SECOND
 from geomirror.limits import BLOCK_BYTES, GIB, KIB, MIB, PRODUCTION
 from geomirror.volume.marks import MarkTable
@@ -45,7 +46,6 @@ from geomirror.volume.view import View
 NAME = "history"
 T = TypeVar("T")
 GENERATION = bytes(16)
-EPOCH_NS = PRODUCTION.epoch_age_ns
 NOW = 480_000 * 3600 * SECOND
 VOLUME_BLOCKS = 16 * GIB // BLOCK_BYTES
 VIEW_S_MAX = 1.0
@@ -66,25 +66,10 @@ async def _full(options: Options) -> Result:
     rounds, blocks = options.choose_rounds(5, 2), options.choose(100, 4)
     require_free(options.directory, 4 * GIB if not options.is_short else GIB)
     levels = SHORT_LEVELS if options.is_short else PRODUCTION.undo_levels
-    found = labels(levels)
+    found = full_labels(levels, GENERATION, NOW)
     result.settings = {"rounds": rounds, "points": len(found), "blocks_a_pass": blocks}
     await asyncio.to_thread(_measure, options.directory / "resource", found, blocks, rounds, result)
     return result
-
-
-def labels(levels: Sequence[Level]) -> list[PassLabel]:
-    """One pass in each step of each level, and four a second of the last ten, oldest first."""
-    ages = list(range(0, PRODUCTION.undo_settled_ns, EPOCH_NS))
-    start_ns = PRODUCTION.undo_settled_ns
-    for step_ns, age_ns in levels:
-        ages += range(start_ns, age_ns, step_ns)
-        start_ns = age_ns
-    found, epoch = [], 0
-    for age, older in zip(reversed(ages), [None, *reversed(ages)], strict=False):
-        span = 1 if older is None else (older - age) // EPOCH_NS
-        found.append(PassLabel(GENERATION, epoch, epoch + span, NOW - age, bytes(32)))
-        epoch += span
-    return found
 
 
 def _measure(

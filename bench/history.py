@@ -26,6 +26,7 @@ from bench.database_trace import EPOCHS_PER_SECOND, DatabaseTrace
 from bench.machine import sync_file_system
 from bench.options import Options
 from bench.report import Result
+from bench.rewind_history import rewind
 from bench.rig import require_free
 from geomirror.environment import SECOND
 from geomirror.limits import BLOCK_BYTES, GIB, KIB, MIB, PRODUCTION, TIB, Limits
@@ -37,7 +38,7 @@ NAME = "history"
 COLUMNS = ["trace", "step", "kept for", "points", "MiB", "MiB/h", "part of churn"]
 RATIO_MIN = 0.5
 STEPS_S = (1, 30, 300, 3600)
-FULL_AGES_S = (600, 2400, 3 * 3600, 6 * 3600)
+FULL_AGES_S = (600, 2400, 9000, 16_200)
 """Each level is long enough for dozens of its steps, but the last: a few."""
 SHORT_AGES_S = (15, 65, 70, 75)
 THIN_EVERY = THIN_INTERVAL_NS // SECOND * EPOCHS_PER_SECOND
@@ -207,4 +208,5 @@ CELLS = [
     Cell(NAME, _levels, "levels"),
     Cell(NAME, _throughput, "apply"),
     *full_history.CELLS,
+    Cell(NAME, rewind, "rewind"),
 ]

@@ -39,6 +39,8 @@ JOURNAL_BYTES = 256 * MIB
 PASSES_MAX = 20
 RESYNC_S_MAX = 1800.0
 LOOK_S = 0.1
+BESIDE_S = 5.0
+"""Between the looks of a watch that is also asked for each `LOOK_S`."""
 EDGE = 0.05
 """Of the data that come first and last, which do not count as "while there is data to send"."""
 AWAY = ("Disconnected",)
@@ -111,7 +113,8 @@ async def _resync(lab: Rig, result: Result) -> dict[str, Any]:
     received: list[tuple[float, int]] = []
     copied, seen = 0, 0
     began = loop.time()
-    async with lab.watch(LOOK_S) as watch:
+    # Sampled below: each look costs both daemons milliseconds, which the link then has to wait for.
+    async with lab.watch(BESIDE_S) as watch:
         await lab.link.up()
         while True:
             peer = await watch.sample()

@@ -1,8 +1,8 @@
 #!/bin/sh
 # Real NBD clients for the interop tests and libnbd's own tests, a compiler and ip for the packet-level
 # emulator, PostgreSQL for the database story, mounts and namespaces for attached volumes, WireGuard for
-# tunnels, and what the benchmarks compare with. Without root the tests that need a missing one are
-# skipped with its name as the reason.
+# tunnels, nginx in front of WebSockets, and what the benchmarks compare with. Without root the tests
+# that need a missing one are skipped with its name as the reason.
 set -eu
 here=$(dirname "$0")
 fetch_tests() {
@@ -14,7 +14,7 @@ for pair in nbdinfo:libnbd-bin nbdcopy:libnbd-bin qemu-io:qemu-utils fio:fio nbd
             mke2fs:e2fsprogs nbd-client:nbd-client nbdsh:python3-libnbd cc:gcc ip:iproute2 \
             qemu-storage-daemon:qemu-system-common wg:wireguard-tools \
             wireguard-go:wireguard-go rsync:rsync losetup:mount nsenter:util-linux \
-            dpkg-source:dpkg-dev; do
+            dpkg-source:dpkg-dev nginx:nginx-light; do
     PATH=$PATH:/usr/sbin:/sbin command -v "${pair%%:*}" >/dev/null 2>&1 || missing="$missing ${pair#*:}"
 done
 # The compiler alone has no headers.
@@ -30,6 +30,12 @@ if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
             [ -e /etc/postgresql-common/createcluster.conf ] ||
                 echo "create_main_cluster = false" >/etc/postgresql-common/createcluster.conf ;;
     esac
+    # Likewise of nginx: Debian's own switch for "start no services now".
+    policy=/usr/sbin/policy-rc.d
+    [ -e "$policy" ] || {
+        printf '#!/bin/sh\nexit 101\n' >"$policy" && chmod 755 "$policy"
+        trap 'rm -f "$policy"' EXIT
+    }
     # Without a network the tests of what is there are run nevertheless.
     # shellcheck disable=SC2086
     { apt-get update -qq &&

@@ -39,15 +39,10 @@ class Entropy(Protocol):
 
 
 class SystemClock:
-    """The machine's clocks."""
+    """The machine's clocks: the functions themselves, since a flush asks four times."""
 
-    def now_ns(self) -> int:
-        """Monotonic time in ns."""
-        return time.monotonic_ns()
-
-    def wall_ns(self) -> int:
-        """Unix time in ns."""
-        return time.time_ns()
+    now_ns = staticmethod(time.monotonic_ns)
+    wall_ns = staticmethod(time.time_ns)
 
 
 class SystemEntropy:

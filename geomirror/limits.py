@@ -75,7 +75,8 @@ class Limits:
     """Range looked at by one step of a resync; holes in it cost nothing."""
     resync_held_bytes_max: int = 32 * MIB
     """Frames of a resync kept until they are durable in the peer's image, but for those of one more
-    step: as much as a fold. With 8 MiB a peer that syncs for a second halves 100 Mbit/s."""
+    step: as much as a fold. 8 MiB are 0.7 s of 100 Mbit/s: while a peer syncs for a second, the
+    link would stand idle for most of that; 32 MiB are 2.7 s."""
     resync_node_regions: int = 256
     """Regions of a node: what is equal in it costs one digest (16 MiB)."""
     fold_backlog_fraction: float = 0.25
@@ -99,10 +100,10 @@ class Limits:
     undo_pressure_fraction: float = 0.8
     """Part of those two bounds from which on fine history is merged before its time."""
     undo_inspected_max: int = 256
-    """Newest undo files whose tables are read at a start, too; those of the others are read within
-    three minutes."""
+    """Newest undo files whose tables are read at a start, too; those of the others are read by the
+    jobs that thin history, `undo_merge.TABLES_PER_JOB` each."""
     timeline_points_max: int = 500
-    """Points in one answer of `timeline`: 5 ms of the loop, and a fifth of a message."""
+    """Points in one answer of `timeline`: at 250 bytes each, an eighth of a message."""
     undo_levels: tuple[tuple[int, int], ...] = (
         (1 * SECOND, 3_600 * SECOND),
         (30 * SECOND, 24 * 3_600 * SECOND),
@@ -114,7 +115,7 @@ class Limits:
     undo_settled_ns: int = 10 * SECOND
     """Newer passes are not merged: a crash may have to repeat one of them exactly as it was."""
     undo_merge_bytes_max: int = 64 * MIB
-    """Before-images of one merge of passes; applying waits for about a second meanwhile."""
+    """Before-images of one merge of passes, for which applying waits."""
     undo_scrub_ns: int = 24 * 3_600 * SECOND
     """All undo is read through once in this time, so that damage is known before it is needed."""
     undo_scrub_bytes: int = 32 * MIB
@@ -135,8 +136,8 @@ class Limits:
     """Part of the journal that is kept beyond what peers need, so that a rollback can end within
     an apply pass. Asserted: at most the backlog at which folding begins."""
     way_back_bytes_max: int = 1 * GIB
-    """But not more than this, and `way_back_epochs_max` epochs: their tables are read at the start,
-    0.1 ms each."""
+    """But not more than this, and `way_back_epochs_max` epochs: their tables are read at the
+    start."""
     way_back_epochs_max: int = 4096
 
     verify_region_blocks: int = 256
@@ -144,14 +145,15 @@ class Limits:
     verify_read_bytes_max: int = 4 * MIB
     """Data read by one step of a verify."""
     verify_round_bytes_max: int = 64 * MIB
-    """Data compared at one epoch: both sides keep what they need of it for a few seconds."""
+    """Data compared at one epoch, of which both sides keep what they need: for 3 s at the
+    default rate of a verify."""
     verify_runs_kept: int = 1000
     """Runs of different blocks that a verify names; further ones are counted."""
     sealed_entries_max: int = 1 << 20
     """Blocks that wait to be applied when a sealed epoch is read (48 bytes of memory each)."""
 
     drills_kept: int = 100
-    """Results of drills of one resource on a node: three months of daily ones, about 300 KiB."""
+    """Results of drills of one resource on a node: three months of daily ones."""
 
     marks_max: int = 1024
     """Marks of a resource. All of them travel in one message (120 bytes each) after each change; an
@@ -173,7 +175,8 @@ class Limits:
     hello_interval_ns: int = 150 * MS
     """Heartbeat on the control connection; adaptive to the RTT."""
     hello_misses_max: int = 5
-    """Silent intervals before a path counts as dead; with 3, 2 % loss alarms every 30 min."""
+    """Silent intervals before a path counts as dead. With 3, a path that loses 2 % each way, and so
+    4 % of pings with their answers, would count as dead every 40 min: 150 ms / 0.04³."""
     reconnect_interval_ns: int = 250 * MS
     """Between attempts to connect in the first minute of an outage, with 20 % jitter."""
     reconnect_interval_ns_max: int = 15 * SECOND
@@ -197,7 +200,8 @@ class Limits:
     """How long a reader of a secondary may hold back applying before it gets EIO."""
 
     attach_retry_ns: int = 100 * MS
-    """Between attempts of an attachment to reach its daemon again; a start takes a second."""
+    """Between attempts of an attachment to reach its daemon again: what they wait for who read and
+    write, beyond its start."""
     attach_retry_ns_max: int = 1 * SECOND
     """The same after some failures."""
     attach_scratch_bytes_max: int = 1 * GIB
@@ -232,7 +236,8 @@ class Limits:
     services_max: int = 256
     """Services that a node exposes, and ports that it forwards: as many of each."""
     circuits_max: int = 512
-    """Forwarded TCP connections of a node. Each holds two sockets and at most about 0.7 MiB."""
+    """Forwarded TCP connections of a node. Each holds two sockets, `circuit_buffer_bytes` in each
+    direction, and the buffers of kernel and TLS."""
     circuits_peer_max: int = 256
     """The same with one peer, so that one does not shut out the others."""
     circuits_opening_max: int = 16
@@ -247,8 +252,8 @@ class Limits:
     circuit_connect_ns_max: int = 4 * SECOND
     """Of that, connecting to the service. Asserted: it leaves time to say so."""
     circuit_orphan_ns_max: int = 5 * SECOND
-    """How long circuits outlive their link. A change of connections takes less than a second, and
-    TCP repairs shorter outages of the path by itself."""
+    """How long circuits outlive their link. A path counts as dead after 0.75 s and is dialled again
+    0.25 s later, and TCP repairs shorter outages by itself."""
 
     peers_max: int = 64
     """Nodes in a network."""

@@ -5,7 +5,8 @@ nothing is skipped."""
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -14,8 +15,24 @@ settings.register_profile("patient", deadline=None, suppress_health_check=[Healt
 settings.load_profile("patient")
 
 
-LONG_FIRST = ("system", "soak", "sim", "interop", "bench", "lab")
-"""Directories whose files take tens of seconds, the longest first."""
+WAITING = ("system", "soak", "interop", "bench", "lab")
+"""Directories whose files take tens of seconds, and mostly wait for processes and links."""
+LONGEST = (
+    "test_packet_wan",
+    "test_attach",
+    "test_bench_smoke",
+    "test_power_cut",
+    "test_quickstart",
+    "test_resync_cuts",
+    "test_history_damage",
+    "test_virtual_network",
+    "test_full_disk",
+)
+"""Of these the files that take more than a minute."""
+BURNING = "sim"
+"""The directory whose files take as long, and nothing but CPU."""
+BURNING_EACH = 3
+"""One worker burns while the others (`-n 4`, Makefile) wait."""
 
 
 SKIPPED_IN_CI: dict[str, str] = {}
@@ -60,11 +77,31 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     return report
 
 
+def order_of_files(paths: Iterable[Path]) -> dict[Path, float]:
+    """Where each file goes: long ones first, one that burns among those that wait.
+
+    Files of seconds fill what is left: with a long file last, all workers but one have nothing to
+    do for minutes.
+    """
+
+    def haste(path: Path) -> tuple[int, int]:
+        is_known = path.stem in LONGEST
+        place = LONGEST.index(path.stem) if is_known else len(LONGEST)
+        return place, WAITING.index(path.parent.name)
+
+    known = list(dict.fromkeys(paths))
+    waiting = sorted((path for path in known if path.parent.name in WAITING), key=haste)
+    burning = [path for path in known if path.parent.name == BURNING]
+    found = dict.fromkeys(known, float(len(known) * BURNING_EACH))
+    found.update((path, at) for at, path in enumerate(waiting))
+    found.update((path, at * BURNING_EACH - 0.5) for at, path in enumerate(burning))
+    return found
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files of seconds fill what is left: with a long file last, one of two workers has nothing to
-    do for minutes. (`make test` tells the workers' scheduler to keep this order.)"""
-    rank = {name: i for i, name in enumerate(LONG_FIRST)}
-    items.sort(key=lambda item: rank.get(item.path.parent.name, len(rank)))
+    """`make test` tells the workers' scheduler to keep this order."""
+    order = order_of_files(item.path for item in items)
+    items.sort(key=lambda item: order[item.path])
 
 
 @pytest.fixture(autouse=True)

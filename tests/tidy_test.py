@@ -61,9 +61,15 @@ def modules() -> dict[str, pathlib.Path]:
 
 
 @functools.cache
+def nodes(path: pathlib.Path) -> tuple[ast.AST, ...]:
+    """All of a file's syntax; parsed once for all rules."""
+    return tuple(ast.walk(ast.parse(path.read_text())))
+
+
+@functools.cache
 def imports(path: pathlib.Path) -> set[str]:
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -77,7 +83,7 @@ def lazy_names(path: pathlib.Path) -> set[str]:
     """Modules named in string constants: how the command line loads its groups lazily."""
     return {
         node.value
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in nodes(path)
         if isinstance(node, ast.Constant)
         and isinstance(node.value, str)
         and node.value.startswith("geomirror.")
@@ -123,10 +129,11 @@ def test_no_import_cycles() -> None:
     list(graphlib.TopologicalSorter(graph).static_order())
 
 
+@functools.cache
 def guarded_imports(path: pathlib.Path) -> set[str]:
     """Imports under `if TYPE_CHECKING`, which do not exist when the program runs."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             for child in ast.walk(node):
                 if isinstance(child, ast.Import):
@@ -139,9 +146,10 @@ def guarded_imports(path: pathlib.Path) -> set[str]:
 
 @pytest.mark.parametrize("module", modules())
 def test_files_and_functions_stay_small(module: str) -> None:
-    text = modules()[module].read_text()
+    path = modules()[module]
+    text = path.read_text()
     assert text.count("\n") <= FILE_LINES_MAX, f"{module}: file over {FILE_LINES_MAX} lines"
-    for node in ast.walk(ast.parse(text)):
+    for node in nodes(path):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             lines = (node.end_lineno or 0) - node.lineno + 1
             assert lines <= FUNCTION_LINES_MAX, f"{module}.{node.name}: {lines} lines"
@@ -166,13 +174,24 @@ def test_no_relics() -> None:
 def test_only_supervisors_catch_everything() -> None:
     supervisors = {"geomirror.node.calls", "geomirror.cli.main"}
     for module, path in modules().items():
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             if isinstance(node, ast.ExceptHandler) and module not in supervisors:
                 name = ast.unparse(node.type) if node.type else ""
                 assert name != "Exception", f"{module}:{node.lineno} catches Exception"
                 if name in ("", "BaseException"):
                     ends = node.body[-1]
                     assert isinstance(ends, ast.Raise), f"{module}:{node.lineno} swallows"
+
+
+def test_connected_sockets_are_handed_over_in_one_place() -> None:
+    """`geomirror.tunnel.handover_io` says what goes wrong elsewhere."""
+    hands = {"create_connection", "create_unix_connection", "open_connection"}
+    hands |= {"open_unix_connection"}
+    for module, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                takes = node.func.attr in hands and any(k.arg == "sock" for k in node.keywords)
+                assert not takes, f"{module}:{node.lineno}: use connect_stream"
 
 
 def test_assertions_are_on() -> None:

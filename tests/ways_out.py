@@ -192,9 +192,13 @@ class Gate(Server):
                         data = ready.recv(1 << 16)
                         if not data:
                             return
+                        self.passed(data)
                         (onward if ready is sock else sock).sendall(data)
         finally:
             self.release(onward)
+
+    def passed(self, data: bytes) -> None:
+        """Called with everything that goes through."""
 
     def swallow(self) -> None:
         """Become a black hole: connections freeze, new ones get no answer to their first packet."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from geomirror.cli.check import overdue
 from geomirror.cli.units import format_bytes, format_seconds, format_tail
 
 LATE_S = 10.0
@@ -53,9 +54,14 @@ def advise(resource: dict[str, Any], node: str) -> list[Advice]:
 
 def _about_verify(name: str, peer: dict[str, Any]) -> list[Advice]:
     """Blocks that differed at the last comparison that came to its end."""
-    last = (peer.get("verify") or {}).get("last")
+    verify = peer.get("verify")
+    last = verify["last"] if verify else None
     if not last or not last["different_blocks"]:
-        return []
+        if not verify or not verify.get("is_overdue"):
+            return []
+        meaning = f"{peer['node']}: {overdue(verify)}. It is compared only while it streams."
+        action = f"geomirror verify {name} --peer {peer['node']}, or another verify_every or _rate."
+        return [Advice("not compared", meaning, action)]
     node, count = peer["node"], last["different_blocks"]
     blocks = f"{count} block{'' if count == 1 else 's'} of 4 KiB"
     meaning = f"{blocks} of the copy at {node} were not what the primary has: a disk, memory or "

@@ -62,7 +62,7 @@ def attach(
 
     \b
     [bold]Examples:[/bold]
-      geomirror attach pg --device             [dim]# prints /dev/loop0; mkfs.ext4 it once[/dim]
+      geomirror attach pg --device     [dim]# prints /dev/loop0; mkfs.ext4 it once[/dim]
       geomirror attach pg /srv/pg --fs-options noatime
       geomirror attach --list
     """

@@ -7,7 +7,8 @@ from typing import Any
 import rich_click as click
 
 from geomirror.cli.common import App, json_option, pass_app, print_json
-from geomirror.cli.units import parse_duration
+from geomirror.cli.timeline import local
+from geomirror.cli.units import format_seconds, parse_duration
 from geomirror.errors import GeomirrorError
 
 WORDS = ("OK", "WARNING", "CRITICAL", "UNKNOWN")
@@ -16,9 +17,21 @@ OK, WARNING, CRITICAL, UNKNOWN = range(4)
 
 @click.command()
 @click.argument("name", metavar="RES")
-@click.option("--warn-rpo", type=parse_duration, default="60", show_default=True, metavar="SECONDS")
 @click.option(
-    "--crit-rpo", type=parse_duration, default="300", show_default=True, metavar="SECONDS"
+    "--warn-rpo",
+    type=parse_duration,
+    default="60",
+    show_default=True,
+    metavar="SECONDS",
+    help="A peer with a larger RPO is a WARNING.",
+)
+@click.option(
+    "--crit-rpo",
+    type=parse_duration,
+    default="300",
+    show_default=True,
+    metavar="SECONDS",
+    help="A peer with a larger one is CRITICAL.",
 )
 @json_option
 @pass_app
@@ -62,7 +75,11 @@ def judge(resource: dict[str, Any], warn_rpo_s: float, crit_rpo_s: float) -> tup
     if not resource["peers"]:
         reasons.append("there is no other copy")
         return max(worst, WARNING), "; ".join(reasons)
-    return worst, "; ".join(reasons) or f"{len(resource['peers'])} peers within the RPO"
+    return worst, "; ".join(reasons) or _all_within(len(resource["peers"]))
+
+
+def _all_within(count: int) -> str:
+    return f"{count} {'peer' if count == 1 else 'peers'} within the RPO"
 
 
 def _judge_peer(peer: dict[str, Any], warn_rpo_s: float, crit_rpo_s: float) -> tuple[int, str]:
@@ -86,14 +103,24 @@ def _judge_verify(peer: dict[str, Any]) -> tuple[int, str]:
         return OK, ""
     tallies = [each for each in (verify["current"], verify["last"]) if each]
     found = [each for each in tallies if each["different_blocks"]]
+    node = peer["node"]
     if not found:
+        if verify.get("is_overdue"):
+            return WARNING, f"{node}: {overdue(verify)}"
         return OK, ""
-    node, tally = peer["node"], found[0]
+    tally = found[0]
     count = tally["different_blocks"]
     text = f"{node}: verify found {count} different block{'' if count == 1 else 's'}"
     if tally["heals"] and not tally["unhealed_blocks"] and tally["result"] in (None, "healed"):
         return WARNING, f"{text}, {tally['result'] or 'healing goes on'}"
     return CRITICAL, f"{text}, not healed"
+
+
+def overdue(verify: dict[str, Any]) -> str:
+    """What `is_overdue` means, with when the copy was found the same for the last time."""
+    at, twice = verify["last_clean_at"], format_seconds(2 * (verify["every_seconds"] or 0))
+    since = f"since {local(at)}" if at else "yet"
+    return f"no verify has found it the same {since}, for longer than {twice}"
 
 
 def performance(resources: list[dict[str, Any]]) -> str:

@@ -20,9 +20,13 @@ from geomirror.cli.common import App, json_option, pass_app, print_json
     help="Where the result goes; disks and logs are beside it while it runs.",
 )
 @click.option("--link", default="", metavar="SETTINGS", help="Of all links, as in lab --link.")
-@click.option("--rtt", default="80ms", show_default=True, help="Round trip of all links.")
-@click.option("--rate", default="100mbit", show_default=True, help="Rate of all links.")
-@click.option("--loss", default="0.5%", show_default=True, help="Lost packets.")
+@click.option(
+    "--rtt", metavar="TIME", default="80ms", show_default=True, help="Round trip of all links."
+)
+@click.option(
+    "--rate", metavar="RATE", default="100mbit", show_default=True, help="Rate of all links."
+)
+@click.option("--loss", metavar="PERCENT", default="0.5%", show_default=True, help="Lost packets.")
 @click.option("--seconds", default=30.0, show_default=True, type=click.FloatRange(20, 3600),
               help="Time under load.")  # fmt: skip
 @click.option("--seed", default=1, show_default=True, help="Of writes, jitter, loss and flaps.")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("peer", metavar="PEER", required=False)
+@click.argument("peer", metavar="[PEER]", required=False)
 @json_option
 @pass_app
 def doctor(app: App, peer: str | None) -> int:

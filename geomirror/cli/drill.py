@@ -36,12 +36,11 @@ RECORD_S_MAX = 60.0
 )
 @click.option("--volume", metavar="VOLUME", help="The one to mount. Default: the first.")
 @click.option("--no-mount", is_flag=True, help="For a check that wants no mounted file system.")
-@click.option("--timeout", "timeout", show_default=TIMEOUT, metavar="TIME", help="Of the check.")
+@click.option("--timeout", "timeout", metavar="TIME", help=f"Of the check. Default: {TIMEOUT}.")
 @click.option(
     "--quota",
-    show_default=QUOTA,
     metavar="SIZE",
-    help="Most that may be written, for the drill's time only; then ENOSPC.",
+    help=f"Most that may be written, for the drill's time only; then ENOSPC. Default: {QUOTA}.",
 )
 @click.option("--history", "is_history", is_flag=True, help="Show earlier drills of this copy.")
 @json_option

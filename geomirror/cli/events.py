@@ -13,7 +13,15 @@ from geomirror.cli.common import App, json_option, pass_app
 
 @click.command()
 @click.option("--follow", "-f", is_flag=True, help="Go on with new events until interrupted.")
-@click.option("--count", "-n", type=click.IntRange(0, 2000), default=100, show_default=True)
+@click.option(
+    "--count",
+    "-n",
+    metavar="N",
+    type=click.IntRange(0, 2000),
+    default=100,
+    show_default=True,
+    help="The newest N events.",
+)
 @json_option
 @pass_app
 def events(app: App, follow: bool, count: int) -> None:

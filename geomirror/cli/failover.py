@@ -69,12 +69,27 @@ def render(found: dict[str, Any]) -> str:
         lines.append(f"  lost       {_loss(found)}")
         if found["more_advanced"]:
             lines.append(f"  but        {_more(found)}")
-    heard = f"last heard {primary['last_heard']}" if primary["last_heard"] else "never heard"
-    state = "answers: a promotion would make two primaries" if primary["is_reachable"] else heard
-    lines.append(f"  primary    {primary['node']} {state}")
+    lines.append(f"  primary    {primary['node']} {_state(primary, name, to)}")
     rows = [_row(member) for member in found["members"]]
     members = table(["MEMBER", "ROLE", "EPOCH", "DISK", "HEARD PRIMARY", "ANSWER"], rows)
     return "\n".join([*lines, "", *(f"  {line}" for line in members.splitlines())])
+
+
+def _state(primary: dict[str, Any], name: str, to: str) -> str:
+    """What the old primary does now, and what that means for the promotion."""
+    if not primary["is_reachable"]:
+        return f"last heard {primary['last_heard']}" if primary["last_heard"] else "never heard"
+    if primary["node"] == to:
+        return "answers"
+    if primary["is_put_back"]:
+        return (
+            "answers; its disk was put back to an older state, and the copy refuses it for that: "
+            f"promoted at {to} itself, the copy takes its place, and what it wrote since is a tail"
+        )
+    return (
+        "answers, so this is refused: promoting while it writes would make two histories; "
+        f"geomirror switchover {name} --to {to} loses nothing"
+    )
 
 
 def _loss(found: dict[str, Any]) -> str:

@@ -48,7 +48,7 @@ def join(
     config = load_config(app.data_dir.config)
     way_out = load_way_out(config.links, app.data_dir.root)
     endpoints = [e for entry in config.peers.values() for e in entry.endpoints if is_url(e)]
-    give_up = time.monotonic() + RETRY_S
+    give_up, told = time.monotonic() + RETRY_S, ""
     while True:
         try:
             work = join_network(
@@ -67,7 +67,7 @@ def join(
         except UnreachableError as error:
             if time.monotonic() > give_up:
                 raise
-            app.progress(f"{error.message}; trying again")
+            told = _tell(app, f"{error.message}; trying again for {RETRY_S:g} s", told)
             time.sleep(0.5)
     app.note("network.join", {"network": state.network, "node": state.node})
     said = f'joined network "{state.network}" as node "{state.node}" at "{state.site}"\n'
@@ -90,3 +90,10 @@ def read_token(token: str | None, token_file: str | None) -> str:
             raise UsageError(f"{token_file}: {error.strerror}") from error
     assert token is not None
     return sys.stdin.read(TOKEN_BYTES_MAX).strip() if token == "-" else token
+
+
+def _tell(app: App, text: str, told: str) -> str:
+    """Say why it waits, unless that was the last thing said; returns what is said by now."""
+    if text != told:
+        app.progress(text)
+    return text

@@ -236,9 +236,31 @@ def link_state(app: App, link: str, state: str, source: str | None, directory: P
 
 @lab.command()
 @click.argument("link")
-@click.option("--down", "down_s", type=parse_duration, default="2s", help="Length of an outage.")
-@click.option("--period", "period_s", type=parse_duration, default="5s", help="One per period.")
-@click.option("--count", default=10, show_default=True, help="Outages; 0 ends a running schedule.")
+@click.option(
+    "--down",
+    "down_s",
+    type=parse_duration,
+    default="2s",
+    show_default=True,
+    metavar="TIME",
+    help="Length of an outage.",
+)
+@click.option(
+    "--period",
+    "period_s",
+    type=parse_duration,
+    default="5s",
+    show_default=True,
+    metavar="TIME",
+    help="From one outage to the next.",
+)
+@click.option(
+    "--count",
+    metavar="N",
+    default=10,
+    show_default=True,
+    help="Outages; 0 ends a running schedule.",
+)
 @directory_option
 @json_option
 @pass_app

@@ -47,9 +47,8 @@ TIMEOUT_S_MAX = 3600.0
 @click.option(
     "--timeout",
     "timeout",
-    show_default=TIMEOUT,
     metavar="TIME",
-    help="Of each command, of the mark or its deletion, and of the freeze.",
+    help=f"Of each command, of the mark or its deletion, and of the freeze. Default: {TIMEOUT}.",
 )
 @click.option(
     "--allow-crash-consistent",

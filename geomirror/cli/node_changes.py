@@ -153,7 +153,15 @@ def _left(result: dict[str, Any]) -> list[str]:
 
 
 @node.command()
-@click.option("--count", "-n", type=click.IntRange(1), default=100, show_default=True)
+@click.option(
+    "--count",
+    "-n",
+    metavar="N",
+    type=click.IntRange(1),
+    default=100,
+    show_default=True,
+    help="The newest N acts.",
+)
 @json_option
 @pass_app
 def audit(app: App, count: int) -> None:

@@ -10,7 +10,13 @@ from geomirror.cli.units import parse_duration
 
 @click.command()
 @click.argument("name", metavar="RES")
-@click.option("--durable", "kind", flag_value="durable", default=True, help="On every peer's disk.")
+@click.option(
+    "--durable",
+    "kind",
+    flag_value="durable",
+    default=True,
+    help="On every peer's disk; the default.",
+)
 @click.option("--applied", "kind", flag_value="applied", help="In every peer's image.")
 @click.option(
     "--timeout",

@@ -37,13 +37,16 @@ def set_settings(
 
     `ack`, `ack.NODE` (completed, received, durable, applied), `copies` (a number or all),
     `degrade_after` (seconds or block), `auto_rejoin` (on or off: whether a member with a tail comes
-    back by itself). An empty value takes a setting back to its default.
+    back by itself), `verify_every` (off or an interval like 7d, in which every copy is compared),
+    `verify_rate` (bytes a second) and `verify_heal` (on or off). An empty value takes a setting
+    back to its default.
 
     \b
     [bold]Examples:[/bold]
       geomirror resource set pg ack=durable degrade_after=10s
       geomirror resource set pg ack.colo=completed copies=
       geomirror resource set pg --peer colo ack=completed
+      geomirror resource set pg verify_every=30d verify_rate=5M
     """
     settings: dict[str, str] = {}
     for pair in pairs:

@@ -39,6 +39,7 @@ def timeline(
     for a week, every hour for a month, as far as the budget for history reaches. Marks stay.
 
     \b
+    [bold]Examples:[/bold]
       geomirror timeline pg --from -10m --all
       geomirror timeline pg --to before-upgrade --limit 20
     """

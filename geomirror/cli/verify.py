@@ -27,9 +27,8 @@ RUNS_SHOWN = 8
 @click.option("--peer", metavar="NODE", help="This copy only. Default: all of them.")
 @click.option(
     "--rate",
-    show_default=RATE,
     metavar="SIZE",
-    help="Read at most so many bytes a second, at each side, for each copy.",
+    help=f"Read at most so many bytes a second, at each side, for each copy. Default: {RATE}.",
 )
 @click.option("--no-heal", is_flag=True, help="Only say what differs; write nothing again.")
 @click.option("--wait", "is_waiting", is_flag=True, help="Return at its end, with the result.")
@@ -51,8 +50,9 @@ def verify(
     stream and applying come first. Blocks that differ are an alarm (event, status, check), and
     are written again by the primary: healing goes only from the primary to its copies, as an epoch
     like any other, so that what the copy held before can be looked at (view). A verify that is
-    interrupted goes on where it was. One that runs already goes on as it was begun. With --wait
-    exits 0 if all is the same, 1 if anything differed, healed or not. More in docs/verify.md.
+    interrupted goes on where it was. One that runs already goes on as it was begun, unless it began
+    by itself (resource set RES verify_every=7d): that one gives way. With --wait exits 0 if all is
+    the same, 1 if anything differed, healed or not. More in docs/verify.md.
 
     \b
     [bold]Examples:[/bold]
@@ -102,7 +102,13 @@ def _wait(app: App, name: str, peer: str | None, found: dict[str, Any]) -> dict[
 
 def _of(found: dict[str, Any], peer: str | None) -> list[dict[str, Any]]:
     """The copies that were asked for and that have been looked at."""
-    return [p for p in found["peers"] if p["verify"] and peer in (None, p["node"])]
+    asked = _asked(found, peer)
+    return [each for each in asked if each["verify"]["current"] or each["verify"]["last"]]
+
+
+def _asked(found: dict[str, Any], peer: str | None) -> list[dict[str, Any]]:
+    """The copies that were asked for; an older primary says nothing of those it never compared."""
+    return [each for each in found["peers"] if each["verify"] and peer in (None, each["node"])]
 
 
 @contextmanager
@@ -149,7 +155,8 @@ def _exit_code(found: dict[str, Any], peer: str | None, began: dict[str, str]) -
 
 
 def _text(found: dict[str, Any], peer: str | None) -> str:
-    lines = [line for each in _of(found, peer) for line in describe(each["node"], each["verify"])]
+    asked = _asked(found, peer)
+    lines = [line for each in asked for line in describe(each["node"], each["verify"])]
     return "\n".join(lines) or f'nothing of "{found["name"]}" was ever compared'
 
 
@@ -159,7 +166,8 @@ def describe(node: str, verify: dict[str, Any]) -> list[str]:
     current, last = verify["current"], verify["last"]
     if current is not None:
         compared, total = format_bytes(current["compared_bytes"]), current["total_bytes"]
-        text = f"verify of {node}: {compared} of {format_bytes(total)} compared"
+        due = " (it was due)" if current.get("is_scheduled") else ""
+        text = f"verify of {node}{due}: {compared} of {format_bytes(total)} compared"
         if current["different_blocks"]:
             text += f", {_differ(current)}"
         if verify["reason"]:
@@ -170,15 +178,22 @@ def describe(node: str, verify: dict[str, Any]) -> list[str]:
         when = local(last["ended_at"])
         if last["result"] == "clean":
             compared = format_bytes(last["compared_bytes"])
-            return [f"verify of {node}: all of {compared} the same at {when}"]
+            return [f"verify of {node}: all of {compared} the same at {when}{_next(verify)}"]
         text = f"verify of {node}, {when}: {last['result'].replace('_', ' ')}"
         text += f", {last['reason']}" if last["reason"] else ""
         text += f", {_differ(last)}" if last["different_blocks"] else ""
-        lines.append(text)
+        lines.append(text + _next(verify))
         lines += _runs(last)
     elif verify["reason"]:
         lines.append(f"verify of {node}: {verify['reason']}")
+    elif verify.get("next_at"):
+        lines.append(f"verify of {node}: not compared from here yet{_next(verify)}")
     return lines
+
+
+def _next(verify: dict[str, Any]) -> str:
+    """When the next one is due by itself."""
+    return f"; next {local(verify['next_at'])}" if verify.get("next_at") else ""
 
 
 def _differ(tally: dict[str, Any]) -> str:

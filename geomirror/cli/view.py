@@ -32,9 +32,8 @@ def view() -> None:
 @click.option(
     "--quota",
     "quota",
-    show_default=QUOTA,
     metavar="SIZE",
-    help="Most that may be written with --writable; then writers get ENOSPC.",
+    help=f"Most that may be written with --writable; then writers get ENOSPC. Default: {QUOTA}.",
 )
 @click.option("--expires", metavar="TIME", help="End the view after this time, for example 4h.")
 @json_option

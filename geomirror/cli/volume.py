@@ -20,7 +20,9 @@ def volume() -> None:
 
 @volume.command()
 @click.argument("resource", metavar="RES")
-@click.option("--size", "size_bytes", required=True, type=parse_size, metavar="SIZE", help="10G.")
+@click.option(
+    "--size", "size_bytes", required=True, type=parse_size, metavar="SIZE", help="Like 10G."
+)
 @click.option("--name", metavar="NAME", help="Default: its number: 1, 2, …")
 @click.option(
     "--backing",
@@ -63,7 +65,9 @@ def add(
 
 @volume.command()
 @click.argument("what", metavar="RES[/VOLUME]")
-@click.option("--size", "size_bytes", required=True, type=parse_size, metavar="SIZE", help="20G.")
+@click.option(
+    "--size", "size_bytes", required=True, type=parse_size, metavar="SIZE", help="Its new size."
+)
 @json_option
 @pass_app
 def resize(app: App, what: str, size_bytes: int) -> None:

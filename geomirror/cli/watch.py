@@ -19,7 +19,7 @@ from geomirror.cli.common import App, json_option, pass_app, print_json
     metavar="SECONDS",
     help="Time between two looks.",
 )
-@click.option("--count", type=click.IntRange(1), help="Stop after so many looks.")
+@click.option("--count", metavar="N", type=click.IntRange(1), help="Stop after N looks.")
 @json_option
 @pass_app
 def watch(app: App, name: str | None, interval: float, count: int | None) -> None:

@@ -56,6 +56,8 @@ class MemberAnswer:
     """It was heard since the start of its daemon: nothing received since then is forgotten."""
     is_settled: bool = True
     """All that was received whole is durable by now."""
+    refused_primary: str = ""
+    """The primary that it refuses, because an older state of its disk was put back; or none."""
 
     @property
     def is_usable(self) -> bool:

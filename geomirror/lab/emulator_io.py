@@ -17,6 +17,7 @@ from geomirror.errors import NotFoundError
 from geomirror.lab.emulated_stream_io import END, RESET, Direction, Pump, reset_transport
 from geomirror.lab.link_model import CONNECT_RETRY_NS, next_try_ns
 from geomirror.lab.scenario import LinkSettings
+from geomirror.tunnel.handover_io import connect_stream
 
 SOCKET_BUFFER_BYTES = 128 * 1024
 """Receive buffer of the emulator's sockets: the kernel's hidden part of the emulated queue."""
@@ -156,7 +157,7 @@ class Connection:
             connection.setblocking(False)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER_BYTES)
             await loop.sock_connect(connection, self._port.target_address)
-            await loop.create_connection(lambda: self.far, sock=connection)
+            await connect_stream(lambda: self.far, connection)
         except OSError:
             connection.close()
             self.close(is_reset=True)

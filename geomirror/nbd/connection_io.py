@@ -35,7 +35,6 @@ DRAIN_S_MAX = 10.0
 _STATUS_BYTES_MAX = 256 << 10
 """Block status replies of one turn of the loop; then they are written, or wait for the client."""
 
-
 _HOLD_EXPORT, _HOLD_REPLIES, _HOLD_IN_FLIGHT, _HOLD_ENDING = 1, 2, 4, 8
 """Bits; numbers, because an operation of an enum's flags takes a microsecond."""
 
@@ -219,18 +218,21 @@ class NbdConnection(asyncio.BufferedProtocol):
         try:
             while not self._holds:
                 requests = parser.take(self._read_bytes_max, self._in_flight_max - self._in_flight)
-                asides, parser.asides = parser.asides, []
-                for aside, error in asides:
-                    self._answer_aside(aside, error, export)
+                is_taken = bool(requests or parser.asides)
+                if parser.asides:
+                    asides, parser.asides = parser.asides, []
+                    for aside, error in asides:
+                        self._answer_aside(aside, error, export)
                 if requests:
                     self._in_flight += len(requests)
                     export.submit(self._handle, requests, self)
-                if self._is_full():
-                    # Only with room for more has `take` emptied the buffer to receive into.
+                is_full = self._in_flight >= self._in_flight_max
+                if is_full or parser.read_bytes >= self._read_bytes_max:
+                    # `_is_full`: only with room for more has `take` emptied the buffer.
                     self._hold(_HOLD_IN_FLIGHT)
                 if self._out:
                     self._write_out()
-                if not parser.has_rest or not (requests or asides):
+                if not parser.has_rest or not is_taken:
                     break
         except RemoteProtocolError as error:
             self._drop(error)
@@ -316,7 +318,8 @@ class NbdConnection(asyncio.BufferedProtocol):
             if parser is None:
                 continue
             length = parser.finish_read(cookie)
-            assert length == sum(map(len, buffers)), "not the bytes that were asked for"
+            found = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
+            assert length == found, "not the bytes that were asked for"
             out.append(header(cookie, offset, length))
             out += buffers
         if not self._is_batching and not self._is_scheduled:

@@ -13,6 +13,9 @@ _JOIN_BYTES_MAX = 64 << 10
 
 def write_replies(transport: asyncio.Transport, out: Sequence[Buffer]) -> None:
     """Write all buffers, in order; there is at least one."""
+    if len(out) == 1 and isinstance(out[0], bytes):
+        transport.write(out[0])
+        return
     if max(map(len, out)) < _JOIN_BYTES_MAX:
         transport.write(b"".join(out))
         return

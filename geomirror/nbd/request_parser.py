@@ -184,6 +184,9 @@ class RequestParser:
     def _take_other(self, request: Request, requests: list[Request]) -> None:
         """Everything but plain READs and WRITEs; `_start` is behind the header."""
         command = request.command
+        if command == CMD_FLUSH and not (request.flags | request.offset | request.length):
+            requests.append(request)
+            return
         if command == CMD_DISCONNECT:
             self.is_disconnected = True
             self._skip()

@@ -40,6 +40,8 @@ def success_reply(cookie: int) -> bytes:
 
 def success_replies(cookies: Sequence[int]) -> bytes | bytearray:
     """Simple replies without an error, one after the other."""
+    if len(cookies) == 1:
+        return _SUCCESS_PREFIX + _COOKIE.pack(cookies[0])
     if len(cookies) < _MANY_REPLIES:
         pack = _COOKIE.pack
         return _SUCCESS_PREFIX + _SUCCESS_PREFIX.join([pack(cookie) for cookie in cookies])

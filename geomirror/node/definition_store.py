@@ -7,7 +7,7 @@ from typing import Literal
 
 import msgspec
 
-from geomirror.errors import NotFoundError, StorageError
+from geomirror.errors import NotFoundError, RefusedError, StorageError
 from geomirror.node.json_file import load_json, require_format
 from geomirror.node.paths import write_file_atomic
 from geomirror.node.resource_definition import ResourceDefinition
@@ -89,6 +89,20 @@ class DefinitionStore:
     def by_id(self, resource_id: str) -> ResourceEntry | None:
         """The entry of an id, in any state."""
         return self._entries.get(resource_id)
+
+    def asked_by(self, peer: str | None, resource_id: str) -> ResourceDefinition:
+        """The definition of a live resource that a member asks this node about.
+
+        :param peer: who asks; None: this machine's operator.
+        :raises NotFoundError: there is none on this node.
+        :raises RefusedError: the peer is no member of it.
+        """
+        entry = self.by_id(resource_id)
+        if entry is None or entry.state == "deleting":
+            raise NotFoundError("no such resource on this node")
+        if peer is not None and peer not in entry.definition.members:
+            raise RefusedError(f'node "{peer}" is no member of "{entry.definition.name}"')
+        return entry.definition
 
     def put(self, entry: ResourceEntry) -> None:
         """Add or replace an entry; durable at return.

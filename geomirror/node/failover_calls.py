@@ -15,7 +15,7 @@ import msgspec
 
 from geomirror.cluster.standing import is_sane
 from geomirror.cluster.verdict import MemberAnswer, assess
-from geomirror.errors import GeomirrorError, NotFoundError, RefusedError
+from geomirror.errors import GeomirrorError, NotFoundError
 from geomirror.node.calls import Caller, MethodRegistry, Parameters, Result
 from geomirror.node.definition_push import Calls
 from geomirror.node.definition_store import DefinitionStore
@@ -74,12 +74,7 @@ class FailoverCalls:
 
         :raises RefusedError: the caller is no member.
         """
-        entry = self.store.by_id(request.resource_id)
-        if entry is None:
-            raise NotFoundError("no such resource on this node")
-        definition = entry.definition
-        if caller.peer is not None and caller.peer not in definition.members:
-            raise RefusedError(f'node "{caller.peer}" is no member of "{definition.name}"')
+        definition = self.store.asked_by(caller.peer, request.resource_id)
         answer = await self.host.get(definition.name).answer()
         found = msgspec.to_builtins(answer)
         assert isinstance(found, dict)

@@ -38,6 +38,7 @@ def report(
         "primary": {
             "node": definition.primary,
             "is_reachable": is_there,
+            "is_put_back": candidate.refused_primary == definition.primary,
             "last_heard": None if latest is None else rfc3339(latest.wall_ns),
             "epoch": None if latest is None else latest.epoch,
         },

@@ -13,7 +13,7 @@ from geomirror.node.context import NodeContext
 from geomirror.node.refusals import RefusalAllowance
 from geomirror.node.service_directory import ServiceDirectory
 from geomirror.tunnel.service_rules import Forward, in_order
-from geomirror.tunnel.tcp_io import bind_tcp
+from geomirror.tunnel.tcp_io import accept_each, bind_tcp
 
 RETRY_S = 3.0
 """Between attempts to get a port that somebody else had when the daemon started."""
@@ -102,24 +102,19 @@ class ForwardListeners:
             await self.close(listen)
 
     async def _accept(self, item: _Port, listening: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                sock, _ = await loop.sock_accept(listening)
-            except ConnectionError:
-                continue  # the client was gone before we looked
-            except OSError as error:
-                # Out of descriptors or memory: the port must survive that.
-                self._failed(item.forward, f"accepting: {error.strerror or error}")
-                await asyncio.sleep(0.1)
-                continue
-            if len(self._carrying) >= self._context.limits.circuits_peer_max:
-                reset_socket(sock)
-                self._failed(item.forward, f"{len(self._carrying)} circuits are being opened")
-                continue
-            task = loop.create_task(self._carry(item.forward, sock))
-            self._carrying[task] = item.forward.listen
-            task.add_done_callback(self._carried)
+        def failed(error: OSError) -> None:
+            self._failed(item.forward, f"accepting: {error.strerror or error}")
+
+        await accept_each(listening, lambda sock, _address: self._take(item, sock), failed)
+
+    def _take(self, item: _Port, sock: socket.socket) -> None:
+        if len(self._carrying) >= self._context.limits.circuits_peer_max:
+            reset_socket(sock)
+            self._failed(item.forward, f"{len(self._carrying)} circuits are being opened")
+            return
+        task = asyncio.get_running_loop().create_task(self._carry(item.forward, sock))
+        self._carrying[task] = item.forward.listen
+        task.add_done_callback(self._carried)
 
     def _carried(self, task: asyncio.Task[None]) -> None:
         self._carrying.pop(task, None)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from geomirror.environment import SECOND
-from geomirror.errors import GeomirrorError, NotFoundError, RefusedError
+from geomirror.errors import GeomirrorError
 from geomirror.node.calls import Caller, MethodRegistry, Parameters, Result
 from geomirror.node.definition_store import ResourceEntry
 from geomirror.node.resource_calls import ResourceCalls
@@ -75,12 +75,7 @@ class Hearsay:
 
     async def say(self, caller: Caller, request: Say) -> Result:
         """What this member can say."""
-        entry = self.calls.store.by_id(request.resource_id)
-        if entry is None or entry.state == "deleting":
-            raise NotFoundError("no such resource on this node")
-        definition = entry.definition
-        if caller.peer is not None and caller.peer not in definition.members:
-            raise RefusedError(f'node "{caller.peer}" is no member of "{definition.name}"')
+        definition = self.calls.store.asked_by(caller.peer, request.resource_id)
         since: dict[str, Any] | None = None
         if request.epoch is not None:
             since = self.calls.host.get(definition.name).since(request.epoch)

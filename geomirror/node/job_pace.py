@@ -1,8 +1,8 @@
 """Where a job runs: on a worker thread, or, for a small sync of a fast disk, on the loop itself.
 
 A flush of one client is a write, a sync and two replies, one after the other. Handing the sync to a
-thread and back takes longer than the sync on a disk that takes 0.2 ms, so there it is done at once.
-A disk that always takes 5 ms never holds up the loop: its first sync is a thread's, and is timed.
+thread and back costs as much as the sync itself on a fast disk (`bench costs`), so there it is done
+at once. A slow disk never holds up the loop: its first sync is a thread's, and is timed.
 One that was fast and stalls holds it up for that one sync.
 """
 
@@ -44,19 +44,21 @@ class SyncPace:
     """How long small syncs take here, as a moving average."""
 
     def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._mean_ns: float | None = None
-
-    @property
-    def is_fast(self) -> bool:
+        self.is_fast = False
         """A small sync may be done on the loop; False until one was timed."""
-        return self._mean_ns is not None and self._mean_ns <= SYNC_AT_ONCE_NS_MAX
+        self._now_ns = clock.now_ns
+        self._mean_ns: float | None = None
 
     def run(self, job: Job) -> GeomirrorError | None:
         """`run_job`, timed; on any thread, one at a time."""
-        began_ns = self._clock.now_ns()
-        error = run_job(job)
-        elapsed_ns = min(self._clock.now_ns() - began_ns, _COUNTED_NS_MAX)
+        began_ns = self._now_ns()
+        error = None
+        try:
+            job.run()
+        except GeomirrorError as failure:
+            error = failure
+        elapsed_ns = min(self._now_ns() - began_ns, _COUNTED_NS_MAX)
         mean_ns = elapsed_ns if self._mean_ns is None else self._mean_ns
-        self._mean_ns = mean_ns + (elapsed_ns - mean_ns) * _WEIGHT
+        self._mean_ns = mean_ns = mean_ns + (elapsed_ns - mean_ns) * _WEIGHT
+        self.is_fast = mean_ns <= SYNC_AT_ONCE_NS_MAX
         return error

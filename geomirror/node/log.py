@@ -22,6 +22,11 @@ def set_level(level: str) -> None:
     logging.getLogger().setLevel(LogLevel.number)
 
 
+def is_debugging() -> bool:
+    """Whether lines of level debug are written; asked before making them costs anything."""
+    return LogLevel.number <= _LEVELS["debug"]
+
+
 def _drop_below_level(
     _logger: object, method: str, event: structlog.types.EventDict
 ) -> structlog.types.EventDict:

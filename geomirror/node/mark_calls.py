@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from geomirror.errors import GeomirrorError, NotFoundError, RefusedError
+from geomirror.errors import GeomirrorError
 from geomirror.node.calls import Caller, MethodRegistry, Parameters, Result
 from geomirror.node.mark_desk import MarkDesk, describe_mark
 from geomirror.node.resource_calls import ResourceCalls
@@ -129,12 +129,7 @@ class MarkCalls:
 
     async def local(self, caller: Caller, request: LocalMarks) -> Result:
         """What this member knows of marks. :raises RefusedError: the caller is no member."""
-        entry = self.calls.store.by_id(request.resource_id)
-        if entry is None:
-            raise NotFoundError("no such resource on this node")
-        definition = entry.definition
-        if caller.peer is not None and caller.peer not in definition.members:
-            raise RefusedError(f'node "{caller.peer}" is no member of "{definition.name}"')
+        definition = self.calls.store.asked_by(caller.peer, request.resource_id)
         return self.calls.host.get(definition.name).marks.describe()
 
     async def _ask(self, node: str, definition: ResourceDefinition) -> dict[str, Any] | str:

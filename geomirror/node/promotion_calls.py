@@ -104,9 +104,11 @@ class PromotionCalls:
         if found["refusal"]:
             raise RefusedError(found["refusal"]["message"], hint=found["refusal"]["hint"])
         if writers:
+            hint = f"geomirror switchover {request.name} --to {request.to} loses nothing"
+            if found["primary"]["is_put_back"]:
+                hint = f"its disk was put back to an older state: give the command at {request.to}"
             raise RefusedError(
-                f'"{writers[0]}" is the primary of "{request.name}" and answers',
-                hint=f"geomirror switchover {request.name} --to {request.to} loses nothing",
+                f'"{writers[0]}" is the primary of "{request.name}" and answers', hint=hint
             )
         definition = self.calls.store.get(request.name).definition
         taken = await self._take_at(request.to, Take(definition.resource_id, "forced"))
@@ -207,12 +209,7 @@ class PromotionCalls:
 
     async def take(self, caller: Caller, request: Take) -> Result:
         """Become the primary. :raises RefusedError: this copy is not what the caller thinks."""
-        entry = self.calls.store.by_id(request.resource_id)
-        if entry is None or entry.state == "deleting":
-            raise NotFoundError("no such resource on this node")
-        definition = entry.definition
-        if caller.peer is not None and caller.peer not in definition.members:
-            raise RefusedError(f'node "{caller.peer}" is no member of "{definition.name}"')
+        definition = self.calls.store.asked_by(caller.peer, request.resource_id)
         service = self.calls.host.get(definition.name)
         if request.generation:
             answer = await service.answer()

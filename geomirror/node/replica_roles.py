@@ -39,6 +39,7 @@ from geomirror.wan_protocol.primary import Primary
 from geomirror.wan_protocol.role_change import demotion, lacking, promotion
 from geomirror.wan_protocol.secondary import CONSISTENT, Secondary
 from geomirror.wan_protocol.sync_policy import parse_policy
+from geomirror.wan_protocol.verify_schedule import parse_schedule
 
 POLL_S = 0.02
 """How often a change of role looks at positions that no event announces."""
@@ -81,6 +82,7 @@ class ReplicaRoles(RoleSteps):
         """
         core, now_ns = self._core, self._runner.now_ns()
         self.definition = definition
+        self.verifies.schedule = parse_schedule(definition.settings)
         if self.stage in (DIVERGED, SUPERSEDED):
             self.on_outranked()  # The settings may let it come back by itself now.
         if isinstance(core, Secondary):
@@ -148,6 +150,7 @@ class ReplicaRoles(RoleSteps):
         data_state = engine.superblock.data_state
         is_whole = data_state == CONSISTENT or engine.has_all_of_resync or engine.can_return
         if not is_whole:
+            engine.check_return()
             raise RefusedError(
                 f'the copy of "{name}" at {self._node.name} is {data_state}: no image of any '
                 "moment",

@@ -17,6 +17,7 @@ from geomirror.environment import SECOND
 from geomirror.errors import GeomirrorError
 from geomirror.node.context import NodeContext
 from geomirror.node.job_pace import SyncPace, is_small_sync, run_job
+from geomirror.node.replica_trace import ReplicaTrace
 from geomirror.node.sync_thread import JobBug, SyncThread
 from geomirror.wan_protocol.decisions import (
     Decision,
@@ -72,12 +73,15 @@ class ReplicaRunner:
         self.core = core
         self.name = name
         self.clock = context.clock
+        self.now_ns = context.clock.now_ns
+        """Monotonic time of the node's clock."""
         self._context = context
         self._links: PeerLinks = context.links
         self._on_room = on_room
         self._on_flush = on_flush
         self._on_progress = on_progress
         self._loop = asyncio.get_running_loop()
+        self.trace = ReplicaTrace(name, context.clock)
         self._timer: asyncio.TimerHandle | None = None
         self._timer_ns = 0
         self._jobs = 0
@@ -90,19 +94,16 @@ class ReplicaRunner:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def now_ns(self) -> int:
-        """Monotonic time of the node's clock."""
-        return self.clock.now_ns()
-
     def drive(self) -> None:
         """Execute everything the core has decided, then arm its timer."""
         if self._is_draining or self._is_stopped:
             return
         self._is_draining = True
-        is_flushing = self._timer is not None and self.core.has_decisions
+        decisions = self.core.decisions
+        is_flushing = self._timer is not None and bool(decisions)
         try:
-            while (decision := self.core.next_decision()) is not None:
-                is_flushing &= self._execute(decision)
+            while decisions:
+                is_flushing &= self._execute(decisions.popleft())
         finally:
             self._is_draining = False
         if not is_flushing:
@@ -111,7 +112,7 @@ class ReplicaRunner:
 
     def wrote(self) -> None:
         """After a write: mostly nothing is decided, and the timer is armed already."""
-        if self.core.has_decisions or self._timer is None:
+        if self.core.decisions or self._timer is None:
             self.drive()
 
     def flush(self, token: object, *, is_alone: bool) -> None:
@@ -166,17 +167,18 @@ class ReplicaRunner:
 
     def _execute(self, decision: Decision) -> bool:
         """Whether it was of a flush only: no deadline and nobody's position has changed by it."""
+        # The two that a flush is made of come first.
+        if isinstance(decision, RunJob):
+            return self._start_sync(decision) if decision.kind == "sync" else self._start(decision)
+        if isinstance(decision, FlushDone):
+            self._on_flush(decision.token, decision.error)
+            return True
         match decision:
-            # The two that a flush is made of come first: patterns are tried in order.
-            case RunJob():
-                return self._start(decision)
-            case FlushDone(token, error):
-                self._on_flush(token, error)
-                return True
             case SendFrame(peer, session, epoch, sequence, body, is_resync):
                 self._links.send_frame(peer, session, epoch, sequence, body, is_resync=is_resync)
             case SendMessage(peer, session, message):
                 self._links.send_message(peer, session, message)
+                self.trace.told(peer, message, is_sent=True)
             case RoomAvailable():
                 self._on_room()
             case Emit(kind, fields):
@@ -194,9 +196,8 @@ class ReplicaRunner:
 
     def _start(self, run: RunJob) -> bool:
         """Run a job; see `_execute`."""
-        if run.kind == "sync":
-            return self._start_sync(run)
         self._began()
+        self.trace.began(run.kind)
         future = self._context.executor.submit(run_job, run.job)
         # Straight to the loop: `run_in_executor` takes another turn of it.
         future.add_done_callback(
@@ -205,20 +206,22 @@ class ReplicaRunner:
         return False
 
     def _start_sync(self, run: RunJob) -> bool:
-        execute = run_job
-        if is_small_sync(run.job, self.core.engine.journal.durable_lsn):
+        execute, engine = run_job, self.core.engine
+        if is_small_sync(run.job, engine.journal.durable_lsn):
             execute = self._pace.run
             if self._pace.is_fast:
-                sealed_epoch = self.core.engine.sealed_epoch
+                sealed_epoch = engine.sealed_epoch
                 self.core.job_done(run, execute(run.job), self.now_ns())
-                return self.core.engine.sealed_epoch == sealed_epoch
+                return engine.sealed_epoch == sealed_epoch
         self._began()
         self._sync_thread.run(execute, run.job, partial(self._ended_with, run))
         return False
 
     def _job_done(self, run: RunJob, future: Future[GeomirrorError | None]) -> None:
         bug = future.exception()
-        self._ended_with(run, JobBug(bug) if bug is not None else future.result())
+        error = JobBug(bug) if bug is not None else future.result()
+        self._ended_with(run, error)
+        self.trace.ended(run.kind, error, self.core.engine.applied_epoch)
 
     def _ended_with(self, run: RunJob, error: GeomirrorError | None) -> None:
         self._ended()

@@ -38,6 +38,7 @@ from geomirror.wan_protocol.messages import AnyMessage
 from geomirror.wan_protocol.primary import Primary
 from geomirror.wan_protocol.secondary import Secondary
 from geomirror.wan_protocol.sync_policy import parse_policy
+from geomirror.wan_protocol.verify_schedule import parse_schedule
 
 STOP_S_MAX = 8.0
 """An orderly stop that takes longer leaves the rest to recovery."""
@@ -125,7 +126,8 @@ class ReplicaService(ReplicaReturn, ReplicaShipping):
             on_progress=self._progress,
         )
         self.marks = MarkDesk(definition.name, self._engine, self._runner)
-        self.verifies = VerifyDesk(definition.name, self._engine, self._runner, node)
+        schedule = parse_schedule(definition.settings)
+        self.verifies = VerifyDesk(definition.name, self._engine, self._runner, node, schedule)
         self._pins, self._grower = None, None
         if isinstance(self._core, Secondary):
             self._pins = ReaderPins(self._runner, node.limits)
@@ -320,6 +322,7 @@ class ReplicaService(ReplicaReturn, ReplicaShipping):
 
     def message(self, peer: str, session: int, message: AnyMessage) -> None:
         """A message of this resource's session. :raises RemoteProtocolError: close the link."""
+        self._runner.trace.told(peer, message, is_sent=False)
         self._core.receive(peer, message, self._runner.now_ns())
         self._room(peer)
         self._runner.drive()

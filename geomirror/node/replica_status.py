@@ -144,9 +144,9 @@ class PrimaryStatus:
     def _peer(self, sender: Sender, now_ns: int) -> dict[str, Any]:
         core, engine = self._core, self._core.engine
         kept = core.bitmaps.get(sender.name)
-        lag_bytes = engine.bytes_backlog(sender.durable_epoch) + engine.open_epoch_bytes
+        lag_bytes = engine.bytes_recorded(sender.durable_epoch) + engine.open_epoch_bytes
         if kept is not None:
-            lag_bytes = kept.bitmap.count() * 65536 + engine.bytes_backlog(kept.through_epoch)
+            lag_bytes = kept.bitmap.count() * 65536 + engine.bytes_recorded(kept.through_epoch)
         lag_seconds = core.lag_seconds(sender, now_ns)
         rate = self._rates.setdefault(sender.name, RateMeter()).per_second
         resync = core.resyncs.get(sender.name)

@@ -242,12 +242,12 @@ class ResolveCalls:
 
     async def history(self, caller: Caller, request: OfMember) -> Result:
         """What this member has, and of whom it has heard."""
-        definition = self._member(caller, request.resource_id)
+        definition = self.calls.store.asked_by(caller.peer, request.resource_id)
         return self.calls.host.get(definition.name).history()
 
     async def insist(self, caller: Caller, request: Insist) -> Result:
         """Let the history of this member go on, with a token above all that are known."""
-        definition = self._member(caller, request.resource_id)
+        definition = self.calls.store.asked_by(caller.peer, request.resource_id)
         service = self.calls.host.get(definition.name)
         if request.above:
             starts = _starts(request.starts)
@@ -259,7 +259,7 @@ class ResolveCalls:
     async def give_up(self, caller: Caller, request: GiveUp) -> Result:
         """This member's part: save what the other history has not, and follow it."""
         definition = self.calls.store.get(request.name).definition
-        self._member(caller, definition.resource_id)
+        self.calls.store.asked_by(caller.peer, definition.resource_id)
         service = self.calls.host.get(request.name)
         kept, nothing = request.kept, {"node": self._self, "tail": None, "branch": ""}
         if kept is not None:
@@ -297,18 +297,10 @@ class ResolveCalls:
 
     async def offer(self, caller: Caller, request: OfMember) -> Result:
         """The caller has come back: offer it a session now."""
-        definition = self._member(caller, request.resource_id)
+        definition = self.calls.store.asked_by(caller.peer, request.resource_id)
         if caller.peer is not None:
             self.calls.host.get(definition.name).offer(caller.peer)
         return {"node": self._self}
-
-    def _member(self, caller: Caller, resource_id: str) -> ResourceDefinition:
-        entry = self.calls.store.by_id(resource_id)
-        if entry is None or entry.state == "deleting":
-            raise NotFoundError("no such resource on this node")
-        if caller.peer is not None and caller.peer not in entry.definition.members:
-            raise RefusedError(f'node "{caller.peer}" is no member of "{entry.definition.name}"')
-        return entry.definition
 
     async def _call(
         self, node: str, method: str, request: Parameters, timeout_s: float

@@ -231,7 +231,7 @@ class RewindCalls:
 
     async def check(self, caller: Caller, request: CheckRewind) -> Result:
         """Whether this copy could go back. :raises RefusedError: it could not."""
-        definition = self._member(caller, request.resource_id)
+        definition = self.calls.store.asked_by(caller.peer, request.resource_id)
         desk = self.calls.host.get(definition.name).branches
         chain_hash = bytes.fromhex(request.chain_hash)
         desk.check_retreat(request.epoch, chain_hash, request.tail_bytes)
@@ -265,7 +265,7 @@ class RewindCalls:
 
     async def forget(self, caller: Caller, request: ForgetRewound) -> Result:
         """Drop what this copy has of a rewind that the operator ended."""
-        definition = self._member(caller, request.resource_id)
+        definition = self.calls.store.asked_by(caller.peer, request.resource_id)
         if not request.branch.startswith(REWIND_PREFIX):
             raise RefusedError(f'"{request.branch}" is no branch of a rewind')
         with contextlib.suppress(NotFoundError):
@@ -275,14 +275,6 @@ class RewindCalls:
     async def _call(self, node: str, method: str, request: Parameters) -> Result:
         raw = msgspec.to_builtins(request)
         return await self.calls.links.call(node, method, raw, CALL_TIMEOUT_S)
-
-    def _member(self, caller: Caller, resource_id: str) -> ResourceDefinition:
-        entry = self.calls.store.by_id(resource_id)
-        if entry is None or entry.state == "deleting":
-            raise NotFoundError("no such resource on this node")
-        if caller.peer is not None and caller.peer not in entry.definition.members:
-            raise RefusedError(f'node "{caller.peer}" is no member of "{entry.definition.name}"')
-        return entry.definition
 
     @property
     def _self(self) -> str:

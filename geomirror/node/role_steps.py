@@ -14,6 +14,7 @@ from geomirror.errors import GeomirrorError
 from geomirror.node.context import NodeContext
 from geomirror.node.replica_runner import ReplicaRunner
 from geomirror.node.secondary_export import ReaderPins
+from geomirror.node.verify_desk import VerifyDesk
 from geomirror.volume.engine import Engine
 from geomirror.wan_protocol.primary import Primary
 from geomirror.wan_protocol.role_change import Change, Steps
@@ -29,6 +30,7 @@ class RoleSteps:
     _engine: Engine
     _core: Primary | Secondary
     _runner: ReplicaRunner
+    verifies: VerifyDesk
     _pins: ReaderPins | None
     _is_changing: bool = False
     """Nothing is exported: a role ends."""
@@ -46,6 +48,7 @@ class RoleSteps:
         if isinstance(core, Secondary):
             core.close_session()
         await self._runner.idle()
+        await self.verifies.close()
         await self._runner.stop()
 
     async def _take(self, steps: Steps[_Result]) -> _Result:

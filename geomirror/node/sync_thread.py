@@ -2,7 +2,7 @@
 
 Flushes wait for it, so it is not one of the node's worker threads: those may all be busy with
 passes and epochs that take a second. A queue and a callback are all that is between it and the
-loop: handing a job to an executor and back takes another 40 us of CPU, and as long a wait.
+loop: handing a job to an executor and back costs more of both CPU and time (`bench costs`).
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def tail_size(engine: Engine, epoch: int | None) -> dict[str, Any]:
     return {
         **found,
         "seconds": round((end_ns - begin_ns) / SECOND, 3) if is_timed else None,
-        "bytes": engine.bytes_backlog(epoch) + is_open_only * engine.open_epoch_bytes
+        "bytes": engine.bytes_recorded(epoch) + is_open_only * engine.open_epoch_bytes
         if has_all or is_open_only
         else None,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Container
 
 import msgspec
 
@@ -10,6 +11,7 @@ from geomirror.errors import IntegrityError, StorageError
 from geomirror.node.context import NodeContext
 from geomirror.node.json_file import load_json
 from geomirror.node.paths import write_file_atomic
+from geomirror.wan_protocol.verify_schedule import Times
 
 FILE = "verify.json"
 
@@ -39,6 +41,8 @@ class Tally(msgspec.Struct):
     """Empty unless it came to its end."""
     reason: str = ""
     ended_wall_ns: int | None = None
+    is_scheduled: bool = False
+    """Nobody asked for it: it was due."""
 
 
 class Running(msgspec.Struct):
@@ -48,6 +52,8 @@ class Running(msgspec.Struct):
     tally: Tally
     volume: int = 0
     block: int = 0
+    noted_wall_ns: int = 0
+    """When the position was noted."""
 
 
 class PeerBook(msgspec.Struct):
@@ -55,7 +61,8 @@ class PeerBook(msgspec.Struct):
 
     running: Running | None = None
     last: Tally | None = None
-    last_clean_wall_ns: int | None = None
+    times: Times | None = None
+    """None: the copy was not looked at yet."""
 
 
 class _File(msgspec.Struct):
@@ -80,6 +87,13 @@ class VerifyBook:
     def find(self, peer: str) -> PeerBook | None:
         """The same, None if nothing was ever compared."""
         return self._file.peers.get(peer)
+
+    def forget_others(self, peers: Container[str]) -> bool:
+        """Drop what is no copy any more: one that is added again is another. Says if there was."""
+        gone = [name for name in self._file.peers if name not in peers]
+        for name in gone:
+            del self._file.peers[name]
+        return bool(gone)
 
     async def save(self) -> None:
         """Make it durable. :raises StorageError: the file is as before."""

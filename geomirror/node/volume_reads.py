@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from geomirror.nbd.protocol import Request
 from geomirror.volume.dirty_index import IMAGE, ZERO
 from geomirror.volume.engine import Engine
 from geomirror.volume.engine_jobs import ReadJob
@@ -18,15 +21,23 @@ class VolumeReader:
         self._engine = engine
         self._volume = volume
 
-    def read_one(self, offset: int, length: int) -> Buffer | None:
-        """The bytes if they lie in one place and in memory, else None: `read_now` may know more."""
+    def read_each(self, requests: Sequence[Request]) -> list[Buffer | None]:
+        """Of each READ the bytes if they lie in one place and in memory, else None: `read_now` may
+        know more."""
         engine, volume = self._engine, self._volume
-        source = engine.indexes[volume].only_source(offset, length)
-        if length > READ_NOW_BYTES_MAX or not source:
-            return None
-        if source == IMAGE:
-            return engine.images[volume].try_read(offset, length)
-        return engine.journal.try_read(source, length)
+        only_source = engine.indexes[volume].only_source
+        try_image, try_journal = engine.images[volume].try_read, engine.journal.try_read
+        found: list[Buffer | None] = []
+        for request in requests:
+            offset, length = request.offset, request.length
+            source = only_source(offset, length)
+            if length > READ_NOW_BYTES_MAX or not source:
+                found.append(None)
+            elif source == IMAGE:
+                found.append(try_image(offset, length))
+            else:
+                found.append(try_journal(source, length))
+        return found
 
     def read_now(self, offset: int, length: int) -> list[Buffer] | None:
         """The bytes, or None when a disk would have to be waited for."""

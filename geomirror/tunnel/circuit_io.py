@@ -27,21 +27,13 @@ from geomirror.tunnel.circuit_socket_io import (
     arm_reset,
     disarm_reset,
     failure_of,
+    hold_reading,
     tune_application,
     tune_peer,
 )
 
 _SCRATCH = memoryview(bytearray(PIECE_BYTES_MAX))
 """All circuits read into it: what was read is passed on, or copied, before the next read."""
-
-
-def _hold(transport: asyncio.Transport | None, is_held: bool) -> None:
-    if transport is None or transport.is_closing():
-        return
-    if is_held:
-        transport.pause_reading()
-    else:
-        transport.resume_reading()
 
 
 class PeerSide(asyncio.BufferedProtocol):
@@ -122,7 +114,7 @@ class PeerSide(asyncio.BufferedProtocol):
 
     def hold(self, is_held: bool) -> None:
         """Do not read for now, or read on."""
-        _hold(self._transport, is_held)
+        hold_reading(self._transport, is_held)
 
     def write(self, data: bytes) -> None:
         """Send."""
@@ -203,7 +195,7 @@ class ApplicationSide(asyncio.BufferedProtocol):
     def hold(self, is_held: bool) -> None:
         """Do not read for now, or read on."""
         if not self._is_ended:
-            _hold(self._transport, is_held)
+            hold_reading(self._transport, is_held)
 
     def write(self, data: bytes) -> None:
         """Hand over."""

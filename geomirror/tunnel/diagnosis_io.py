@@ -8,7 +8,6 @@ import errno
 import socket
 import ssl
 from collections.abc import AsyncIterator
-from typing import cast
 
 from geomirror.environment import Clock, Entropy
 from geomirror.errors import GeomirrorError, LinkError
@@ -16,11 +15,12 @@ from geomirror.tunnel.certificates import check_issued_by, load_certificate
 from geomirror.tunnel.diagnosis import Failure, PathFacts, Stage
 from geomirror.tunnel.driver import LINK_PROTOCOL
 from geomirror.tunnel.enrollment import read_hello
+from geomirror.tunnel.handover_io import connect_stream
 from geomirror.tunnel.join_io import connect_join
 from geomirror.tunnel.link_path import LinkPath, parse_path
 from geomirror.tunnel.names import split_endpoint
 from geomirror.tunnel.network_state_io import NetworkState
-from geomirror.tunnel.path_io import WayOut, ask_proxy, connect_stream, open_path
+from geomirror.tunnel.path_io import WayOut, ask_proxy, open_path
 from geomirror.tunnel.tcp_io import open_tcp
 from geomirror.tunnel.tls_context_io import network_label, stranger_context
 from geomirror.tunnel.tls_io import TlsDriver
@@ -119,7 +119,7 @@ async def _look(path: LinkPath, state: NetworkState, way_out: WayOut, entropy: E
         )
     shown: ssl.SSLObject = transport.get_extra_info("ssl_object")
     certificate = shown.getpeercert(binary_form=True) or b""
-    cast(asyncio.Transport, transport).abort()
+    transport.abort()
     return certificate
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from geomirror.errors import LinkError
 from geomirror.tunnel.join_server_io import Refused
 from geomirror.tunnel.names import join_endpoint
+from geomirror.tunnel.tcp_io import accept_each
 
 Handle = Callable[[socket.socket, str], Coroutine[Any, Any, None]]
 
@@ -36,7 +37,9 @@ class Door:
     def start(self) -> None:
         """Begin to accept."""
         loop = asyncio.get_running_loop()
-        self._accepting = [loop.create_task(self._accept(sock)) for sock in self._sockets]
+        self._accepting = [
+            loop.create_task(accept_each(sock, self._take, self._failed)) for sock in self._sockets
+        ]
 
     async def stop(self) -> None:
         """Close the sockets and what is handled; what was let in stays."""
@@ -47,24 +50,16 @@ class Door:
         for sock in self._sockets:
             sock.close()
 
-    async def _accept(self, listening: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                connection, address = await loop.sock_accept(listening)
-            except ConnectionError:
-                continue  # the client was gone before we looked
-            except OSError as error:
-                # Out of descriptors or memory: the listener must survive that.
-                self._refused("", LinkError(f"accepting on {self.endpoint}: {error}"))
-                await asyncio.sleep(0.1)
-                continue
-            if len(self._pending) >= self._pending_max:
-                # The oldest is the likeliest to be a stranger that only holds the place.
-                next(iter(self._pending)).cancel()
-            task = loop.create_task(self._handle(connection, str(address[0])))
-            self._pending[task] = None
-            task.add_done_callback(self._done)
+    def _failed(self, error: OSError) -> None:
+        self._refused("", LinkError(f"accepting on {self.endpoint}: {error}"))
+
+    def _take(self, connection: socket.socket, address: str) -> None:
+        if len(self._pending) >= self._pending_max:
+            # The oldest is the likeliest to be a stranger that only holds the place.
+            next(iter(self._pending)).cancel()
+        task = asyncio.get_running_loop().create_task(self._handle(connection, address))
+        self._pending[task] = None
+        task.add_done_callback(self._done)
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._pending.pop(task, None)

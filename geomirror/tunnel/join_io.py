@@ -7,7 +7,6 @@ import contextlib
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from geomirror.environment import SECOND, Clock, Entropy
 from geomirror.errors import (
@@ -30,6 +29,7 @@ from geomirror.tunnel.enrollment import (
     read_reply,
     renewal_proof,
 )
+from geomirror.tunnel.handover_io import open_streams
 from geomirror.tunnel.identity import NodeIdentity
 from geomirror.tunnel.key_files_io import read_file
 from geomirror.tunnel.link_path import expand_paths, parse_path
@@ -96,16 +96,12 @@ async def connect_join(
     try:
         async with asyncio.timeout(limits.join_exchange_ns_max / SECOND):
             sock = await open_path(path, way_out, limits, entropy)
-            options: dict[str, Any] = {
-                "sock": sock,
-                "ssl": joiner_context(),
-                "server_hostname": network_label(authority_hash),
-                "limit": _REPLY_FACTOR * limits.join_line_bytes_max,
-            }
-            if sock.family == socket.AF_UNIX:
-                reader, writer = await asyncio.open_unix_connection(**options)
-            else:
-                reader, writer = await asyncio.open_connection(**options)
+            reader, writer = await open_streams(
+                sock,
+                _REPLY_FACTOR * limits.join_line_bytes_max,
+                ssl=joiner_context(),
+                server_hostname=network_label(authority_hash),
+            )
             try:
                 yield JoinExchange(reader, writer, endpoint)
             finally:

@@ -7,7 +7,6 @@ import contextlib
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from geomirror.environment import Entropy
 from geomirror.errors import LinkError
@@ -61,16 +60,6 @@ async def open_path(
         sock = await open_websocket(path, sock, limits, entropy)
     connected()
     return sock
-
-
-async def connect_stream(
-    factory: Callable[[], asyncio.BaseProtocol], sock: socket.socket, **options: Any
-) -> tuple[asyncio.BaseTransport, asyncio.BaseProtocol]:
-    """Run a protocol over what `open_path` gave; `options` as of `create_connection`."""
-    loop = asyncio.get_running_loop()
-    if sock.family == socket.AF_UNIX:  # one end of the pair that a WebSocket comes out of
-        return await loop.create_unix_connection(factory, sock=sock, **options)
-    return await loop.create_connection(factory, sock=sock, **options)
 
 
 async def ask_proxy(

@@ -12,12 +12,15 @@ import contextlib
 import errno
 import os
 import socket
+from collections.abc import Callable
 
 from geomirror.errors import ConfigError, InUseError
 from geomirror.tunnel.names import join_endpoint
 
 BACKLOG = 128
 """Connections that the kernel completes before we accept them."""
+RETRY_S = 0.1
+"""Until accepting is tried again where descriptors or memory were short."""
 _TCP_MAXSEG = getattr(socket, "TCP_MAXSEG", 2)
 
 
@@ -96,3 +99,26 @@ async def bind_tcp(host: str, port: int, segment_bytes: int) -> list[socket.sock
             hint = "ports below 1024 are for root; choose another one"
         raise ConfigError(f"cannot listen on {where}: {cause}", hint=hint) from None
     return sockets
+
+
+async def accept_each(
+    listening: socket.socket,
+    take: Callable[[socket.socket, str], None],
+    failed: Callable[[OSError], None],
+) -> None:
+    """Accept connections until cancelled; nothing that accepting can meet ends it.
+
+    :param take: gets a connection and its source address.
+    :param failed: told when there are no descriptors or no memory for one more.
+    """
+    loop = asyncio.get_running_loop()
+    while True:
+        try:
+            connection, address = await loop.sock_accept(listening)
+        except ConnectionError:
+            continue  # the client was gone before we looked
+        except OSError as error:
+            failed(error)
+            await asyncio.sleep(RETRY_S)
+        else:
+            take(connection, str(address[0]))

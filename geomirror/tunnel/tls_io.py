@@ -27,10 +27,11 @@ from geomirror.errors import (
 from geomirror.tunnel.certificates import Claims, check_dates, load_certificate, read_claims
 from geomirror.tunnel.door_io import Door, Handle
 from geomirror.tunnel.driver import CIRCUIT_PROTOCOL, LINK_PROTOCOL
+from geomirror.tunnel.handover_io import connect_stream
 from geomirror.tunnel.join_server_io import Joined, JoinService, Refused
 from geomirror.tunnel.link_path import parse_path
 from geomirror.tunnel.network_state_io import NetworkState
-from geomirror.tunnel.path_io import WayOut, connect_stream, open_path
+from geomirror.tunnel.path_io import WayOut, open_path
 from geomirror.tunnel.tcp_io import bind_tcp
 from geomirror.tunnel.tls_context_io import (
     client_context,

@@ -4,8 +4,9 @@
  TLS of the link ── socket pair ── Inner ⇄ Outer ── [TLS of the front end] ── TCP ── front end …
 ```
 The pair makes the carried stream a socket like any other: both event loops run TLS over it, and a
-side that takes nothing stops the other one through it. It costs one more copy. The outer TLS is
-whoever's (a reverse proxy, a firewall that inspects): it proves nothing and is not judged.
+side that takes nothing stops the other one through it. It costs one more copy. What the kernel is
+told and asked of a link reaches the TCP connection by `carrier_io`. The outer TLS is whoever's (a
+reverse proxy, a firewall that inspects): it proves nothing and is not judged.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from typing import Any, cast
 from geomirror.environment import SECOND, Entropy
 from geomirror.errors import GeomirrorError, LimitExceededError, LinkError, RefusedError
 from geomirror.limits import Limits
-from geomirror.tunnel.circuit_socket_io import tune_peer
+from geomirror.tunnel.carrier_io import forget_carrier, set_carrier
+from geomirror.tunnel.circuit_socket_io import hold_reading, tune_peer
+from geomirror.tunnel.handover_io import connect_stream
 from geomirror.tunnel.http_head import Head, HeadReader
 from geomirror.tunnel.link_path import LinkPath
 from geomirror.tunnel.websocket import (
@@ -102,18 +105,19 @@ class Outer(asyncio.Protocol):
 
     async def splice(self) -> socket.socket:
         """The head is judged: carry bytes from now on, and give the end of the pair to use."""
-        loop = asyncio.get_running_loop()
         ours, theirs = socket.socketpair()
         try:
             for sock in (ours, theirs):
                 sock.setblocking(False)
             inner = Inner(self)
-            await loop.create_unix_connection(lambda: inner, sock=ours)
+            await connect_stream(lambda: inner, ours)
         except BaseException:
             ours.close()
             theirs.close()
             raise
         self._inner = inner
+        if self._transport is not None:
+            inner.carried = set_carrier(theirs, self._transport.get_extra_info("socket"))
         if self._transport is None or self._transport.is_closing():
             inner.close()
         rest, self._reader.rest = self._reader.rest, b""
@@ -134,7 +138,7 @@ class Outer(asyncio.Protocol):
 
     def hold(self, is_held: bool) -> None:
         """Do not read for now, or read on."""
-        _hold(self._transport, is_held)
+        hold_reading(self._transport, is_held)
 
     def close(self) -> None:
         """Close after what was written; cut it if that takes long."""
@@ -197,6 +201,8 @@ class Inner(asyncio.Protocol):
     """Our end of the socket pair."""
 
     def __init__(self, outer: Outer) -> None:
+        self.carried: int | None = None
+        """The other end, as `carrier_io` knows it."""
         self._outer = outer
         self._transport: asyncio.Transport | None = None
 
@@ -215,6 +221,8 @@ class Inner(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The link is over."""
+        if self.carried is not None:
+            forget_carrier(self.carried)
         self._outer.close()
 
     def pause_writing(self) -> None:
@@ -232,21 +240,12 @@ class Inner(asyncio.Protocol):
 
     def hold(self, is_held: bool) -> None:
         """Do not read for now, or read on."""
-        _hold(self._transport, is_held)
+        hold_reading(self._transport, is_held)
 
     def close(self) -> None:
         """Hand over what was written, then the end."""
         if self._transport is not None:
             self._transport.close()
-
-
-def _hold(transport: asyncio.Transport | None, is_held: bool) -> None:
-    if transport is None or transport.is_closing():
-        return
-    if is_held:
-        transport.pause_reading()
-    else:
-        transport.resume_reading()
 
 
 def outer_client_context() -> ssl.SSLContext:
@@ -278,7 +277,7 @@ async def open_websocket(
         options["ssl_handshake_timeout"] = limits.dial_ns_max / SECOND
         options["ssl_shutdown_timeout"] = CLOSE_SECONDS
     try:
-        await asyncio.get_running_loop().create_connection(lambda: outer, sock=sock, **options)
+        await connect_stream(lambda: outer, sock, **options)
         key = new_key(entropy)
         outer.write(upgrade_request(path.http_host, path.resource, key))
         check_upgrade(await outer.head, key)

@@ -1,7 +1,7 @@
 """Which neighbours' handshakes are overdue: WireGuard itself waits 5 s before another hello.
 
-A first hello that got lost (the neighbour's interface was not there yet) costs 4.7 s; a peer that
-is removed and added again says it at once (10 ms, measured). So a handshake that is not there after
+A first hello that got lost (the neighbour's interface was not there yet) costs all of these; a peer
+that is removed and added again says it at once. So a handshake that is not there after
 300 ms is begun anew, then after twice as long each time: a neighbour that is away costs little.
 """
 

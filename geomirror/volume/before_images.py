@@ -34,8 +34,8 @@ _WINDOW_BYTES = 1 * GIB
 """Part of a zero run whose holes are listed at once."""
 _BLOCKS_PER_RANGE_MIN = 16
 """Fewer blocks than this for every stretch of data in the image: reading is cheaper than asking.
-Finding a stretch takes two seeks, 3.5 us together, and reading a hole 3 to 4 us. So asking in vain
-adds at most a fifth of a microsecond a block."""
+Finding a stretch takes two seeks, which cost about as much as reading one block of a hole
+(`bench costs`). So asking in vain adds at most a sixteenth of a read to each block."""
 
 
 class OldImage(Protocol):

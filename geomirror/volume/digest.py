@@ -21,7 +21,7 @@ Halves = npt.NDArray[np.uint64]
 
 
 def digests_of(contents: Iterable[Buffer]) -> tuple[Halves, Halves]:
-    """(low, high) halves of the digests of `contents`, in order. About 0.4 µs for 4 KiB."""
+    """(low, high) halves of the digests of `contents`, in order (`bench costs`)."""
     joined = b"".join(map(xxhash.xxh3_128_digest, contents))
     pairs = np.frombuffer(joined, dtype=">u8").reshape(-1, 2)
     return pairs[:, 1].astype(np.uint64), pairs[:, 0].astype(np.uint64)

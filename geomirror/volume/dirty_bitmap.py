@@ -16,7 +16,7 @@ Deliberately not here: when a peer enters or leaves bitmap mode (`wan_protocol`)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -42,6 +42,8 @@ from geomirror.volume.store import Store
 
 _REGION_SHIFT = (REGION_BYTES // BLOCK_BYTES).bit_length() - 1
 assert BLOCK_BYTES << _REGION_SHIFT == REGION_BYTES
+_SHORT_REGIONS = 64
+"""Runs that are cleared region by region."""
 
 
 class DirtyBitmap:
@@ -188,6 +190,15 @@ class DirtyBitmap:
         """(first region, count) of the next dirty run at or after `from_region`, or None."""
         return self._bits[volume].next_run(from_region, count_max)
 
+    def runs_within(self, volume: int, first: int, end: int) -> list[tuple[int, int]]:
+        """(first region, end) of the dirty runs in [first, end), ascending; of one that reaches
+        beyond, the part in there. Thousands cost little more than a few."""
+        bits = self._bits[volume]
+        flags = np.zeros(end - first + 2, dtype=np.int8)
+        flags[1 : 1 + min(end, bits.regions) - first] = bits.flags_of(first, min(end, bits.regions))
+        edges = (np.flatnonzero(flags[1:] != flags[:-1]) + first).tolist()
+        return list(zip(edges[::2], edges[1::2], strict=True))
+
     def runs(self, volume: int, from_region: int = 0) -> Iterator[tuple[int, int]]:
         """Dirty runs (first region, count), ascending; sees changes made while it is iterated."""
         while (run := self.next_run(volume, from_region)) is not None:
@@ -197,6 +208,17 @@ class DirtyBitmap:
     def clear_range(self, volume: int, first_region: int, count: int) -> None:
         """The peer holds the content of these regions durably."""
         self._bits[volume].clear_run(first_region, count)
+
+    def clear_runs(self, runs: Sequence[tuple[int, int, int]]) -> None:
+        """The same of many (volume, first region, end)."""
+        single: dict[int, list[int]] = {}
+        for volume, first, end in runs:
+            if end - first <= _SHORT_REGIONS:
+                single.setdefault(volume, []).extend(range(first, end))
+            else:
+                self.clear_range(volume, first, end - first)
+        for volume, regions in single.items():
+            self._bits[volume].clear_each(np.array(regions, dtype=np.int64))
 
     def grow(self, volumes: Mapping[int, int]) -> None:
         """Follow grown and new volumes; added regions are clean.

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 
 from geomirror.environment import Entropy
 from geomirror.errors import GeomirrorError, StorageError
-from geomirror.limits import BLOCK_BYTES, Limits
+from geomirror.limits import Limits
 from geomirror.volume.block_runs import BlockRuns
 from geomirror.volume.engine_base import MakeBacking
 from geomirror.volume.engine_one_step import OneStep
@@ -119,16 +119,6 @@ class Engine(OneStep, RoleChanges):
         return engine
 
     # Primary: sealing.
-
-    @property
-    def open_epoch_entries(self) -> int:
-        """Blocks and zero extents that the open epoch has so far, about."""
-        return self._open_entries
-
-    @property
-    def open_epoch_bytes(self) -> int:
-        """Data bytes of the open epoch, about."""
-        return self._open_entries * BLOCK_BYTES
 
     @property
     def open_epoch_since_wall_ns(self) -> int | None:

@@ -195,19 +195,24 @@ class HeldCopy(CopyPosition):
         if open_pass is not None:
             open_pass.verify(HELD_CHECK_BYTES)
 
+    def check_return(self) -> None:
+        """:raises RefusedError: a volume has grown since the state that is held."""
+        held = self.superblock.held
+        if held is not None and not self.can_return:
+            raise RefusedError(
+                f'"{self.superblock.name}" is in a resync and had smaller volumes at epoch '
+                f"{held.epoch}, which it holds: nothing is rolled back to before a volume grew",
+                hint="wait for the end of the resync, or promote another copy",
+            )
+
     def begin_return(self) -> None:
         """Decide to go back to the held state; durable by a checkpoint, which comes first.
 
-        :raises RefusedError: a volume has grown meanwhile.
+        :raises RefusedError: as `check_return`.
         """
         held = self.superblock.held
         assert held is not None
-        if not self.can_return:
-            raise RefusedError(
-                f'"{self.superblock.name}" had smaller volumes at epoch {held.epoch}: nothing is '
-                "rolled back to before a volume grew",
-                hint="wait for the end of the resync",
-            )
+        self.check_return()
         held.is_returning = True
 
     def return_job(self) -> ReturnJob:

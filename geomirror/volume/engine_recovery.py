@@ -136,6 +136,8 @@ def replay(
         open_epoch.first_lsn = directory.info(last.number).end_lsn
         open_epoch.boundary_lsn = boundaries[-1]
         sealed_hash = last.chain_hash
+    elif open_epoch.since_wall_ns is None:
+        open_epoch.boundary_lsn = journal.end_lsn  # Not where the log was left.
     for _, epoch, _ in epochs:
         sizes.add(epoch.number, epoch.changes)
     sizes.add(open_epoch.number, open_epoch.changes)
@@ -225,8 +227,7 @@ def _walk_back(
         sizes.note_past(epoch.number, epoch.changes)
         number = epoch.first_number - 1
         record_lsn = previous_lsn
-    found.reverse()
-    return found, cut_number
+    return found[::-1], cut_number
 
 
 def _holds_all(journal: Journal, epoch: Epoch, segment_bytes: int) -> bool:

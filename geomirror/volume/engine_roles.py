@@ -135,6 +135,14 @@ class RoleChanges(ReturningPrimary):
         self.superblock.superseded_starts = list(starts)
         return self.checkpoint_job()
 
+    def bytes_recorded(self, epoch: int) -> int:
+        """As `bytes_backlog`, but of records alone: what there is to send. A restart leaves up to a
+        whole segment unused, which takes room and nothing else."""
+        floor = self._directory.floor_after(epoch)
+        if floor is None:
+            return 0
+        return max(0, self.journal.end_lsn - floor - self.journal.void_bytes(floor))
+
     def keep_history(self, peers: Iterable[str], bytes_max: int) -> None:
         """At a secondary: keep the newest epochs, as far as they take no more than `bytes_max` of
         the journal, for the other members, which need them should this copy be promoted.

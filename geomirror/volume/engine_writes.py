@@ -162,6 +162,19 @@ class WritePath(ReturningPrimary):
         return max(0, reserve - (kept - 2 * self.limits.record_payload_bytes_max))
 
     @property
+    def open_epoch_entries(self) -> int:
+        """Blocks and zero extents that the open epoch has so far, about."""
+        count = 0
+        for index in self.indexes.values():  # Every batch asks, and a generator costs more.
+            count += len(index.touched)
+        return count
+
+    @property
+    def open_epoch_bytes(self) -> int:
+        """Data bytes of the open epoch, about."""
+        return self.open_epoch_entries * BLOCK_BYTES
+
+    @property
     def dirty_entries(self) -> int:
         """Entries of all indexes: what is in the journal and not in the images."""
         return sum(index.entry_count for index in self.indexes.values())

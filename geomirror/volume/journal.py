@@ -37,8 +37,9 @@ from geomirror.volume.segment import (
     SEGMENT_HEADER_BYTES,
     Segment,
     SegmentHeader,
-    parse_segment_header,
+    read_segment_header,
     segment_name,
+    void_bytes,
 )
 from geomirror.volume.store import Buffer, File, Store
 
@@ -71,6 +72,8 @@ class Journal:
         assert len(resource_id) == 16
         assert segments[-1].number == end.number
         self._end = end
+        self.end_lsn = end.end_lsn
+        """Behind the last record; the next one lies here or opens a new segment."""
         self.durable_lsn = end.end_lsn
         self.bytes_total = journal_bytes
         self.resource_id = resource_id
@@ -83,7 +86,7 @@ class Journal:
         self._segments_max = journal_bytes // limits.segment_bytes
         # Replaced, never changed: readers on other threads look segments up without a lock.
         self._segments = {segment.number: segment for segment in segments}
-        self._salts = {header.number: header.salt for header in headers}
+        self._headers = {header.number: header for header in headers}
         self._current = segments[-1]
         self._spares = SparePool(store, limits, spares, current=end.number)
         self._is_trimming = False
@@ -143,15 +146,13 @@ class Journal:
         return address // self._segment_bytes in self._segments
 
     @property
-    def end_lsn(self) -> int:
-        """Behind the last record; the next one lies here or opens a new segment."""
-        return self._end.end_lsn
-
-    @property
     def bytes_used(self) -> int:
         """Bytes of the segments that the log holds, up to `end_lsn`."""
-        tail = self._segment_limit() - self.end_lsn
-        return len(self._segments) * self._segment_bytes - tail
+        return len(self._segments) * self._segment_bytes - self._segment_limit() + self.end_lsn
+
+    def void_bytes(self, lsn: int) -> int:
+        """Bytes above a record that none takes: headers, and what a restart leaves of a segment."""
+        return void_bytes(tuple(self._headers.values()), lsn, self.end_lsn)
 
     @property
     def first_segment(self) -> int:
@@ -165,13 +166,10 @@ class Journal:
 
     def room_bytes(self) -> int:
         """Payload and header bytes that `append` surely takes now, in any split into records."""
-        waste = self._waste_bytes
-        current = self._segment_limit() - self._end.end_lsn - waste
-        free = self._segments_free(is_data=True)
-        room = current if current > 0 else 0
-        if free > 0:
-            room += free * (self._segment_bytes - SEGMENT_HEADER_BYTES - waste)
-        return room
+        current = self._segment_limit() - self._end.end_lsn - self._waste_bytes
+        usable = self._segment_bytes - SEGMENT_HEADER_BYTES - self._waste_bytes
+        others = max(0, self._segments_free(is_data=True)) * usable
+        return others + current if current > 0 else others
 
     def append(self, writes: Sequence[Write], wall_ns: int, *, flags: int = 0) -> list[int]:
         """Append a batch and return its LSNs. Not durable before a sync past the last of them.
@@ -184,7 +182,8 @@ class Journal:
         :raises JournalFullError: no segment is free. :raises NoSpaceError: the disk is full.
             In all cases of error nothing changed.
         """
-        self._health.require()
+        if self._health.failure:
+            self._health.require()
         plan = BatchPlan(self._end, self.durable_lsn, self._entropy)
         lsns = plan.add_writes(writes, wall_ns, self._payload_bytes_max, flags)
         self._commit(plan, is_data=True)
@@ -253,7 +252,8 @@ class Journal:
 
     def begin_sync(self) -> SyncJob:
         """A job that makes everything appended so far durable; appending may go on meanwhile."""
-        self._health.require()
+        if self._health.failure:
+            self._health.require()
         self._spares.before_sync(self._current, self.end_lsn)
         files, directory = [*self._unsynced.values()], self._is_directory_unsynced
         for running in self._syncing:  # It vouches for nothing yet: this one covers its files, too.
@@ -306,7 +306,7 @@ class Journal:
         gone = {segment.number for segment, _ in job.done}
         self._segments = {n: s for n, s in self._segments.items() if n not in gone}
         for segment, spare in job.done:
-            self._salts.pop(segment.number, None)
+            self._headers.pop(segment.number, None)
             segment.file.close()
             if spare:
                 self._spares.names.append(spare)
@@ -335,7 +335,7 @@ class Journal:
 
     def _commit(self, plan: BatchPlan, *, is_data: bool) -> None:
         """Write a batch, the part in the current segment last: nothing has changed before that."""
-        first, *others = plan.parts
+        first, others = plan.parts[0], plan.parts[1:]
         opened: list[Segment] = []
         if others:
             self._require_free(len(others), is_data=is_data)
@@ -354,6 +354,7 @@ class Journal:
         if opened:
             self._adopt(opened, others)
         self._end = plan.end
+        self.end_lsn = plan.end.end_lsn
 
     def _require_free(self, count: int, *, is_data: bool) -> None:
         if count > self._segments_free(is_data=is_data):
@@ -372,8 +373,9 @@ class Journal:
         self._spares.segment_opened()
         self._segments = {**self._segments, **{segment.number: segment for segment in opened}}
         for segment, part in zip(opened, parts, strict=True):
+            assert part.header is not None
             self._unsynced[segment.number] = segment.file
-            self._salts[segment.number] = part.salt
+            self._headers[segment.number] = part.header
         self._current = opened[-1]
 
     def _discard(self, opened: list[Segment]) -> None:
@@ -390,11 +392,9 @@ class Journal:
         return is_begun or segment.number in self._unsynced
 
     def _salt_of(self, number: int) -> int:
-        salt = self._salts.get(number)
-        if salt is None:
-            data = self.read(number * self._segment_bytes, SEGMENT_HEADER_BYTES)
-            header = parse_segment_header(data, number, self._segment_bytes, self.resource_id)
-            if header is None:
-                raise IntegrityError(f"{segment_name(number)} has no valid header")
-            salt = self._salts[number] = header.salt
-        return salt
+        header = self._headers.get(number)
+        if header is None:
+            file = self._file_at(number * self._segment_bytes, SEGMENT_HEADER_BYTES)
+            header = read_segment_header(file, number, self._segment_bytes, self.resource_id)
+            self._headers[number] = header
+        return header.salt

@@ -45,7 +45,8 @@ class SyncJob:
 
     def run(self) -> None:
         """Blocking, on any thread. :raises StorageError: the journal refuses all use."""
-        self._health.require()
+        if self._health.failure:
+            self._health.require()
         try:
             for file in self.files:
                 file.fdatasync()
@@ -106,9 +107,9 @@ class SpareJob:
 
 
 FLUSH_HEAVY_SYNCS = 256
-"""Syncs within one segment from which on zeroed spares pay. Each saves about 0.1 ms (0.11 ms in
-zeroed blocks, 0.18 to 0.26 in unwritten ones), zeroing 64 MiB costs some 25 ms and writes every
-byte twice: 18 % of the daemon's CPU under a bulk load that never flushes."""
+"""Syncs within one segment from which on zeroed spares pay. A sync of written blocks is quicker
+than one of unwritten blocks; zeroing a segment costs as much as some hundreds of these differences
+(`bench costs`), and writes every byte twice, for nothing under a bulk load that never flushes."""
 
 
 class SparePool:

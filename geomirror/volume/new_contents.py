@@ -26,8 +26,8 @@ from geomirror.volume.merge import Keys
 READ_BYTES_MAX = 4 * MIB
 """One read of the journal."""
 GAP_BYTES_MAX = 16 * KIB
-"""Bytes read in vain rather than starting another read: copying 4 KiB costs 0.35 us, a read
-through the journal 3 us. At worst, four blocks of five are superseded ones."""
+"""Bytes read in vain rather than starting another read: copying 4 KiB costs
+a fraction of a read (`bench costs`). At worst, four blocks of five are superseded ones."""
 
 
 @dataclass(frozen=True)

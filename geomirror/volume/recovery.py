@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from geomirror.environment import Entropy
-from geomirror.errors import FencedError, IntegrityError
+from geomirror.errors import FencedError, IntegrityError, StorageError
 from geomirror.limits import MIB, Limits
 from geomirror.volume.journal import Journal
 from geomirror.volume.journal_plan import LogEnd
@@ -82,17 +82,26 @@ class _Log:
         self.numbers = segment_numbers(store)
         self.files = {number: store.open(segment_name(number)) for number in self.numbers}
         self.spans: list[_Span] = []
+        self.earlier: list[SegmentHeader] = []
+        """Of segments below, as far as they can be read: nothing of them is needed to start."""
         # A segment is void when a higher one says that the log left the lower segments at or
         # before its start: an earlier recovery cut the log there.
         limit = 1 << 63
         for number in reversed(self.numbers):
-            if number < self.first_number:
-                break
-            data = self.files[number].pread(SEGMENT_HEADER_BYTES, 0)
+            is_earlier = number < self.first_number
+            try:
+                data = self.files[number].pread(SEGMENT_HEADER_BYTES, 0)
+            except StorageError:
+                if not is_earlier:
+                    raise
+                continue
             header = parse_segment_header(data, number, limits.segment_bytes, resource_id)
             if header is None or header.start_lsn >= limit:
                 continue
-            self.spans.insert(0, _Span(header, min(limit, header.end_lsn), self.files[number]))
+            if is_earlier:
+                self.earlier.append(header)
+            else:
+                self.spans.insert(0, _Span(header, min(limit, header.end_lsn), self.files[number]))
             limit = min(limit, header.previous_end)
 
     def read(self, address: int, length: int) -> bytes:
@@ -214,7 +223,7 @@ def recover_journal(
         resource_id=resource_id,
         journal_bytes=journal_bytes,
         segments=old + segments,
-        headers=[span.header for span in log.spans] + rewriter.headers,
+        headers=[*log.earlier, *(span.header for span in log.spans), *rewriter.headers],
         end=new_end,
         spares=spares,
     )

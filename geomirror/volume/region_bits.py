@@ -107,6 +107,26 @@ class RegionBits:
             for page in self._touched(start, masks).tolist():
                 self._used[page] = bool(self._page(page).any())
 
+    def clear_each(self, regions: npt.NDArray[np.int64]) -> None:
+        """Remove single regions, in any order: thousands at once at the cost of a few."""
+        if not len(regions):
+            return
+        ordered = np.unique(regions)
+        assert int(ordered[0]) >= 0
+        assert int(ordered[-1]) < self.regions
+        where = ordered >> 3
+        heads = run_heads(where[1:] != where[:-1])
+        masks = np.left_shift(1, ordered & 7).astype(np.uint8)
+        where, masks = where[heads], np.bitwise_or.reduceat(masks, heads)
+        masks &= self._bits[where]
+        where, masks = where[masks != 0], masks[masks != 0]
+        self._bits[where] ^= masks
+        self.count -= _ones(masks)
+        pages = where // PAGE_BITS_BYTES
+        self._changed[pages] = True
+        for page in np.unique(pages).tolist():
+            self._used[page] = bool(self._page(page).any())
+
     def _touched(self, start: int, differences: _Bytes) -> npt.NDArray[np.int64]:
         """The pages with differences, which count as changed now."""
         pages = np.unique((np.flatnonzero(differences) + start) // PAGE_BITS_BYTES)

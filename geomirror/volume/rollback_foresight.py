@@ -28,7 +28,7 @@ from geomirror.volume.store import Buffer
 from geomirror.volume.undo_file import PassInfo, UndoReader
 from geomirror.volume.undo_tables import PassTables
 from geomirror.volume.view_index import ViewIndex
-from geomirror.volume.zero_blocks import zero_mask
+from geomirror.volume.zero_blocks import with_holes, zero_mask
 
 if TYPE_CHECKING:
     from geomirror.volume.engine import Engine
@@ -226,11 +226,7 @@ class _Counter:
         """See `UndoWriter.add_blocks`."""
         zero = zero_mask(data)
         self.raw_bytes += int(np.count_nonzero(~zero)) * BLOCK_BYTES
-        are_zero = zero
-        if are_holes is not None and are_holes.any():
-            are_zero = are_holes.copy()
-            are_zero[~are_holes] = zero
-        zeros = np.asarray(blocks)[are_zero]
+        zeros = np.asarray(blocks)[with_holes(zero, are_holes)]
         self.zero_runs += bool(len(zeros)) + int(np.count_nonzero(zeros[1:] - zeros[:-1] != 1))
         self.zero_blocks += len(zeros)
 

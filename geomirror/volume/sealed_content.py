@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from geomirror.volume.dirty_index import IMAGE, ZERO, DirtyIndex, Piece
 from geomirror.volume.image import Image
 from geomirror.volume.journal import Journal
+from geomirror.volume.store import Buffer
 
 _BLOCK_SHIFT = 12
 SPARSE_INDEX_ENTRIES = 1024
@@ -42,8 +43,10 @@ class SealedContent:
                 found.append((start, stop - start))
         return found
 
-    def read(self, offset: int, length: int) -> bytearray:
+    def read(self, offset: int, length: int) -> Buffer:
         """Exactly these bytes. :raises StorageError, IntegrityError: they cannot be read."""
+        if len(self.pieces) == 1 and self.pieces[0].source == IMAGE:
+            return self.image.read(offset, length)
         content = bytearray(length)
         for piece in self.pieces:
             start = max(piece.offset, offset)

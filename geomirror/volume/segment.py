@@ -13,10 +13,12 @@ it in lower segments is void. So a recovery cuts a log by adding a segment, not 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from xxhash import xxh3_64_intdigest
 
+from geomirror.errors import IntegrityError
 from geomirror.volume.store import Buffer, File, Store
 
 DIRECTORY = "journal"
@@ -101,6 +103,30 @@ def parse_segment_header(
             number, segment_bytes, fields[5], fields[6], fields[7], fields[8], fields[9]
         )
     return None
+
+
+def read_segment_header(
+    file: File, number: int, segment_bytes: int, resource_id: bytes
+) -> SegmentHeader:
+    """The header of an open segment. Blocking. :raises IntegrityError: it has no valid one."""
+    data = file.pread(SEGMENT_HEADER_BYTES, 0)
+    header = parse_segment_header(data, number, segment_bytes, resource_id)
+    if header is None:
+        raise IntegrityError(f"{segment_name(number)} has no valid header")
+    return header
+
+
+def void_bytes(headers: Iterable[SegmentHeader], begin_lsn: int, end_lsn: int) -> int:
+    """Bytes between two ends of records that no record takes, by the headers of the segments."""
+    found, limit = 0, end_lsn
+    for header in sorted(headers, key=lambda each: each.number, reverse=True):
+        if header.start_lsn <= begin_lsn:
+            break
+        # Above the limit the log has left the segment for a higher one, and its header is void too.
+        if header.start_lsn <= limit:
+            found += header.start_lsn - max(header.previous_end, begin_lsn)
+            limit = header.previous_end
+    return found
 
 
 def segment_name(number: int) -> str:

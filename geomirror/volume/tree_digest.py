@@ -7,7 +7,7 @@
 ```
 Equal digests count as equal contents, and then nothing is sent. XXH3 is no cryptographic hash: it
 is keyed with 64 bits that nobody who writes to the volume can know, another key for each resync, so
-that contents with equal digests cannot be prepared. Holes cost neither reads nor hashing.
+that contents with equal digests cannot be prepared. Long holes cost neither reads nor hashing.
 Deliberately not here: who asks whom for what (`wan_protocol/resync_plan.py`).
 """
 
@@ -42,8 +42,14 @@ class Content(Protocol):
 def spans(content: Content, offset: int, stop: int, unit_bytes: int) -> Iterator[tuple[int, int]]:
     """(start, end) of the parts of [offset, stop) that may hold anything but zeros.
 
-    Ascending, disjoint, at most `READ_BYTES_MAX` each, cut at multiples of a unit from `offset`.
+    Ascending, disjoint, at most `READ_BYTES_MAX` each, cut at multiples of a unit from `offset`. Of
+    a single region all may.
     """
+    if stop - offset <= REGION_BYTES:
+        # Reading it, be it a hole, costs less than to ask: a file system may go through all extents
+        # up to the next hole.
+        yield offset, stop
+        return
     position = offset
     for start, length in content.data_ranges(offset, stop - offset):
         first = max(position, offset + (start - offset) // unit_bytes * unit_bytes)

@@ -39,7 +39,7 @@ from geomirror.volume.undo_header import (
     read_header,
 )
 from geomirror.volume.undo_label import OPEN_EPOCH, PassInfo, PassLabel
-from geomirror.volume.zero_blocks import ZERO_BLOCK, zero_mask
+from geomirror.volume.zero_blocks import ZERO_BLOCK, with_holes, zero_mask
 
 __all__ = ["HEADER_BYTES", "OPEN_EPOCH", "PassInfo", "PassLabel"]  # And everything below.
 
@@ -103,10 +103,7 @@ class UndoWriter:
         if len(data) % BLOCK_BYTES:
             data = bytes(data) + bytes(-len(data) % BLOCK_BYTES)
         zero = zero_mask(data)
-        are_zero = zero
-        if are_holes is not None and are_holes.any():
-            are_zero = are_holes.copy()
-            are_zero[~are_holes] = zero
+        are_zero = with_holes(zero, are_holes)
         assert len(blocks) == len(are_zero)
         entries = np.zeros(len(blocks), dtype=ENTRY)
         entries["volume"], entries["block"], entries["count"] = volume, blocks, 1
@@ -122,6 +119,7 @@ class UndoWriter:
             whole = len(self._pending) // CHUNK_BYTES * CHUNK_BYTES
             self._write_chunks(memoryview(self._pending)[:whole])
             self._pending = self._pending[whole:]
+        self._added()
 
     def add_zero(self, volume: int, block: int, count: int) -> None:
         """Note that `count` blocks from `block` on read as zeros."""
@@ -129,10 +127,14 @@ class UndoWriter:
         entry[0] = (volume, KIND_ZERO, 0, count, block, 0)
         self._tables.append(entry)
         self.entry_count += 1
+        self._added()
 
     def add_size(self, volume: int, size_bytes: int) -> None:
         """Note the size of a volume before the pass; at any time."""
         self._sizes.append(size_entries({volume: size_bytes}))
+
+    def _added(self) -> None:
+        """Called for each call that added blocks or zeros."""
 
     def _write_chunks(self, data: memoryview) -> None:
         for position in range(0, len(data), CHUNK_BYTES):

@@ -20,8 +20,7 @@ import xxhash
 from geomirror.errors import NotFoundError, StorageError
 from geomirror.limits import MIB
 from geomirror.volume.epoch_table import Table, empty_table
-from geomirror.volume.merge import Keys
-from geomirror.volume.store import Buffer, File
+from geomirror.volume.store import File
 from geomirror.volume.undo import DIRECTORY, OPEN_SUFFIX
 from geomirror.volume.undo_chunks import CHUNK, ChunkMap, damage
 from geomirror.volume.undo_file import (
@@ -201,26 +200,11 @@ class GroupWriter(UndoWriter):
         self._stored: list[bytes] = []
         self._raw_before = 0
 
-    def add_blocks(
-        self,
-        volume: int,
-        blocks: Keys,
-        data: Buffer,
-        are_holes: npt.NDArray[np.bool_] | None = None,
-    ) -> None:
-        """See `UndoWriter`; ends the group when it is large enough."""
-        super().add_blocks(volume, blocks, data, are_holes)
-        self._flush_large()
-
-    def add_zero(self, volume: int, block: int, count: int) -> None:
-        """See `UndoWriter`."""
-        super().add_zero(volume, block, count)
-        self._flush_large()
-
     def _store(self, stored: bytes) -> None:
         self._stored.append(stored)
 
-    def _flush_large(self) -> None:
+    def _added(self) -> None:
+        """End the group when it is large enough."""
         is_large = self.raw_bytes - self._raw_before >= GROUP_BYTES_MAX
         if is_large or len(self._tables) >= GROUP_TABLES_MAX:
             self.flush()

@@ -4,8 +4,8 @@
  records │ end ▶ zeros, up to 1 MiB │ never written: a sync here waits for the file system's journal
 ```
 A bulk load leaves the log in a sparse segment. When its writer begins to flush every few records, a
-sync of unwritten blocks costs 0.31 ms, one of written blocks 0.19 ms; zeroing a MiB costs some
-0.2 ms and serves a few hundred flushes.
+sync of unwritten blocks takes longer than one of written blocks (`bench costs`); zeroing a MiB
+costs about as much as a sync and serves a few hundred of them.
 """
 
 from __future__ import annotations

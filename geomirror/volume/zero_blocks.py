@@ -26,3 +26,18 @@ def zero_mask(data: Buffer) -> npt.NDArray[np.bool_]:
         tail = bytes(memoryview(data)[whole * BLOCK_BYTES :])
         mask = np.append(mask, tail.count(0) == len(tail))
     return mask
+
+
+def with_holes(
+    zero: npt.NDArray[np.bool_], are_holes: npt.NDArray[np.bool_] | None
+) -> npt.NDArray[np.bool_]:
+    """Which of some blocks are zeros, where only those outside of holes were looked at.
+
+    :param zero: of each block that is no hole, whether it is all zero.
+    :param are_holes: of each block, whether it is one; None: none is.
+    """
+    if are_holes is None or not are_holes.any():
+        return zero
+    found = are_holes.copy()
+    found[~are_holes] = zero
+    return found

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 BACKING = ""
 """Stands among the holders for the backing device; no peer has an empty name."""
 EPOCHS_OF_JOB = 256
-"""Tables read by one job: about 50 ms, then others have their turn on the worker threads."""
+"""Tables read by one job; then others have their turn on the worker threads."""
 DIVIDED_EPOCHS_MAX = 64
 """So many epochs of a span are read once more to tell exactly what a peer lacks."""
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import msgspec
+
 from geomirror.errors import GeomirrorError
 from geomirror.wan_protocol.messages import Message
 
@@ -18,8 +20,7 @@ class Job(Protocol):
         """Do the work. Raises `GeomirrorError` only."""
 
 
-@dataclass(slots=True, eq=False)
-class RunJob:
+class RunJob(msgspec.Struct, eq=False):
     """Run `job` off the loop, then call `core.job_done(this, error, …)`.
 
     Jobs of different kinds run side by side; a core never starts a kind twice.
@@ -51,8 +52,7 @@ class SendFrame:
     is_resync: bool = False
 
 
-@dataclass(slots=True)
-class FlushDone:
+class FlushDone(msgspec.Struct):
     """Answer the flush with this token; with an error when its writes may not be durable."""
 
     token: object

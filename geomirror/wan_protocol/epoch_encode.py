@@ -166,7 +166,7 @@ class EncodeJob:
 
     :param epochs: ascending and adjacent, or a function that loads them on the worker thread.
     :param read: journal reader; every address of the epochs' tables must be retained (pinned).
-    :param level: zstd level. 1 is right up to about 1 Gbit/s a core.
+    :param level: zstd level.
     :param volume_bytes: size of each volume, by index: the last block of one may be short.
     :param declared: volumes whose size every frame names: the peer may know another one.
     :param limits: `segment_bytes`: no read crosses a segment.

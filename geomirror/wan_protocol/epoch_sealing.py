@@ -51,13 +51,14 @@ class EpochSealing(MarkMaking):
     @property
     def target_epoch(self) -> int:
         """The epoch that will hold everything completed by now."""
+        is_sealing = self._sealing is not None or "seal" in self._running
         is_open = self.open_since_ns is not None
-        return self.engine.committed_epoch + self._is_sealing + is_open
+        return self.engine.committed_epoch + is_sealing + is_open
 
     @property
     def _is_sealing(self) -> bool:
         """An epoch is cut and not committed yet."""
-        return self._sealing is not None or self.is_running("seal")
+        return self._sealing is not None or "seal" in self._running
 
     def _pump_seal(self) -> None:
         if self._sealing is not None:

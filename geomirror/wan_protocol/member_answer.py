@@ -28,6 +28,7 @@ def answer_of(node: str, core: Primary | Secondary) -> MemberAnswer:
         standing=core.standing() if isinstance(core, Primary) else core.standing,
         is_standing_heard=core.is_standing_heard if isinstance(core, Secondary) else True,
         is_settled=engine.committed_epoch == engine.sealed_epoch,
+        refused_primary="" if isinstance(core, Primary) else core.put_back_primary,
     )
 
 

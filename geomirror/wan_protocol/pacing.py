@@ -1,7 +1,8 @@
 """How many data connections a node pair gets and how fast each may send.
 
-Pacing is the most valuable knob of a long path: at 94 % of the link's rate four connections lose
-nothing and a commit takes RTT + 5 ms; unpaced they throw away 10–40 % of their packets.
+Pacing is the most valuable knob of a long path: below the link's rate its queue stays empty, so
+that nothing is lost and a commit takes little more than a round trip; unpaced connections fill the
+queue until packets are thrown away.
 Deliberately not here: finding out the rate of a link that is not configured.
 """
 
@@ -15,7 +16,8 @@ from geomirror.limits import Limits
 LINK_FRACTION = 0.94
 """Part of the link's rate that is used: headers, acknowledgements and the control connection."""
 SEND_BUFFER_BYTES = 3_000_000
-"""What one connection keeps in flight with the default `tcp_wmem` of 4 MB (measured: 3.5 MB)."""
+"""What one connection keeps in flight with the default `tcp_wmem` of 4 MB, of which the
+kernel needs a part for itself."""
 DATA_CONNECTIONS_MIN = 2
 
 

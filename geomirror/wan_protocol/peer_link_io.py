@@ -12,6 +12,7 @@ from typing import Any
 
 import structlog
 
+from geomirror.environment import SECOND
 from geomirror.errors import GeomirrorError, RemoteProtocolError
 from geomirror.wan_protocol.data_progress import StallRecord
 from geomirror.wan_protocol.frame import KIND_MESSAGE, KIND_PADDING, KIND_RESYNC_FRAME, Packet
@@ -105,6 +106,7 @@ class PeerLink:
 
     def set_rate(self, bytes_per_second: int | None) -> None:
         """Pace the data connections for a link of this rate; `None`: unpaced."""
+        _log.debug("link_paced", peer=self.peer, bytes_per_second=bytes_per_second)
         self._rate_bytes_per_second = bytes_per_second
         self.core.data_connections = data_connections(
             self._context.limits, bytes_per_second, self.core.round_trip.smoothed_ns
@@ -371,12 +373,17 @@ class PeerLink:
                 self.core.dial_answered(decision.link, self._clock.now_ns())
                 self._execute()
 
+        endpoint, index = decision.endpoint, decision.index
+        _log.debug("link_dialled", peer=self.peer, endpoint=endpoint, index=index)
         try:
             await self._context.driver.dial(self.peer, decision.endpoint, factory, answered)
         except (GeomirrorError, OSError) as error:
             if self._sets.get(decision.link) is item:
                 reason = f"{decision.endpoint}: {error}"
-                self.core.dial_failed(decision.link, decision.index, reason, self._clock.now_ns())
+                now_ns = self._clock.now_ns()
+                self.core.dial_failed(decision.link, decision.index, reason, now_ns)
+                next_s = ((self.core.get_timer() or now_ns) - now_ns) / SECOND
+                _log.debug("link_not_made", peer=self.peer, reason=reason, next_s=round(next_s, 1))
                 if decision.index == CONTROL_INDEX:
                     del self._sets[decision.link]
                 self._execute()

@@ -126,7 +126,7 @@ class PeerModes(PeerRecords):
         backlog = self.engine.bytes_backlog(since)
         if backlog >= self._overflow_bytes():
             self._overflow(sender)
-        elif sender.mode == STREAM and backlog >= self._fold_bytes():
+        elif sender.mode == STREAM and self.engine.bytes_recorded(since) >= self._fold_bytes():
             self._set_mode(sender, FOLD)
 
     def _fold_bytes(self) -> float:
@@ -144,10 +144,10 @@ class PeerModes(PeerRecords):
 
         What is left has to fit in half of the free journal, too, which other peers may have filled.
         """
-        backlog = self.engine.bytes_backlog(sender.durable_epoch)
-        is_drained = backlog < self._fold_bytes() / 4
-        is_drained = is_drained and backlog <= self.engine.journal.room_bytes() / 2
-        if is_drained and self.now_ns >= sender.mode_since_ns + self.limits.mode_dwell_ns_min:
+        if self.now_ns < sender.mode_since_ns + self.limits.mode_dwell_ns_min:
+            return
+        backlog = self.engine.bytes_recorded(sender.durable_epoch)
+        if backlog < self._fold_bytes() / 4 and backlog <= self.engine.journal.room_bytes() / 2:
             self._set_mode(sender, STREAM)
 
     def _overflow(self, sender: Sender) -> None:
@@ -320,7 +320,7 @@ class PeerModes(PeerRecords):
             self.engine,
             numbers,
             self.limits.fold_bytes_max,
-            level=1,
+            level=sender.level(last),
             base_sizes=sizes.at(first - 1),
             changed=frozenset(c.index for c in sizes.between(sender.durable_epoch, first - 1)),
         )

@@ -83,7 +83,7 @@ class PeerStandings(InSyncSet):
             wall_ns=self._said_wall_ns,
             epoch=sealed,
             end_lsn=end_lsn,
-            open_bytes=engine.bytes_backlog(sealed) + engine.open_epoch_bytes if is_open else 0,
+            open_bytes=engine.bytes_recorded(sealed) + engine.open_epoch_bytes if is_open else 0,
             confirmed_epoch=self.confirmed_epoch,
             acks=dict(saved.acks),
             copies=saved.copies,

@@ -46,7 +46,8 @@ class Replica:
         self.is_frozen = False
         self._stalled: GeomirrorError | None = None
         self.now_ns = 0
-        self._decisions: deque[Decision] = deque()
+        self.decisions: deque[Decision] = deque()
+        """What the shell has to do, in this order."""
         self._running: dict[str, RunJob] = {}
         self._flushes: deque[tuple[object, int]] = deque()
         self._sync_wanted = False
@@ -61,12 +62,7 @@ class Replica:
 
     def next_decision(self) -> Decision | None:
         """The next thing for the shell to do, or None."""
-        return self._decisions.popleft() if self._decisions else None
-
-    @property
-    def has_decisions(self) -> bool:
-        """`next_decision` would return something."""
-        return bool(self._decisions)
+        return self.decisions.popleft() if self.decisions else None
 
     def job_done(self, run: RunJob, error: GeomirrorError | None, now_ns: int) -> None:
         """A job of this core has ended; `error` is what its `run` raised."""
@@ -84,7 +80,8 @@ class Replica:
         is_flush = run.kind == "sync" and self.engine.sealed_epoch == sealed_epoch
         if is_flush and not self._waits_for_sync:
             # Flushes were answered and no epoch became sealed: nothing else can be due by that.
-            self._flush_pump()
+            if self._flushes or self._sync_wanted:
+                self._flush_pump()
         else:
             self._pump()
 
@@ -109,7 +106,7 @@ class Replica:
     @property
     def is_idle(self) -> bool:
         """No job runs and nothing is decided."""
-        return not self._running and not self._decisions
+        return not self._running and not self.decisions
 
     @property
     def served_sizes(self) -> dict[int, int]:
@@ -179,13 +176,12 @@ class Replica:
     # The shared machinery.
 
     def _decide(self, decision: Decision) -> None:
-        self._decisions.append(decision)
+        self.decisions.append(decision)
 
     def _run(self, kind: str, job: Job, done: Callable[[Any], None]) -> None:
         assert kind not in self._running
-        run = RunJob(kind, job, done)
-        self._running[kind] = run
-        self._decide(run)
+        run = self._running[kind] = RunJob(kind, job, done)
+        self.decisions.append(run)
 
     def _pump(self) -> None:
         if self.fenced is not None or self.is_frozen:
@@ -223,7 +219,7 @@ class Replica:
             self._fence(error)
 
     def _pump_sync(self) -> None:
-        if self.fenced is not None or self.is_frozen or self.is_running("sync"):
+        if self.fenced is not None or self.is_frozen or "sync" in self._running:
             return
         if self._flushes or self._sync_wanted:
             self._sync_wanted = False
@@ -236,8 +232,9 @@ class Replica:
             # Another segment is in use: should its file be lost, the superblock misses it.
             self._checkpoint_wanted = True
         durable_lsn = self.engine.journal.durable_lsn
-        while self._flushes and self._flushes[0][1] <= durable_lsn:
-            self._decide(FlushDone(self._flushes.popleft()[0]))
+        flushes = self._flushes
+        while flushes and flushes[0][1] <= durable_lsn:
+            self.decisions.append(FlushDone(flushes.popleft()[0]))
         if self.engine.sealed_epoch > before:
             self._sealed_moved()
 

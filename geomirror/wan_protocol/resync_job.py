@@ -103,6 +103,10 @@ class ResyncReadJob:
                 continue
             if run:
                 content = data[(at - run) * BLOCK_BYTES : at * BLOCK_BYTES]
+                if run < count:
+                    # Else a single block would keep all of its region in memory, and each read of
+                    # the step would need pages that the kernel has to clear first.
+                    content = memoryview(bytes(content))
                 ranges.append((item.part.volume, first + at - run, content))
                 run = 0
             if is_full:

@@ -111,6 +111,8 @@ class ResyncPlan:
         self._bitmap = bitmap
         self._node_regions = limits.resync_node_regions
         self._cursor = (0, 0)
+        self._ahead: tuple[int, int, deque[tuple[int, int]]] = (-1, 0, deque())
+        """Dirty runs of a volume, up to a region. To look for each of thousands costs more."""
         self._asks: dict[int, _Ask] = {}
         self._request = 0
         self._wanted: deque[Part] = deque()
@@ -138,10 +140,10 @@ class ResyncPlan:
             regions = -(-size // REGION_BYTES)
             if first >= regions:
                 continue
-            run = self._bitmap.next_run(volume, first, ASK_NODES * self._node_regions)
+            run = self._next_run(volume, first)
             if run is None or run[0] >= regions:
                 continue
-            start, end = run[0], min(sum(run), regions)
+            start, end = run[0], min(run[1], regions)
             unit = REGION_BLOCKS
             if self.has_digests:
                 end, unit = self._cut(start, end, regions)
@@ -149,6 +151,27 @@ class ResyncPlan:
             blocks = min(end * REGION_BLOCKS, -(-size // BLOCK_BYTES)) - start * REGION_BLOCKS
             return Part(volume, start * REGION_BLOCKS, blocks, None, unit)
         return None
+
+    def _next_run(self, volume: int, first: int) -> tuple[int, int] | None:
+        """(first region, end) of the next dirty run; a long one may come in parts.
+
+        What becomes dirty meanwhile is of epochs after the base, which are streamed.
+        """
+        looked_at, end, runs = self._ahead
+        if looked_at == volume and first < end:
+            while runs and runs[0][1] <= first:
+                runs.popleft()
+            if runs:
+                return max(runs[0][0], first), runs[0][1]
+            first = end
+        found = self._bitmap.next_run(volume, first, 1)
+        if found is None:
+            return None
+        span = ASK_NODES * self._node_regions
+        end = found[0] - found[0] % span + span
+        runs = deque(self._bitmap.runs_within(volume, found[0], end))
+        self._ahead = volume, end, runs
+        return runs[0]
 
     def _cut(self, start: int, end: int, regions: int) -> tuple[int, int]:
         """(end, blocks of a unit) of the first part of a run."""

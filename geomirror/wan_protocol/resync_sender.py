@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from geomirror.environment import SECOND
 from geomirror.limits import BLOCK_BYTES, REGION_BYTES, Limits
 from geomirror.volume.dirty_bitmap import DirtyBitmap
+from geomirror.volume.dirty_index import IMAGE, Piece
 from geomirror.volume.engine import Engine
 from geomirror.volume.sealed_content import SPARSE_INDEX_ENTRIES, SealedContent, pieces_of
 from geomirror.volume.tree_digest import REGION_BLOCKS
@@ -34,6 +35,9 @@ from geomirror.wan_protocol.resync_job import CompareJob, Item, ResyncReadJob
 from geomirror.wan_protocol.resync_plan import Part, ResyncPlan
 from geomirror.wan_protocol.sender import Sender
 
+_NOTHING: frozenset[int] = frozenset()
+SHORT_BLOCKS = 16 * REGION_BLOCKS
+"""Of a part that is looked up block by block."""
 DENSE_RUN_BYTES = 16 << 20
 """Range looked at by one step while many blocks wait for destage; with few, a whole GiB."""
 LOST_AFTER_NS = 3 * SECOND
@@ -162,9 +166,13 @@ class ResyncSender:
         blocks = min(part.blocks, most) if entries else part.blocks
         offset = part.first * BLOCK_BYTES
         stop = min(offset + blocks * BLOCK_BYTES, self._sizes[volume])
-        pieces = pieces_of(engine.indexes[volume], offset, stop - offset)
+        if blocks <= SHORT_BLOCKS and engine.indexes[volume].is_all_image(part.first, blocks):
+            # As nearly all of thousands of scattered regions.
+            pieces, unsealed = [Piece(offset, stop - offset, IMAGE)], _NOTHING
+        else:
+            pieces = pieces_of(engine.indexes[volume], offset, stop - offset)
+            unsealed = frozenset(engine.unsealed_blocks(volume, part.first, blocks))
         content = SealedContent(engine.images[volume], engine.journal, pieces)
-        unsealed = frozenset(engine.unsealed_blocks(volume, part.first, blocks))
         return Item(part, blocks, content, stop, unsealed)
 
     def read_done(self, job: ResyncReadJob | CompareJob) -> None:
@@ -210,10 +218,12 @@ class ResyncSender:
             self._clear_durable()
 
     def _clear_durable(self) -> None:
+        runs: list[tuple[int, int, int]] = []
         while self._chunks and self._chunks[0][0] <= self._durable:
-            for volume, first, stop in self._chunks.popleft()[1]:
-                self.bitmap.clear_range(volume, first, stop - first)
-                self.has_cleared = True
+            runs += self._chunks.popleft()[1]
+        if runs:
+            self.bitmap.clear_runs(runs)
+            self.has_cleared = True
 
     # Frames.
 

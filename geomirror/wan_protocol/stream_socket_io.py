@@ -1,4 +1,8 @@
-"""Socket options of a node pair's connections; all optional, the kernel may lack or refuse them."""
+"""Socket options of a node pair's connections; all optional, the kernel may lack or refuse them.
+
+Inside a WebSocket they are those of the TCP connection that carries it: to the peer, or as far as
+the front end that ends it.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,12 @@ import struct
 from typing import Any
 
 from geomirror.environment import US
+from geomirror.tunnel.carrier_io import carrier_of
 from geomirror.wan_protocol.data_progress import Reading
 
 USER_TIMEOUT_MS = 30_000
-"""Keepalive never notices a dead busy connection (measured: not in 40 s); this does, should the
-heartbeats not have done so long before. Shorter than a few round trips of a deep queue it would
+"""Keepalive never notices a dead busy connection, as it asks on idle ones only; this does, should
+the heartbeats not have done so long before. Shorter than a few round trips of a deep queue it would
 cut what only waits."""
 NOT_SENT_BYTES = 128 * 1024
 """Unsent bytes in the kernel before it takes no more: frames wait in our queue instead."""
@@ -32,6 +37,7 @@ def tune(sock: Any, *, is_data: bool) -> str:
 
     Buffer sizes are left alone: setting them switches the kernel's auto-tuning off.
     """
+    sock = carrier_of(sock)
     if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
         return ""
     options: list[tuple[int, int | bytes]] = [
@@ -53,6 +59,7 @@ def tune(sock: Any, *, is_data: bool) -> str:
 
 def read_progress(sock: Any) -> Reading | None:
     """What TCP says of a connection; None if it is not known."""
+    sock = carrier_of(sock)
     try:
         found: bytes = sock.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, _INFO_BYTES)
         (unacked,) = struct.unpack_from("=I", found, _INFO_UNACKED)
@@ -65,6 +72,7 @@ def read_progress(sock: Any) -> Reading | None:
 
 def set_pace(sock: Any, bytes_per_second: int) -> None:
     """Limit what the kernel sends on this connection; works without the fq qdisc."""
+    sock = carrier_of(sock)
     if sock is not None:
         with contextlib.suppress(OSError):
             # A 32-bit option on every kernel: 4.3 GB/s and above is no limit.
@@ -74,6 +82,7 @@ def set_pace(sock: Any, bytes_per_second: int) -> None:
 
 def discard_unsent(sock: Any) -> None:
     """Closing this connection will reset it: the peer hears at once, nothing more is sent."""
+    sock = carrier_of(sock)
     if sock is not None:
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -21,6 +21,8 @@ from geomirror.environment import MS, SECOND
 from geomirror.errors import UsageError
 from geomirror.limits import PRODUCTION
 from geomirror.wan_protocol.rejoin_policy import AUTO_REJOIN, check_auto_rejoin
+from geomirror.wan_protocol.verify_schedule import SETTINGS as VERIFY_SETTINGS
+from geomirror.wan_protocol.verify_schedule import parse_schedule
 
 COMPLETED = "completed"
 RECEIVED = "received"
@@ -43,10 +45,11 @@ class SyncPolicy:
     degrade_after_ns: int | None = DEGRADE_AFTER_NS
     """A peer that keeps a flush waiting for so long is waited for no more; None: for ever."""
 
-    @property
-    def is_synchronous(self) -> bool:
-        """Whether a flush waits for anybody."""
-        return bool(self.acks)
+    is_synchronous: bool = field(init=False)
+    """Whether a flush waits for anybody."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "is_synchronous", bool(self.acks))
 
     @property
     def is_blocking(self) -> bool:
@@ -82,11 +85,13 @@ def parse_policy(settings: Mapping[str, str], peers: Iterable[str]) -> SyncPolic
             degrade_after_ns = _degrade_after_ns(value)
         elif key == AUTO_REJOIN:
             check_auto_rejoin(value)
-        elif key != "ack":
+        elif key != "ack" and key not in VERIFY_SETTINGS:
+            others = ", ".join((AUTO_REJOIN, *VERIFY_SETTINGS))
             raise UsageError(
                 f"unknown setting {key!r}",
-                hint="ack, ack.NODE, copies, degrade_after and auto_rejoin are known",
+                hint=f"known are ack, ack.NODE, copies, degrade_after, {others}",
             )
+    parse_schedule(settings)
     acks = {name: level for name, level in levels.items() if level != COMPLETED}
     if copies is not None and copies > len(acks):
         raise UsageError(

@@ -9,7 +9,7 @@
 Invariants: both sides look at the same epoch, or at nothing: a pin is sent before the commit of any
 later epoch, and what cannot be read at its epoch is asked again at another one. So there is no
 false alarm, however busy the volume is, and a block counts as compared only if it was.
-Deliberately not here: scheduling, and what is kept of results (the node).
+Deliberately not here: when one is begun (`verify_schedule`), and what is kept of it (the node).
 """
 
 from __future__ import annotations
@@ -36,9 +36,8 @@ from geomirror.wan_protocol.verify_run import (
     VerifyRun,
     total_blocks,
 )
+from geomirror.wan_protocol.verify_schedule import RATE_MIN
 
-RATE_MIN = 256 << 10
-"""Bytes per second; slower ones would keep an epoch for too long."""
 ROUND_S = 2
 """A round is about so long: both sides keep its epoch readable meanwhile."""
 ROUND_ASKS_MAX = 64
@@ -101,6 +100,11 @@ class Verifying(Healing):
             self._give_up_round(run)
             run.state, run.reason = STOPPED, reason
             self._decide(Emit("verify_stopped", {"peer": peer, "reason": reason}))
+
+    def is_comparable(self, peer: str) -> bool:
+        """Whether something could be compared with a peer right now."""
+        sender = self.senders.get(peer)
+        return sender is not None and not self._why_not(sender)
 
     # The machinery.
 

@@ -110,11 +110,20 @@ def test_the_simulator_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.system
+def test_single_operations_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    result = bench(tmp_path, "--only", "costs")["costs"]
+    assert result["verdict"] in ("ok", "not quiet"), result["invalid_because"]
+    assert len(result["figures"]) >= 14
+    assert all(figure["value"] > 0 for figure in result["figures"])
+
+
+@pytest.mark.system
 def test_history_is_measured_by_level(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     found = bench(tmp_path, "--only", "history", "--rounds", "1")
     levels, turns = found["history.levels"], found["history.apply"]
-    for result in (levels, turns, found["history.full"]):
+    for result in (levels, turns, found["history.full"], found["history.rewind"]):
         assert result["verdict"] in ("ok", "not quiet"), result["invalid_because"]
     points = [row[3] for row in levels["table"]["rows"]]
     assert all(points[:2])
@@ -124,6 +133,8 @@ def test_history_is_measured_by_level(tmp_path: Path, monkeypatch: pytest.Monkey
     assert figures["written per byte received: image"] > 0.9
     assert 0 < figures["written per byte received: before-images"] < 1.1
     assert figures["written per byte received: thinning of history"] > 0
+    back = {figure["name"]: figure["value"] for figure in found["history.rewind"]["figures"]}
+    assert back["volume as at the beginning"] == 1
     ratio = turns["figures"][0]
     assert (ratio["bound"], ratio["value"] > 0.05) == ("≥ 0.5", True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
 
 import rich_click as click
@@ -64,12 +65,7 @@ def reference() -> str:
 def _section(words: str, command: click.Command) -> str:
     context = click.Context(command, info_name=words)
     usage = " ".join(command.collect_usage_pieces(context))
-    text = (
-        inspect.cleandoc(command.help or "")
-        .replace("\b\n", "")
-        .replace("[bold]", "")
-        .replace("[/bold]", "")
-    )
+    text = re.sub(r"\[/?(bold|dim)\]", "", inspect.cleandoc(command.help or "").replace("\b\n", ""))
     lines = [f"### {words}", f"`{words} {usage}`", ""]
     is_example = False
     for line in text.splitlines():

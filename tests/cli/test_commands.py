@@ -258,3 +258,20 @@ def test_python_without_assertions_is_refused(tmp_path):
     )
     assert done.returncode != 0
     assert b"python -O" in done.stderr
+
+
+def test_the_module_of_each_command_loads_alone():
+    """Other tests start commands where everything is loaded already."""
+    program = (
+        "import os, sys, rich_click\n"
+        "for name in sys.argv[1:]:\n"
+        "    if (pid := os.fork()) == 0:\n"
+        "        __import__(name)\n"
+        "        os._exit(0)\n"
+        "    if os.waitpid(pid, 0)[1]:\n"
+        "        sys.exit(name)\n"
+    )
+    modules = sorted({module for panel in main.PANELS.values() for module in panel.values()})
+    command = [sys.executable, "-c", program, *modules, "geomirror.node.run_io"]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from geomirror.environment import SECOND
 from geomirror.node.replica_status import PrimaryStatus, SecondaryStatus
 from tests.wan_protocol.core_support import PEER, PRIMARY, Stage
-from tests.wan_protocol.test_put_back import put_back_primary
+from tests.wan_protocol.put_back_support import disk_of_copy, put_back_copy, put_back_primary
 
 
 def test_a_primary_says_what_it_has_lost_and_what_to_do_until_that_is_chosen() -> None:
@@ -30,14 +30,10 @@ def test_a_primary_says_what_it_has_lost_and_what_to_do_until_that_is_chosen() -
 
 def test_a_copy_with_an_older_disk_is_told_of_until_it_has_as_much_again() -> None:
     stage = Stage()
-    stage.write_epochs(3)
-    stage.pass_time(1000)
-    store = stage.snapshot(PEER)
+    store = disk_of_copy(stage)
     said = stage.write_epochs(4, seed=5)
     stage.pass_time(1000)
-    stage.park_frames()
-    stage.restore(PEER, store)
-    stage.pass_time(100)
+    put_back_copy(stage, store)
     status = PrimaryStatus(stage.primary)
     reason = status.peers(stage.now_ns)[0]["reason"]
     assert reason.startswith(f"it had epoch {said} durable and came back with less")

@@ -128,3 +128,17 @@ async def test_what_is_not_there_is_refused(network: FakeNetwork):
     with pytest.raises(NotPrimaryError):
         parameters = {"name": "pg", "settings": {}}
         await network.nodes["b"].methods.dispatch(Caller("c"), "resource.set", parameters)
+
+
+async def test_a_node_that_is_no_member_is_told_nothing_of_a_resource(network: FakeNetwork):
+    store = network.nodes["a"].store
+    entry = store.get("pg")
+    for member in (None, "a", "b"):
+        assert store.asked_by(member, entry.definition.resource_id) is entry.definition
+    with pytest.raises(RefusedError, match='node "c" is no member of "pg"'):
+        store.asked_by("c", entry.definition.resource_id)
+    entry.state = "deleting"
+    for asking in ("b", "c"):
+        with pytest.raises(NotFoundError):
+            store.asked_by(asking, entry.definition.resource_id)
+    entry.state = "active"

@@ -222,8 +222,10 @@ class Faults:
         node.wall_shift_ns += self._chance.randrange(-WALL_STEP_NS, WALL_STEP_NS)
 
     def _hold(self) -> None:
+        self.hold(self._any_secondary())
+
+    def hold(self, node: SimNode) -> None:
         """Readers keep a secondary's image as it is for a while."""
-        node = self._any_secondary()
         core, life = node.core, node.life
         if not isinstance(core, Secondary) or not node.is_alive or core.hold_apply:
             return

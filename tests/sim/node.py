@@ -108,6 +108,8 @@ class Setup:
     """Something was said to be durable: a good moment for the power to go away."""
     on_step: Callable[[SimNode], None]
     """A job of a change of its role runs next."""
+    on_resync: Callable[[SimNode], None]
+    """A copy writes what a resync brought."""
     on_verify_answer: Callable[[str, str, VerifyAnswer], None]
     on_accepted: Callable[[SimNode, str, SessionAccept], None]
     """A primary has taken in where a copy stands."""
@@ -386,7 +388,7 @@ class SimNode:
         self._is_draining = True
         core = self.core
         try:
-            while self.is_alive and core.has_decisions:
+            while self.is_alive and core.decisions:
                 while self.is_alive and (decision := core.next_decision()) is not None:
                     self._execute(decision)
                 if isinstance(core, Primary):
@@ -432,6 +434,8 @@ class SimNode:
                 setup.on_promise(self)
             case RunJob():
                 self._run_job(decision)
+                if decision.kind == "resync":
+                    setup.on_resync(self)
             case RoomAvailable():
                 setup.on_room(self)
             case Emit(kind, fields):

@@ -57,12 +57,16 @@ class Options:
     nodes: int = 3
     succession_mean_ns: int = NEVER
     """Between two changes of the primary that an operator asks for."""
+    resynced_heir_chance: float = 0.0
+    """That a primary is lost right after it has resynced a copy, whose readers hold it still."""
     put_back_mean_ns: int = NEVER
     """Between snapshots of the primary's disk that are put back later."""
     rewind_mean_ns: int = NEVER
     """Between two looks whether to rewind the primary, or to end a rewind."""
     verify_mean_ns: int = NEVER
     """Between looks whether to start a verify."""
+    verify_every_ns: int = NEVER
+    """Interval in which every copy is compared by itself."""
     rot_mean_ns: int = NEVER
     """Between blocks of secondaries that rot at rest."""
 

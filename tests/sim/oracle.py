@@ -382,7 +382,10 @@ class Oracle:
 
     def _masked(self, name: str, volume: int, content: bytes | bytearray) -> bytes | bytearray:
         """The content without what rotted."""
-        blocks = [block for owner, block in self.rotten.get(name, ()) if owner == volume]
+        rotten = self.rotten.get(name)
+        if not rotten:
+            return content
+        blocks = [block for owner, block in rotten if owner == volume]
         if not blocks:
             return content
         masked = bytearray(content)

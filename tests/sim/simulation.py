@@ -26,10 +26,11 @@ from tests.sim.promotable import CutCheck
 from tests.sim.proof import StumbleError, is_proof
 from tests.sim.put_back import PutBack
 from tests.sim.rewinds import Rewinds
+from tests.sim.scheduled import Scheduled
 from tests.sim.succession import Succession, successions
 from tests.sim.sync_check import SyncCheck, draw_policy
 from tests.sim.verdict_check import VerdictCheck
-from tests.sim.verifying import Verifying, draw_verifies
+from tests.sim.verifying import Verifying, draw_interval, draw_verifies
 from tests.sim.world import MS, SECOND, World
 
 PRIMARY = "east"
@@ -94,6 +95,7 @@ class Simulation:
         drawn = replace(drawn, marks_mean_ns=draw_marks(seed), growth_chance=draw_growth(seed))
         verify_mean_ns, rot_mean_ns = draw_verifies(seed)
         drawn = replace(drawn, verify_mean_ns=verify_mean_ns, rot_mean_ns=rot_mean_ns)
+        drawn = replace(drawn, verify_every_ns=draw_interval(seed))
         options = replace(drawn, **focus)  # type: ignore[arg-type]
         self.options = options
         self.oracle = Oracle(VOLUMES)
@@ -142,6 +144,7 @@ class Simulation:
             on_reopen=lambda node: self.crash(node, is_kill=True),
             on_promise=lambda node: self.faults.promised(node),
             on_step=lambda node: self.faults.changing(node),
+            on_resync=lambda node: self.succession.resyncs(node),
             on_verify_answer=lambda *what: self.verifying.answered(*what),
             on_accepted=lambda *what: self.put_back.accepted(*what),
             node=lambda name: self.nodes[name],
@@ -157,6 +160,7 @@ class Simulation:
         self.succession = Succession(self, seed, options.succession_mean_ns)
         self.rewinds = Rewinds(self, seed, options.rewind_mean_ns)
         self.verifying = Verifying(self, seed, options.verify_mean_ns, options.rot_mean_ns)
+        self.scheduled = Scheduled(self, options.verify_every_ns)
         self.put_back = PutBack(self, seed, options.put_back_mean_ns)
         self.crashes = self.lost = 0
         self.is_detected = False
@@ -219,7 +223,7 @@ class Simulation:
             sum(node.roles.promotions for node in self.nodes.values()),
             self.placing.tails,
             self.placing.rewinds,
-            self.verifying.ended,
+            self.verifying.ended + sum(self.scheduled.ended.values()),
             self.verifying.rotten,
             self.put_back.count,
             self.is_detected,
@@ -241,6 +245,7 @@ class Simulation:
         self.succession.begin()
         self.rewinds.begin()
         self.verifying.begin()
+        self.scheduled.begin()
         self.put_back.begin()
         if not self.is_succession:
             self._look_at_verdicts()
@@ -392,6 +397,7 @@ class Simulation:
         for node in self.nodes.values():
             self.placing.check_branches(node)
         self.marking.check()
+        self.scheduled.finish()
         self.verifying.finish()
 
     def converge(self) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from geomirror.cluster.verdict import COMPLETE, assess
 from geomirror.errors import GeomirrorError, RefusedError
 from geomirror.volume.engine import Engine
+from geomirror.volume.superblock import HeldRecord
 from geomirror.wan_protocol.member_answer import answer_of
 from geomirror.wan_protocol.primary import Primary
 from geomirror.wan_protocol.primary_starts import start_entries
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 CALM_FACTOR = 6
 TAKE_NS = 200 * MS
 """From the hand over to the heir's promotion, about."""
+RESYNC_NS = 15 * SECOND
+"""So long is waited for all of a resync."""
 TRIES_MAX = 2
 """A tail that cannot be given up so often, with no faults any more, never can."""
 LEGITIMATE = ("no state at or before epoch", "nothing is rolled back to before a volume grew")
@@ -40,6 +43,7 @@ LEGITIMATE = ("no state at or before epoch", "nothing is rolled back to before a
 that was put back or a damaged file ended it; or a copy is in a resync over a growth, which its new
 primary does not end."""
 OTHER_HISTORY = "has another history here"
+OTHER_SIZES = "volumes of "
 
 
 def successions(seed: int) -> dict[str, Any]:
@@ -54,6 +58,7 @@ def successions(seed: int) -> dict[str, Any]:
         "rewind_mean_ns": draw_rewinds(seed) if put_back_mean_ns == NEVER else NEVER,
         "bit_flips": False,
         "put_back_mean_ns": put_back_mean_ns,
+        "resynced_heir_chance": chance.choice([0.0, 0.1, 0.3]),
     }
 
 
@@ -70,6 +75,8 @@ class Succession:
         self.counts: dict[str, int] = {}
         self._refusals: dict[str, list[str]] = {}
         """Outranked members → why they could not give up their tail, since faults ended."""
+        self._considered: dict[str, tuple[int, HeldRecord | None]] = {}
+        """Copies whose resync was seen: their life, and the state that it holds."""
         self._hopeless: set[str] = set()
         """Those that could not, for good."""
 
@@ -97,10 +104,13 @@ class Succession:
 
     def _fail_over(self) -> None:
         """Something happens to the primary, and a moment later somebody takes its place."""
+        heir = self._chance.choice(self._simulation.secondaries)
+        self._lose_primary(heir, ["crash", "cut", "isolated", "nothing"])
+
+    def _lose_primary(self, heir: SimNode, causes: list[str]) -> None:
         simulation, chance = self._simulation, self._chance
-        heir = chance.choice(simulation.secondaries)
         primary = simulation.primary
-        cause = chance.choice(["crash", "cut", "isolated", "nothing"])
+        cause = chance.choice(causes)
         if cause == "crash" and primary.is_alive:
             simulation.crash(primary, is_kill=chance.random() < 0.5)
         elif cause in ("cut", "isolated"):
@@ -110,6 +120,31 @@ class Succession:
                     self._cut(pair)
         after_ns = self._world.between(10 * MS, 4 * SECOND)
         self._world.after(after_ns, lambda: self._try(heir))
+
+    def resyncs(self, heir: SimNode) -> None:
+        """A copy is in a resync. Perhaps readers hold its image from now on, and once everything of
+        the resync is durable there, and not applied, the primary is lost."""
+        engine, life = heir.engine, heir.life
+        is_considered = self._considered.get(heir.name) == (life, engine.held)
+        if is_considered or engine.held is None or self._simulation.faults.is_ending:
+            return
+        self._considered[heir.name] = (life, engine.held)
+        if self._chance.random() >= self._simulation.options.resynced_heir_chance:
+            return
+        until_ns = self._world.now_ns + RESYNC_NS
+
+        def look() -> None:
+            is_over = heir.life != life or engine.held is None or self._world.now_ns > until_ns
+            if is_over or self._simulation.faults.is_ending:
+                return
+            if engine.sealed_epoch >= engine.superblock.consistent_from >= 0:
+                self._count("resynced heir")
+                self._lose_primary(heir, ["crash", "isolated"])
+            else:
+                self._world.after(TAKE_NS, look)
+
+        self._world.after(MS, lambda: self._simulation.faults.hold(heir))
+        self._world.after(TAKE_NS, look)
 
     def _cut(self, pair: tuple[str, str]) -> None:
         network = self._simulation.network
@@ -287,7 +322,10 @@ class Succession:
         senders = primary.senders if isinstance(primary, Primary) else {}
         for node in self._simulation.nodes.values():
             core = node.core
-            is_refused = node.name in senders and OTHER_HISTORY in senders[node.name].refusal
+            refusal = senders[node.name].refusal if node.name in senders else ""
+            # First filled over a growth that the history then lost: nothing to go back to.
+            is_outgrown = refusal.startswith(OTHER_SIZES) and core.engine.state_epoch is None
+            is_refused = OTHER_HISTORY in refusal or is_outgrown
             is_stuck = isinstance(core, Secondary) and is_refused
             is_hopeless = len(self._refusals.get(node.name, ())) > TRIES_MAX
             if is_hopeless:

@@ -7,6 +7,7 @@ from typing import Any
 
 from geomirror.cluster.history import Comparison
 from geomirror.volume.engine import Engine
+from geomirror.volume.engine_held import HeldCopy
 from geomirror.volume.generations import chain_records
 from geomirror.volume.undo import UndoStore
 from geomirror.wan_protocol import session
@@ -46,10 +47,17 @@ def undo_of_the_tail_stays() -> list[Patch]:
     return [(UndoStore, "roll_back", roll_back)]
 
 
+def resync_not_counted() -> list[Patch]:
+    """Whoever has all of a resync, and applied not all of it yet, counts as in the middle of it:
+    promoted, it goes back to the state from before."""
+    return [(HeldCopy, "has_all_of_resync", property(lambda self: False))]
+
+
 SUCCESSION_MUTATIONS: tuple[Callable[[], list[Patch]], ...] = (
     stale_token_accepted,
     claim_not_durable,
     orphan_tail_dropped,
     diverged_follows,
     undo_of_the_tail_stays,
+    resync_not_counted,
 )

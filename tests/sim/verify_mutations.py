@@ -15,6 +15,7 @@ from geomirror.volume.view_index import IMAGE
 from geomirror.wan_protocol import verify_answering
 from geomirror.wan_protocol.verify_answering import Pinned, VerifyAnswering
 from geomirror.wan_protocol.verify_healing import HealJob
+from geomirror.wan_protocol.verify_run import Position, VerifyRun
 from tests.sim.sync_mutations import Patch
 
 
@@ -68,9 +69,20 @@ def _read_image(each: Any, image: Image) -> None:
     each.reading.buffers = [image.read_existing(each.block).ljust(each.length, b"\0")]
 
 
+def goes_on_behind_what_was_asked() -> list[Patch]:
+    """An interrupted verify goes on where nothing was asked yet, whatever was not answered."""
+
+    def position(self: VerifyRun) -> Position:
+        self.found.volume, self.found.block = self.cursor
+        return self.found
+
+    return [(VerifyRun, "position", position)]
+
+
 VERIFY_MUTATIONS: tuple[Callable[[], list[Patch]], ...] = (
     tables_not_looked_at,
     last_region_not_compared,
     newest_epoch_compared,
     healed_with_what_the_image_holds,
+    goes_on_behind_what_was_asked,
 )

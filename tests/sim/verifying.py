@@ -39,6 +39,13 @@ def draw_verifies(seed: int) -> tuple[int, int]:
     return verifies, rots
 
 
+def draw_interval(seed: int) -> int:
+    """How often copies are compared by themselves; never where verifies are begun by hand."""
+    chance = random.Random(f"{seed}/scheduled")
+    every_ns = int(chance.uniform(2, 20) * SECOND)
+    return every_ns if draw_verifies(seed)[0] == NEVER else NEVER
+
+
 class Verifying:
     """Starts verifies, lets blocks rot, and judges what is found."""
 
@@ -154,6 +161,7 @@ class Verifying:
         node.store.flip_bit(image.file.name, byte * 8 + self._chance.randrange(8))
         key = (image.index, byte // BLOCK)
         self._oracle.rotten.setdefault(node.name, set()).add(key)
+        self._simulation.scheduled.rotted(node.name, key)
         self.rotten += 1
         self._world.note(f"{node.name}: block {key[1]} of volume {key[0]} rots")
         return key

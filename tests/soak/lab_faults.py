@@ -219,7 +219,7 @@ class Faults:
         await self._ready(scene.primary)
         if self._removed:
             scene.tell(f"{node.name} added again")
-            await scene.primary.cli("resource", "add-secondary", RESOURCE, node.name)
+            await self._add(node)
             self._removed = False
             return
         scene.tell(f"{node.name} removed")
@@ -228,6 +228,20 @@ class Faults:
         await scene.primary.cli(*command)
         self._removed = True
         scene.seen.pop(node.name, None)
+
+    async def _add(self, node: LabNode) -> None:
+        """Add it again; refused until it has said that it forgot its part from before."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + READY_S_MAX
+        while True:
+            try:
+                await self._scene.primary.cli("resource", "add-secondary", RESOURCE, node.name)
+            except GeomirrorError as error:
+                if "still has its part" not in str(error) or loop.time() > until:
+                    raise
+                await asyncio.sleep(0.2)
+            else:
+                return
 
     async def _flood(self) -> None:
         """More than the journal holds while a mirror is away: it is resynced afterwards."""

@@ -23,6 +23,7 @@ class Attached:
 
     def attach(self, *, make_file_system: bool = False) -> None:
         """Mount it; the file system's journal is replayed if it was dropped."""
+        self._site.uri()  # After a start it is opened first.
         if make_file_system:
             run("mkfs.ext4", "-q", self._site.run("attach", "pg", "--device").strip())
             self.detach()

@@ -38,6 +38,9 @@ class FarSite(Site):
     def command(self, *arguments: str) -> list[str]:
         return self.namespace.command(*super().command(*arguments))
 
+    def entered(self, *arguments: str) -> list[Path]:
+        return [self.namespace.path]
+
     def link(self) -> dict[str, Any]:
         """The link to the one other node, as `link list` shows it."""
         found: dict[str, Any] = self.call("link.list")["links"][0]

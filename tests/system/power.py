@@ -118,11 +118,13 @@ class PowerSite(Site):
 
     def start(self) -> None:
         """Start the daemon and return at once."""
+        if not self.has_no_sync:
+            super().start()
+            return
         assert self.process is None
-        environment = dict(os.environ)
-        if self.has_no_sync:
-            shim = asyncio.run(compile_program(SHIM, flags=("-shared", "-fPIC"), cache=self.root))
-            environment["LD_PRELOAD"] = str(shim)
+        # Loaded into an interpreter when it starts: no fork has it.
+        shim = asyncio.run(compile_program(SHIM, flags=("-shared", "-fPIC"), cache=self.root))
+        environment = {**os.environ, "LD_PRELOAD": str(shim)}
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 self.command("node", "run"), stderr=log, cwd=self.root, env=environment

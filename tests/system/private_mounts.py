@@ -19,6 +19,7 @@ import pytest
 
 from geomirror.node.attach_client import list_attachments
 from geomirror.node.paths import DataDir
+from tests.system import nursery
 from tests.system.support import Site, is_root, until
 
 TOOLS = ("nbdfuse", "losetup", "mkfs.ext4", "e2fsck", "mount", "umount", "blkid", "unshare")
@@ -44,6 +45,7 @@ def own_mounts() -> Iterator[None]:
     is refused to whoever shares it with a thread that began inside: numpy's begin when a command in
     this process imports it, so it is imported before.
     """
+    nursery.begin()
     system = ctypes.CDLL(None, use_errno=True)
     before = os.open("/proc/thread-self/ns/mnt", os.O_RDONLY)
     try:
@@ -71,6 +73,11 @@ class MountSite(Site):
         inside = [] if arguments[:2] == ("node", "run") else self._inside
         return [*inside, *super().command(*arguments)]
 
+    def entered(self, *arguments: str) -> list[Path]:
+        """In the namespace, unless it is the daemon."""
+        is_daemon = arguments[:2] == ("node", "run")
+        return [] if is_daemon else [Path(f"/proc/{self._holder.pid}/ns/mnt")]
+
     def inside(self, *command: str | Path, may_fail: bool = False) -> str:
         """Run a tool in the namespace; its output."""
         done = subprocess.run(
@@ -95,10 +102,12 @@ class MountSite(Site):
         self, *arguments: str, expected: int, code: str, as_nobody: bool = False
     ) -> str:
         """Run a command there that fails; its message and hint."""
-        command = self.command(*arguments, "--json")
         if as_nobody:
+            command = self.command(*arguments, "--json")
             command[len(self._inside) : len(self._inside)] = ["setpriv", "--euid=65534"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        else:
+            done = self.finished(*arguments, "--json")
         assert done.returncode == expected, (arguments, done.stdout, done.stderr)
         found = json.loads(done.stdout)["error"]
         assert found["code"] == code, found

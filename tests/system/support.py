@@ -29,6 +29,7 @@ SEED = int(os.environ.get("GEOMIRROR_SEED", "0"))
 """Added to what chance is drawn from: a soak repeats these tests with others."""
 POLL_S = 0.05
 GEOMIRROR = [sys.executable, "-m", "geomirror"]
+COMMAND_S_MAX = 90
 
 
 def until(condition: Callable[[], Any], timeout_s: float = 30, what: str = "") -> Any:
@@ -65,7 +66,14 @@ class Site:
         self.data_dir = data_dir or root / name
         self.log_path = root / f"{name}.log"
         self.port = free_port()
-        self.process: subprocess.Popen[bytes] | nursery.Daemon | None = None
+        self.process: subprocess.Popen[bytes] | nursery.Fork | None = None
+
+    is_forked = True
+    """Whether commands and the daemon come out of a nursery, not each out of a new interpreter."""
+
+    def entered(self, *arguments: str) -> list[Path]:
+        """Namespaces that a process with these arguments is in, where they are not the test's."""
+        return []
 
     # Commands.
 
@@ -76,7 +84,7 @@ class Site:
     @property
     def _is_plain(self) -> bool:
         """Whether its commands run in the namespaces of this process."""
-        return self.command()[: len(GEOMIRROR)] == GEOMIRROR
+        return self.is_forked and not self.entered()
 
     def run(self, *arguments: str, expected: int = 0, stdin: str = "") -> str:
         """Run a command; its stdout. The exit code is checked, and that nothing crashed."""
@@ -84,18 +92,30 @@ class Site:
 
     def outcome(self, *arguments: str, expected: int, stdin: str = "") -> tuple[str, str]:
         """Run a command; its stdout and stderr."""
-        done = subprocess.run(
+        done = self.finished(*arguments, stdin=stdin)
+        assert done.returncode == expected, (arguments, done.stdout, done.stderr)
+        assert "Traceback" not in done.stderr
+        return done.stdout, done.stderr
+
+    def finished(self, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        """Run a command to its end."""
+        words = ["--data-dir", str(self.data_dir), *arguments]
+        places = self.entered(*arguments)
+        if self.is_forked:
+            done = nursery.run(
+                words, self.root, stdin=stdin, namespaces=places, timeout_s=COMMAND_S_MAX
+            )
+            if done is not None:
+                return done
+        return subprocess.run(
             self.command(*arguments),
             capture_output=True,
             text=True,
-            timeout=90,
+            timeout=COMMAND_S_MAX,
             check=False,
             input=stdin,
             cwd=self.root,
         )
-        assert done.returncode == expected, (arguments, done.stdout, done.stderr)
-        assert "Traceback" not in done.stderr
-        return done.stdout, done.stderr
 
     def set_up(self, *arguments: str) -> str:
         """A command that a story begins with, in this process as in `error`; its stdout."""
@@ -138,16 +158,19 @@ class Site:
     def start(self) -> None:
         """Start the daemon and return at once."""
         assert self.process is None
-        command = self.command("node", "run")
+        words = ["--data-dir", str(self.data_dir), "node", "run"]
         with self.log_path.open("ab") as log:
-            if command[: len(GEOMIRROR)] == GEOMIRROR:
-                arguments = command[len(GEOMIRROR) :]
-                self.process = nursery.start(arguments, log.fileno(), self.root)
+            if self.is_forked:
+                places = self.entered("node", "run")
+                self.process = nursery.start(
+                    words, self.root, stderr=log.fileno(), namespaces=places
+                )
             if self.process is None:
+                command = self.command("node", "run")
                 self.process = subprocess.Popen(command, stderr=log, cwd=self.root)
 
     def restart(self) -> None:
-        """Start, and return when the daemon answers."""
+        """Start, and return when the daemon answers and has opened its resources, or failed to."""
         self.start()
         process = self.process
         assert process is not None
@@ -155,11 +178,12 @@ class Site:
         assert process.poll() is None, self.log()[-2000:]
 
     def _answers(self) -> bool:
+        # It answers before its resources are open.
         try:
-            self.call("status")
+            resources = self.call("status")["resources"]
         except UnreachableError:
             return False
-        return True
+        return all(resource["state"] != "opening" for resource in resources)
 
     def failed_start(self, *, expected: int) -> str:
         """Start a daemon that must refuse to run; what it printed."""
@@ -240,10 +264,16 @@ class Site:
             return bytes(await client.read(offset, length))
 
 
+class UserSite(Site):
+    """A node as its users have it: each process is a new interpreter."""
+
+    is_forked = False
+
+
 @contextmanager
-def some_sites(root: Path, *names: str) -> Iterator[tuple[Site, ...]]:
+def some_sites(root: Path, *names: str, kind: type[Site] = Site) -> Iterator[tuple[Site, ...]]:
     """Sites whose daemons do not outlive the block."""
-    found = tuple(Site(root, name) for name in names)
+    found = tuple(kind(root, name) for name in names)
     try:
         yield found
     finally:

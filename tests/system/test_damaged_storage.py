@@ -7,7 +7,6 @@ import hashlib
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -68,19 +67,12 @@ async def check_served(site: Site, name: str) -> None:
     assert site.status(name)["error"] is None
 
 
-def opened(site: Site) -> Any:
-    """The resource "pg" once it is not being opened any more."""
-    found = site.resource("pg")
-    return None if found["state"] == "opening" else found
-
-
 async def check_fails_alone(site: Site, *, exit_code: int, code: str) -> str:
     """pg is not served and untouched, and every way of asking says why; `other` is served."""
     before = contents(directory(site))
     site.restart()
     await check_served(site, "other")
-    # A daemon answers before its resources are open.
-    found = await asyncio.to_thread(until, lambda: opened(site))
+    found = site.resource("pg")
     assert (found["state"], found["error"]["code"]) == ("failed", code)
     assert found["volumes"][0]["nbd_uri"] is None
     said = site.error("wait", "pg", "--timeout", "1", expected=exit_code, code=code)

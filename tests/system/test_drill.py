@@ -34,28 +34,46 @@ FSCK = 'e2fsck -f -y "$GEOMIRROR_FILE"; test $? -le 1'
 """1: it was repaired, by a replay of its journal."""
 
 
-@pytest.fixture
-def pair(tmp_path: Path) -> Iterator[tuple[MountSite, MountSite]]:
-    """A primary that has "pg" mounted and a secondary; at the end nothing of drills is left."""
+@pytest.fixture(scope="module")
+def daemons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[MountSite, MountSite]]:
+    """Two linked nodes, for all stories of `pair`."""
     require_attach()
-    a, b = MountSite(tmp_path, "a"), MountSite(tmp_path, "b")
+    root = tmp_path_factory.mktemp("pair")
+    a, b = MountSite(root, "a"), MountSite(root, "b")
     try:
+        a.data_dir.mkdir(mode=0o700)
+        # A primary has points of what is destaged: half a minute later, by default.
+        (a.data_dir / "geomirror.toml").write_text("[storage]\ndestage_age_s = 1\n")
         make_network(a, b)
-        create(a, "pg")
-        a.inside("mkfs.ext4", "-q", a.run("attach", "pg", "--device").strip())
-        a.run("detach", "pg")
-        (tmp_path / "m").mkdir()
-        a.run("attach", "pg", str(tmp_path / "m"))
         yield a, b
-        a.run("detach", "pg")
         assert a.crashes() == b.crashes() == []
-        for site in (a, b):
-            assert traces(site) == []
-            assert site.call("view.list", name="pg")["views"] == []
-        assert a.leftovers() == []
     finally:
         a.end()
         b.end()
+
+
+@pytest.fixture
+def pair(
+    daemons: tuple[MountSite, MountSite], tmp_path: Path
+) -> Iterator[tuple[MountSite, MountSite]]:
+    """A primary that has a new "pg" mounted and a secondary; at the end no drill has left a thing.
+
+    A resource of that name from before has taken its drills with it.
+    """
+    a, b = daemons
+    create(a, "pg")
+    a.inside("mkfs.ext4", "-q", a.run("attach", "pg", "--device").strip())
+    a.run("detach", "pg")
+    (tmp_path / "m").mkdir()
+    a.run("attach", "pg", str(tmp_path / "m"))
+    yield a, b
+    a.run("detach", "pg")
+    for site in (a, b):
+        assert traces(site) == []
+        assert site.call("view.list", name="pg")["views"] == []
+    assert a.leftovers() == []
+    a.run("resource", "delete", "pg", "--yes")
+    until(lambda: not b.call("status")["resources"], what="it is deleted there, too")
 
 
 def runs(word: str) -> bool:

@@ -61,7 +61,6 @@ def flip(path: Path, offset: int) -> None:
 
 
 def unusable(site: Site) -> list[dict[str, Any]]:
-    until(lambda: site.status()["state"] != "opening", what="it is served")
     return list(site.call("resource.timeline", name="pg")["undo"]["unusable"])
 
 
@@ -169,7 +168,6 @@ def test_points_from_before_a_promotion_stay_and_views_of_them_too(tmp_path: Pat
         asyncio.run(b.write(0, version(9)))
         b.kill()
         b.restart()
-        until(lambda: b.status()["state"] != "opening", what="it is served")
         listed = until(lambda: b.json("view", "list", "pg")["views"])[0]
         assert (listed["state"], listed["epoch"]) == ("served", epochs[1])
         assert asyncio.run(read_uri(view["nbd_uri"])) == version(1)

@@ -123,6 +123,15 @@ def test_a_primary_whose_disk_was_put_back_does_not_win(tmp_path: Path, kept: st
         assert asyncio.run(b.read(0, MIB)) == version(2)
 
         # The way out that keeps what was lost there: the other one need not be stopped before.
+        for site in (a, b):
+            asked = ("failover", "pg", "--to", "west-1", "--dry-run")
+            assert site.json(*asked)["primary"]["is_put_back"]
+            said = " ".join(site.run(*asked).split())
+            assert "primary east-1 answers; its disk was put back to an older state" in said, said
+            assert "promoted at west-1 itself, the copy takes its place" in said
+            assert "refused:" not in said and "switchover" not in said
+        with_hint = a.error("failover", "pg", "--to", "west-1", "--yes", expected=5, code="refused")
+        assert "give the command at west-1" in with_hint
         b.run("failover", "pg", "--to", "west-1", "--yes")
         assert asyncio.run(b.read(0, MIB)) == version(2)
         tail = outranked(a, "superseded")

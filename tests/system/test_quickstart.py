@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from geomirror.nbd.client_io import NbdClient
-from tests.system.support import MIB, Site, quick_start, some_sites, until
+from tests.system.support import MIB, Site, UserSite, quick_start, some_sites, until
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(120)]
 
@@ -24,6 +24,12 @@ pytestmark = [pytest.mark.system, pytest.mark.timeout(120)]
 @pytest.fixture
 def sites(tmp_path: Path) -> Iterator[tuple[Site, Site]]:
     with some_sites(tmp_path, "a", "b") as (a, b):
+        yield a, b
+
+
+@pytest.fixture
+def users_sites(tmp_path: Path) -> Iterator[tuple[Site, Site]]:
+    with some_sites(tmp_path, "a", "b", kind=UserSite) as (a, b):
         yield a, b
 
 
@@ -38,8 +44,8 @@ async def read(site: Site, offset: int, length: int) -> bytes:
         return bytes(await client.read(offset, length))
 
 
-async def test_the_steps_of_the_quick_start(sites: tuple[Site, Site]) -> None:
-    a, b = sites
+async def test_the_steps_of_the_quick_start(users_sites: tuple[Site, Site]) -> None:
+    a, b = users_sites
     quick_start(a, b)
     found = a.json("status", "pg")
     assert {"schema_version", "node", "site", "resources"} <= found.keys()
@@ -56,7 +62,7 @@ async def test_the_steps_of_the_quick_start(sites: tuple[Site, Site]) -> None:
     check_modes(b.data_dir)
     assert b.resource()["role"] == "secondary"
     check_text(a)
-    for site in sites:
+    for site in users_sites:
         assert site.stop() == 0
         assert "Traceback" not in site.log()
 

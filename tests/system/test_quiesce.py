@@ -49,7 +49,12 @@ def mount(tmp_path: Path) -> Iterator[Path]:
         yield place
     finally:
         subprocess.run(["fsfreeze", "--unfreeze", str(place)], capture_output=True, check=False)
-        subprocess.run(["umount", str(place)], check=True)
+        # A thawer may have a moment left: it holds the mount point open until it ends.
+        until(lambda: is_unmounted(place), 10, f"{place} unmounted")
+
+
+def is_unmounted(place: Path) -> bool:
+    return subprocess.run(["umount", str(place)], check=False).returncode == 0
 
 
 def say(log: Path, word: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import time
@@ -109,3 +110,40 @@ def test_a_log_level_that_is_reloaded_decides_what_is_logged(pair: tuple[Site, S
     assert len(a.log()) == length
     reload(a, '[log]\nlevel = "info"\n', "log.level")
     assert "configuration_reloaded" in until(lambda: a.log()[length:])
+
+
+def secrets_of(site: Site) -> list[str]:
+    """Every line of every secret that its data directory holds."""
+    files = [path for path in site.data_dir.rglob("*") if path.suffix in (".key", ".json")]
+    lines = [line for path in files if "key" in path.name for line in path.read_text().split("\n")]
+    return [line for line in lines if len(line) > 40 and not line.startswith("-----")]
+
+
+def test_debug_says_how_links_and_sessions_come_about_and_no_secret(
+    pair: tuple[Site, Site],
+) -> None:
+    a, b = pair
+    create(a, "pg")
+    wait_applied(a)
+    steps = ("link_dialled", "link_not_made", "session_step", "pass_ended")
+    assert not any(step in a.log() + b.log() for step in steps), "not at the level info"
+    reload(a, '[log]\nlevel = "debug"\n', "log.level")
+    reload(b, '[log]\nlevel = "debug"\n', "log.level")
+    length = len(a.log())
+    b.stop()
+    until(lambda: "link_not_made" in a.log()[length:], what="it is dialled in vain")
+    b.restart()
+    token = a.set_up("token", "create", "--site", "north").strip()
+    asyncio.run(a.write(0, os.urandom(MIB)))
+    wait_applied(a)
+    said = a.log()[length:]
+    lines = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    found = {line["event"]: line for line in lines if line.get("level") == "debug"}
+    assert {"link_dialled", "link_not_made", "session_step"} <= set(found), set(found)
+    assert found["link_not_made"]["next_s"] > 0
+    told = [(line["way"], line["step"]) for line in lines if line["event"] == "session_step"]
+    assert ("sent", "open") in told and ("received", "accept") in told
+    until(lambda: "pass_ended" in b.log() and "pass_ended" in a.log(), what="both applied it")
+    everything = a.log() + b.log()
+    assert len(secrets_of(a)) > 1
+    assert not any(secret in everything for secret in [token, *secrets_of(a), *secrets_of(b)])

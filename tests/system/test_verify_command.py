@@ -93,7 +93,8 @@ def load(site: Site, first: int, end: int) -> Iterator[None]:
 
 def test_flipped_bytes_are_found_and_healed_and_the_next_verify_is_clean(pair):
     a, b = pair
-    assert a.peer()["verify"] is None
+    assert a.peer()["verify"]["last"] is None
+    assert a.peer()["verify"]["every_seconds"] == 7 * 86400
     clean = last(a.json("verify", "pg", "--wait", "--rate", "100M"))
     assert (clean["result"], clean["compared_bytes"]) == ("clean", -(-SIZE // BLOCK) * BLOCK)
     a.run("check", "pg")
@@ -171,7 +172,7 @@ def test_a_killed_primary_goes_on_with_a_verify_where_it_was(pair):
     until(lambda: current()["compared_bytes"] >= 2 * MIB, what="a part of it")
     # It is written down every ten seconds.
     book = a.data_dir / "resources/pg/verify.json"
-    until(lambda: b'"different_blocks":1' in book.read_bytes(), what="its position on disk")
+    until(lambda: b'"healed_blocks":1' in book.read_bytes(), what="its position on disk")
     a.kill()
     a.restart()
     until(lambda: [p["state"] for p in a.status()["peers"]] == ["Stream"], what="streaming again")
@@ -182,3 +183,74 @@ def test_a_killed_primary_goes_on_with_a_verify_where_it_was(pair):
     done = last(a.json("verify", "pg", "--wait", "--rate", "100M", expected=1))
     assert [each["block"] for each in done["different"]] == [6 * MIB // BLOCK - 1]
     assert is_same(a, b)
+
+
+def scheduled(site: Site, result: str, after: str = "") -> Any:
+    """The next comparison that nobody asked for and that came to this."""
+
+    def found() -> Any:
+        last = next((p["verify"]["last"] for p in site.status()["peers"]), None)
+        is_new = last and last["is_scheduled"] and last["started_at"] > after
+        return last if is_new and last["result"] == result else None
+
+    return until(found, what=f"a scheduled verify that is {result}")
+
+
+def test_copies_are_compared_by_themselves_again_and_again_and_healed_only_if_that_is_wanted(pair):
+    a, b = pair
+    a.error("resource", "set", "pg", "verify_every=soon", expected=2, code="usage")
+    b.run("resource", "set", "pg", "verify_every=1s", "verify_rate=1G")
+    clean = scheduled(a, "clean")
+    assert clean["compared_bytes"] == -(-SIZE // BLOCK) * BLOCK
+    assert scheduled(a, "clean", clean["started_at"])["started_at"] > clean["started_at"]
+    # Each second one is under way for a moment, and said instead.
+    until(lambda: "the same at" in a.run("status", "pg"), what="the last one is said")
+    a.run("check", "pg")
+
+    before = image(b).read_bytes()[7 * BLOCK : 8 * BLOCK]
+    rot(b, 7 * BLOCK + 3)
+    found = scheduled(a, "different")
+    assert found["different"] == [{"volume": "0", "block": 7, "blocks": 1}]
+    assert image(b).read_bytes()[7 * BLOCK : 8 * BLOCK] != before, "an alarm, no change"
+    assert "1 different block, not healed" in a.run("check", "pg", expected=2)
+    until(lambda: a.peer()["verify"]["is_overdue"], what="no clean one for two intervals")
+    until(lambda: a.events("verify_overdue"), what="the event of it")
+
+    a.run("resource", "set", "pg", "verify_heal=on")
+    scheduled(a, "healed")
+    healed = scheduled(a, "clean")
+    assert is_same(a, b)
+    until(lambda: not a.peer()["verify"]["is_overdue"], what="it is clean again")
+    a.run("check", "pg")
+
+    # The daemon's death is no reason to forget it; nor is a verify that somebody asks for.
+    a.kill()
+    a.restart()
+    scheduled(a, "clean", healed["started_at"])
+    assert last(a.json("verify", "pg", "--wait", "--rate", "1G"))["result"] == "clean"
+    a.run("resource", "set", "pg", "verify_every=off")
+    until(lambda: a.peer()["verify"]["state"] == "idle", what="none that runs")
+    assert (a.peer()["verify"]["every_seconds"], a.peer()["verify"]["next_at"]) == (None, None)
+
+
+def test_one_that_a_switchover_interrupts_goes_on_when_the_node_is_the_primary_again(pair):
+    a, b = pair
+    a.run("resource", "set", "pg", "verify_every=1s", "verify_rate=256K")
+
+    def current(site: Site) -> Any:
+        return (site.peer()["verify"] or {}).get("current") or {}
+
+    until(lambda: current(a).get("compared_bytes", 0) >= MIB, what="a part of it")
+    started_at = current(a)["started_at"]
+    a.run("switchover", "pg", "--to", "west-1")
+    until(lambda: current(b), what="the new primary compares, too")
+    assert current(b)["started_at"] > started_at
+    until(lambda: b.peer()["state"] == "Stream", what="streaming the other way")
+    b.run("switchover", "pg", "--to", "east-1")
+    again = until(lambda: current(a), what="it goes on")
+    assert again["started_at"] == started_at
+    assert again["compared_bytes"] >= MIB
+    a.run("resource", "set", "pg", "verify_every=")
+    # It is given no second life by the new interval, nor an end: it was begun as due.
+    done = last(a.json("verify", "pg", "--wait", "--rate", "100M"))
+    assert (done["result"], done["is_scheduled"]) == ("clean", False)

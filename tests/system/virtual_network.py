@@ -54,6 +54,9 @@ class Host(Site):
     def command(self, *arguments: str) -> list[str]:
         return self.namespace.command(*super().command(*arguments))
 
+    def entered(self, *arguments: str) -> list[Path]:
+        return [self.namespace.path]
+
     def configure(self, text: str) -> None:
         """Write the configuration file."""
         path = self.data_dir / "geomirror.toml"

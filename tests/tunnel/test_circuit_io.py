@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 import struct
-from collections.abc import Iterator
 
 import pytest
 
 from geomirror.limits import PRODUCTION
 from geomirror.tunnel.circuit_io import PeerSide, Splice
 from geomirror.tunnel.circuit_pieces import DATA, DONE, END, pack
-
-LOOPS = [asyncio.new_event_loop]
-with contextlib.suppress(ImportError):
-    import uvloop  # an optional dependency
-
-    LOOPS.append(uvloop.new_event_loop)
-
-
-@pytest.fixture(params=LOOPS, ids=lambda loop: loop.__module__.split(".")[0])
-def runner(request: pytest.FixtureRequest) -> Iterator[asyncio.Runner]:
-    with asyncio.Runner(loop_factory=request.param) as found:
-        yield found
 
 
 class Peer(PeerSide):

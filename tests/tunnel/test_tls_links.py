@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,18 +19,6 @@ from geomirror.tunnel.certificates import load_certificate
 from geomirror.tunnel.driver import JOIN_PROTOCOL, LINK_PROTOCOL
 from geomirror.tunnel.join_io import renew_by_join
 from geomirror.tunnel.tls_context_io import network_label
-
-LOOPS: list[Callable[[], asyncio.AbstractEventLoop]] = [asyncio.new_event_loop]
-with contextlib.suppress(ImportError):
-    import uvloop  # an optional dependency
-
-    LOOPS.append(uvloop.new_event_loop)
-
-
-@pytest.fixture(params=LOOPS, ids=lambda loop: loop.__module__.split(".")[0])
-def runner(request: pytest.FixtureRequest) -> Iterator[asyncio.Runner]:
-    with asyncio.Runner(loop_factory=request.param) as found_runner:
-        yield found_runner
 
 
 async def dial_and_close(source: Site, peer: str, endpoint: str) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterator
+import time
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -33,19 +35,8 @@ from geomirror.tunnel.join_io import renew_by_join
 from geomirror.tunnel.path_io import WayOut
 from geomirror.tunnel.tls_io import TlsListener
 from geomirror.tunnel.websocket import WebSocketFrames, new_key, upgrade_request
+from geomirror.wan_protocol.stream_socket_io import read_progress, set_pace, tune
 from tests.ways_out import Inspector, Proxy, self_signed
-
-LOOPS: list[Callable[[], asyncio.AbstractEventLoop]] = [asyncio.new_event_loop]
-with contextlib.suppress(ImportError):
-    import uvloop  # an optional dependency
-
-    LOOPS.append(uvloop.new_event_loop)
-
-
-@pytest.fixture(params=LOOPS, ids=lambda loop: loop.__module__.split(".")[0])
-def runner(request: pytest.FixtureRequest) -> Iterator[asyncio.Runner]:
-    with asyncio.Runner(loop_factory=request.param) as found_runner:
-        yield found_runner
 
 
 @asynccontextmanager
@@ -96,6 +87,33 @@ def test_a_link_goes_through_a_websocket(runner: asyncio.Runner, tmp_path: Path)
             for tls in (None, tmp_path / "tls"):
                 async with websocket(east, tls=tls) as url:
                     await carries(west, url, east)
+
+    runner.run(story())
+
+
+def test_rate_and_progress_of_a_link_are_those_of_the_connection_below_its_websocket(
+    runner: asyncio.Runner, tmp_path: Path
+) -> None:
+    size, rate = 2 * MIB, 8 * MIB
+
+    async def story() -> None:
+        async with pair(tmp_path) as (east, west), websocket(east, tls=tmp_path / "tls") as url:
+            transport, protocol = await west.driver.dial("east-1", url, Collect)
+            sock = transport.get_extra_info("socket")
+            assert sock.family == socket.AF_UNIX, "TLS runs over one end of a pair"
+            assert tune(sock, is_data=True) in ("bbr", "cubic", "reno")
+            set_pace(sock, rate)
+            began = time.monotonic()
+            data = SeededEntropy(7).token_bytes(size)
+            transport.write(data)
+            assert await protocol.wait(size) == data
+            assert time.monotonic() - began > 0.8 * size / rate
+            reading = read_progress(sock)
+            assert reading is not None and reading.acked_bytes > size and reading.rtt_ns > 0
+            transport.close()
+            await protocol.lost
+            await east.accepted[-1].lost
+            assert read_progress(sock) is None, "gone, and nobody else's"
 
     runner.run(story())
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from geomirror.environment import MS, SECOND
+from bench.undo_labels import full_labels
+from geomirror.environment import SECOND
 from geomirror.limits import BLOCK_BYTES, PRODUCTION
 from geomirror.volume.store import Buffer
 from geomirror.volume.undo_file import PassInfo, PassLabel, UndoWriter
 
 GENERATION = bytes(range(16))
 NOW = 1_700_000_000 // 3600 * 3600 * SECOND
-EPOCH_NS = 250 * MS
 BLOCKS = 4096
 """Blocks of the volume that the files are about."""
 
@@ -39,18 +39,7 @@ def labels(more_hours: int = 0) -> list[PassLabel]:
 
     :param more_hours: so many more at the old end.
     """
-    settled = PRODUCTION.undo_settled_ns
-    ages, start_ns = list(range(0, settled, EPOCH_NS)), settled
-    for step_ns, age_ns in PRODUCTION.undo_levels:
-        ages += range(start_ns, age_ns, step_ns)
-        start_ns = age_ns
-    ages += range(start_ns, start_ns + more_hours * 3600 * SECOND, 3600 * SECOND)
-    found, epoch = [], 0
-    for age, older in zip(reversed(ages), [None, *reversed(ages)], strict=False):
-        span = 1 if older is None else (older - age) // EPOCH_NS
-        found.append(PassLabel(GENERATION, epoch, epoch + span, NOW - age, bytes(32)))
-        epoch += span
-    return found
+    return full_labels(PRODUCTION.undo_levels, GENERATION, NOW, more_hours)
 
 
 def name_of(at: int, label: PassLabel) -> str:

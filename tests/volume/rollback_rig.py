@@ -9,10 +9,25 @@ from itertools import pairwise
 from geomirror.errors import NotFoundError
 from geomirror.volume.undo_merge import ThinJob
 from geomirror.volume.view import View
+from tests.sim.disk import SimStore
 from tests.volume.engine_rig import BLOCK, SIZES, Expected, Rig, Step, Stop, open_engine
 
 WALL_NS = 1_700_000_000_000_000_000
 CHANGES = ("write", "sync", "rename", "unlink", "create", "zero", "truncate")
+
+
+def stop_after(store: SimStore, count: int) -> None:
+    """Let the `count`-th change of the disk from now raise `Stop`."""
+    left = count
+
+    def look(operation: str, name: str) -> None:
+        nonlocal left
+        if any(part in operation for part in CHANGES):
+            left -= 1
+            if left < 0:
+                raise Stop(f"{operation} {name}")
+
+    store.on_operation = look
 
 
 class RollbackRig(Rig):
@@ -130,16 +145,7 @@ class RollbackRig(Rig):
 
     def stop_after(self, count: int) -> None:
         """Stop the machine at a change of the disk, the `count`-th from now."""
-        left = count
-
-        def look(operation: str, name: str) -> None:
-            nonlocal left
-            if any(part in operation for part in CHANGES):
-                left -= 1
-                if left < 0:
-                    raise Stop(f"{operation} {name}")
-
-        self.store.on_operation = look
+        stop_after(self.store, count)
 
     def reopen(self, *, lose_nothing: bool = False) -> None:
         """The machine comes back."""

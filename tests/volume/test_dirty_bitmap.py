@@ -60,7 +60,7 @@ def dirty(bits: DirtyBitmap) -> set[tuple[int, int]]:
 REGIONS = {0: 3 * PAGE_REGIONS + 5, 4: 100}
 operations = st.lists(
     st.tuples(
-        st.sampled_from(["table", "range", "clear"]),
+        st.sampled_from(["table", "range", "clear", "clear many"]),
         st.sampled_from([0, 0, 4]),
         st.floats(0, 1, exclude_max=True),
         st.one_of(st.integers(1, 3), st.integers(1, 40), st.integers(1, 2 * PAGE_REGIONS)),
@@ -74,7 +74,8 @@ operations = st.lists(
 def test_regions_are_set_and_cleared_as_in_a_plain_set(
     steps: list[tuple[str, int, float, int]],
 ) -> None:
-    bits = bitmap(SimStore(), {v: count * REGION_BYTES for v, count in REGIONS.items()})
+    store = SimStore()
+    bits = bitmap(store, {v: count * REGION_BYTES for v, count in REGIONS.items()})
     model: dict[int, set[int]] = {0: set(), 4: set()}
     for what, volume, where, length in steps:
         first = int(REGIONS[volume] * where)
@@ -83,6 +84,13 @@ def test_regions_are_set_and_cleared_as_in_a_plain_set(
         if what == "clear":
             bits.clear_range(volume, first, count)
             model[volume] -= regions
+        elif what == "clear many":
+            if bits.is_changed:
+                write(bits)
+            single = {0, REGIONS[volume] - 1, REGIONS[volume] // 2}
+            many = [(volume, first, first + count), *((volume, r, r + 1) for r in single)]
+            bits.clear_runs(many)
+            model[volume] -= regions | single
         elif what == "range":
             bits.set_range(volume, first * REGION_BYTES + 1, count * REGION_BYTES - 1)
             model[volume] |= regions
@@ -95,6 +103,13 @@ def test_regions_are_set_and_cleared_as_in_a_plain_set(
         runs = list(bits.runs(volume))
         assert {r for first, count in runs for r in range(first, first + count)} == regions
         assert all(a + n < b for (a, n), (b, _) in itertools.pairwise(runs))
+        within = bits.runs_within(volume, 5, REGIONS[volume] + 9)
+        assert {r for first, end in within for r in range(first, end)} == {
+            r for r in regions if r >= 5
+        }
+    if bits.is_changed:
+        write(bits)
+    assert dirty(DirtyBitmap.load(store, "west-1")) == dirty(bits)
 
 
 def test_a_table_marks_every_region_it_touches() -> None:

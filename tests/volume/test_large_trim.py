@@ -36,6 +36,13 @@ def trimmed(data_bytes: int, flags: int = FLAG_PUNCH) -> World:
     return world
 
 
+def trimmed_ledger(size: int) -> World:
+    """Data that compresses well, and a trim of all of it."""
+    world = World([size], lambda _: (b"ledger 17;" * (size // 10 + 1))[:size])
+    world.epoch([(0, 0, size // BLOCK_BYTES, FLAG_PUNCH)])
+    return world
+
+
 @pytest.fixture
 def limits(monkeypatch: pytest.MonkeyPatch) -> Limits:
     monkeypatch.setattr(apply_support, "LIMITS", BUDGET)
@@ -74,10 +81,7 @@ def test_more_than_all_history_may_take_is_a_gap_and_said_so(limits: Limits) -> 
 
 
 def test_what_compresses_well_counts_as_it_is_stored(limits: Limits) -> None:
-    size = 24 * MIB
-    world = World([size], lambda _: (b"ledger 17;" * (size // 10 + 1))[:size])
-    world.epoch([(0, 0, size // BLOCK_BYTES, FLAG_PUNCH)])
-    store = MemoryStore()
+    world, store = trimmed_ledger(24 * MIB), MemoryStore()
     world.create_images(store)
     images, undo = world.images(store), UndoStore(store, limits)
     world.job(images, undo, 0, 1).run()
@@ -159,10 +163,7 @@ def test_the_bounds_of_a_pass_are_of_what_is_stored_read_and_held_in_memory() ->
 
 
 def test_a_long_trim_takes_little_memory(limits: Limits) -> None:
-    size = 16 * MIB
-    world = World([size], lambda _: (b"ledger 18;" * (size // 10 + 1))[:size])
-    world.epoch([(0, 0, size // BLOCK_BYTES, FLAG_PUNCH)])
-    store = SimStore()
+    world, store = trimmed_ledger(16 * MIB), SimStore()
     world.create_images(store)
     images, undo = world.images(store), UndoStore(store, limits)
     job = world.job(images, undo, 0, 1)

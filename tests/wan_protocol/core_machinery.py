@@ -264,7 +264,7 @@ class Machinery:
         for name in sorted(self.links):
             room = max(0, QUEUE_BYTES - self.parked_bytes(name))
             self.primary.link_room(name, room, self.now_ns)
-        return self.primary.has_decisions
+        return bool(self.primary.decisions)
 
     def _execute(self, node: Node, decision: Decision) -> None:
         match decision:

@@ -15,7 +15,7 @@ from tests.wan_protocol.core_support import PEER, PRIMARY, Stage
 
 def backlog_part(stage: Stage) -> float:
     engine = stage.primary.engine
-    return engine.bytes_backlog(stage.sender().durable_epoch) / engine.journal.bytes_total
+    return engine.bytes_recorded(stage.sender().durable_epoch) / engine.journal.bytes_total
 
 
 def write_until(stage: Stage, mode: str, *, blocks: int = 8) -> None:
@@ -151,7 +151,7 @@ def test_a_folding_peer_goes_on_so_while_another_one_has_filled_the_journal() ->
     total = engine.journal.bytes_total
     # Small enough of a backlog by the first rule, and more than half of what is free.
     engine.journal.room_bytes = lambda: total // 40  # type: ignore[method-assign]
-    engine.bytes_backlog = lambda epoch: total // 20  # type: ignore[method-assign]
+    engine.bytes_recorded = lambda epoch: total // 20  # type: ignore[method-assign]
     stage.pass_time(5000)
     assert stage.sender("west").mode == "Fold"
     engine.journal.room_bytes = lambda: total // 8  # type: ignore[method-assign]

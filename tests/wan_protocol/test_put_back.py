@@ -18,19 +18,7 @@ from geomirror.wan_protocol.primary_starts import (
 from geomirror.wan_protocol.session import claim_history, state_history
 from geomirror.wan_protocol.sync_policy import parse_policy
 from tests.wan_protocol.core_support import PEER, PRIMARY, Stage, noise
-
-
-def put_back_primary(stage: Stage, epochs_after: int, *, seed: int = 77) -> None:
-    """The primary's disk is as it was, and it writes something else before it is reached."""
-    store = stage.snapshot(PRIMARY)
-    stage.write_epochs(4, seed=5)
-    stage.pass_time(1000)
-    stage.check_in_sync()
-    stage.crash(PRIMARY, is_kill=True)
-    stage.nodes[PRIMARY].store = store
-    stage.start(PRIMARY, is_connected=False)
-    stage.write_epochs(epochs_after, seed=seed)
-    stage.pass_time(1000)
+from tests.wan_protocol.put_back_support import disk_of_copy, put_back_copy, put_back_primary
 
 
 @pytest.mark.parametrize("epochs_after", [0, 2, 4, 9, 60])
@@ -137,16 +125,12 @@ def test_a_copy_that_has_less_than_it_said_is_noticed_and_brought_up_to_date(
     stage = Stage()
     if is_synchronous:
         stage.primary.set_policy(parse_policy({"ack": "durable"}, [PEER]), stage.now_ns)
-    stage.write_epochs(3)
-    stage.pass_time(1000)
-    store = stage.snapshot(PEER)
+    store = disk_of_copy(stage)
     stage.write_epochs(4, seed=5)
     stage.pass_time(1000)
     said = stage.sender().durable_epoch
     assert stage.primary.is_in_sync(PEER) is is_synchronous
-    stage.park_frames()
-    stage.restore(PEER, store)
-    stage.pass_time(100)
+    put_back_copy(stage, store)
     assert stage.sender().gone_back_from == said
     assert stage.east.event_kinds().count("peer_gone_back") == 1
     assert not stage.primary.is_in_sync(PEER), "confirmed writes are not there"
@@ -160,16 +144,12 @@ def test_a_copy_that_has_less_than_it_said_is_noticed_and_brought_up_to_date(
 
 def test_the_word_of_a_copy_outlives_the_primary() -> None:
     stage = Stage()
-    stage.write_epochs(3)
-    stage.pass_time(1000)
-    store = stage.snapshot(PEER)
+    store = disk_of_copy(stage)
     said = stage.write_epochs(4, seed=5)
     stage.pass_time(40_000)
     stage.restart(PRIMARY, is_kill=True)
     stage.pass_time(1000)
-    stage.park_frames()
-    stage.restore(PEER, store)
-    stage.pass_time(100)
+    put_back_copy(stage, store)
     assert stage.sender().gone_back_from == said
 
 

@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
+import random
+import tracemalloc
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
 from geomirror.environment import MS, SECOND
-from geomirror.limits import GIB, MIB, PRODUCTION
+from geomirror.limits import BLOCK_BYTES, GIB, MIB, PRODUCTION, REGION_BYTES
+from geomirror.volume.dirty_bitmap import DirtyBitmap
+from geomirror.volume.dirty_index import IMAGE, DirtyIndex, Piece
+from geomirror.volume.image import Image
+from geomirror.volume.region_bits import RegionBits
+from geomirror.volume.sealed_content import SealedContent
+from geomirror.volume.tree_digest import DIGEST_BYTES, REGION_BLOCKS, TreeDigest
+from geomirror.wan_protocol.resync_job import Item, ResyncReadJob
+from geomirror.wan_protocol.resync_plan import Part
 from tests.wan_protocol.far_resync import (
     CHECKPOINT_NS,
     RATE,
@@ -88,3 +104,63 @@ def test_a_window_full_of_lost_frames_is_sent_again() -> None:
     assert far.sent_again > 0
     link_ns = far.copied_bytes * SECOND // RATE
     assert far.done_ns < 2 * link_ns + 10 * SECOND
+
+
+def test_thousands_of_scattered_regions_cost_the_loop_little(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All that a primary does for a region that is not in a job is done by the one thread that also
+    sends: bits were looked for and cleared region by region, and that took more than the link."""
+    calls: Counter[str] = Counter()
+    for owner, name in (
+        (RegionBits, "next_run"),
+        (RegionBits, "clear_run"),
+        (RegionBits, "clear_each"),
+        (DirtyBitmap, "runs_within"),
+        (DirtyIndex, "lookup"),
+        (DirtyIndex, "blocks_since"),
+    ):
+        real = getattr(owner, name)
+
+        def counted(*values: Any, real: Any = real, name: str = name) -> Any:
+            calls[name] += 1
+            return real(*values)
+
+        monkeypatch.setattr(owner, name, counted)
+    far = FarResync(GIB, scattered(GIB, 0.01))
+    far.run()
+    regions = len({block // REGION_BLOCKS for block in far.blocks})
+    assert regions > 2000
+    assert far.resync.bitmap.count() == 0
+    assert sum(calls.values()) < regions / 10, calls
+
+
+def test_a_step_keeps_what_differs_in_memory_not_all_that_it_compared() -> None:
+    """Each read of 64 KiB would need new pages, which the kernel has to clear first."""
+    regions, key, chance = 256, TreeDigest(5), random.Random(3)
+    content = chance.randbytes(REGION_BYTES)
+    file = SimpleNamespace(pread=lambda length, offset: bytes(bytearray(content[:length])))
+    image = Image(0, "0", regions * REGION_BYTES, cast(Any, file))
+    theirs = bytearray(b"".join(key.leaves(image, 0, REGION_BYTES, BLOCK_BYTES)))
+    theirs[7 * DIGEST_BYTES] ^= 1
+    items = [
+        Item(
+            Part(0, at * REGION_BLOCKS, REGION_BLOCKS, bytes(theirs)),
+            REGION_BLOCKS,
+            SealedContent(image, cast(Any, None), [Piece(at << 16, REGION_BYTES, IMAGE)]),
+            (at + 1) * REGION_BYTES,
+            frozenset(),
+        )
+        for at in range(regions)
+    ]
+    for item in items:
+        item.content.expect_reads = lambda *where: None  # type: ignore[method-assign]
+    job = ResyncReadJob(items, key, PRODUCTION.resync_read_bytes_max, 1)
+    tracemalloc.start()
+    try:
+        job.run()
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert job.data_bytes == regions * BLOCK_BYTES
+    assert peak_bytes < 5 * job.data_bytes < regions * REGION_BYTES / 2

@@ -67,6 +67,31 @@ def go_back(engine: Engine) -> None:
             engine.complete_checkpoint(job)
 
 
+def test_a_copy_in_a_resync_over_a_growth_does_not_go_back_and_comes_to_its_end() -> None:
+    stage = Stage(journal_bytes=1024 * KIB)
+    stage.write_epochs(2)
+    stage.overflow()
+    stage.grow(0, stage.sizes[0] + 64 * KIB)
+    stage.seal()
+    stage.pass_time(2500)
+    stage.park_frames()
+    stage.link_up()
+    stage.pass_time(2500)
+    stage.unpark(2)
+    engine = stage.secondary.engine
+    assert engine.held is not None
+    assert engine.held.epoch == 2
+    # So neither is it promoted nor does it follow another primary from there.
+    assert not engine.can_return
+    assert answer_of(PEER, stage.secondary).disk_state == "Inconsistent"
+    with pytest.raises(RefusedError, match="before a volume grew"):
+        engine.begin_return()
+    stage.is_parked = lambda *_: False
+    stage.unpark()
+    stage.pass_time(120_000)
+    stage.check_in_sync()
+
+
 def test_the_state_from_before_is_seen_during_a_resync_and_after_it() -> None:
     stage = held_stage()
     assert stage.image() != stage.at_epoch[2]

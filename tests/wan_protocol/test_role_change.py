@@ -28,16 +28,13 @@ from geomirror.wan_protocol.role_change import (
 )
 from geomirror.wan_protocol.session import chain_entries
 from tests.sim.disk import SimStore
+from tests.volume.engine_rig import Stop
+from tests.volume.rollback_rig import stop_after
 from tests.wan_protocol.core_support import GENERATION, PEER, PRIMARY, Stage
 from tests.wan_protocol.test_resync_held import held_stage, resynced
 
 WALL_NS = 1_700_000_000_000_000_000
-CHANGES = ("write", "sync", "rename", "unlink", "create", "zero", "truncate")
 Content = dict[int, bytes]
-
-
-class Stop(BaseException):
-    """The machine stops."""
 
 
 @dataclass
@@ -95,19 +92,6 @@ def read(engine: Engine) -> Content:
     if engine.superblock.role == "primary":
         return {i: engine.read(i, 0, size) for i, size in engine.sizes.now.items()}
     return {i: image.read(0, image.size_bytes) for i, image in engine.images.items()}
-
-
-def stop_after(store: SimStore, count: int) -> None:
-    left = count
-
-    def look(operation: str, name: str) -> None:
-        nonlocal left
-        if any(part in operation for part in CHANGES):
-            left -= 1
-            if left < 0:
-                raise Stop(f"{operation} {name}")
-
-    store.on_operation = look
 
 
 def above(engine: Engine, epoch: int, chain_hash: bytes) -> list[GenerationEntry]:

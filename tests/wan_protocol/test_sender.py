@@ -10,7 +10,9 @@ import pytest
 from geomirror.errors import RemoteProtocolError
 from geomirror.limits import KIB, SIMULATION
 from geomirror.wan_protocol.decisions import SendFrame, SendMessage
+from geomirror.wan_protocol.encode_unit import EncodeUnitJob
 from geomirror.wan_protocol.messages import Acknowledge, EpochCommit, SessionAccept
+from geomirror.wan_protocol.sender import BEHIND_EPOCHS_MIN, LEVEL_BEHIND
 from tests.wan_protocol.core_support import PEER, PRIMARY, Stage, noise
 
 FRAME = 64 * KIB
@@ -328,3 +330,47 @@ def test_a_removed_peer_holds_nothing_and_may_come_back_blank() -> None:
     stage.pass_time(3000)
     assert stage.sender("west").counters.resyncs == 0, "a first sync is none"
     stage.check_in_sync("west")
+
+
+def note_levels(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The level of each unit that is encoded from now on."""
+    levels: list[int] = []
+    run = EncodeUnitJob.run
+
+    def noted(job: EncodeUnitJob) -> None:
+        levels.append(job.level)
+        run(job)
+
+    monkeypatch.setattr(EncodeUnitJob, "run", noted)
+    return levels
+
+
+def test_a_copy_that_is_behind_gets_more_bytes_while_its_link_waits_for_us(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    levels = note_levels(monkeypatch)
+    stage = Stage(limits=WIDE)
+    stage.write_epochs(20, seed=1)
+    assert set(levels) == {1}, "it is never behind"
+    stage.link_down()
+    del levels[:]
+    stage.write_epochs(20, seed=40)
+    stage.link_up()
+    assert stage.sender().mode == "Stream"
+    assert levels[0] == LEVEL_BEHIND
+    assert set(levels[-BEHIND_EPOCHS_MIN:]) == {1}, "at the end it is not behind any more"
+    stage.check_in_sync()
+
+
+def test_a_copy_that_is_behind_is_sent_no_more_bytes_over_a_busy_link(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    levels = note_levels(monkeypatch)
+    stage = Stage(limits=WIDE)
+    stage.park_frames()
+    for number in range(20):
+        stage.write_blocks(0, 14, seed=number)
+        stage.seal()
+    while stage.unpark(1):
+        pass
+    assert set(levels) == {1}, "the link had something left each time"

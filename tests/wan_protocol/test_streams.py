@@ -21,6 +21,7 @@ from geomirror.errors import (
     UnreachableError,
 )
 from geomirror.limits import PRODUCTION
+from geomirror.tunnel.handover_io import connect_stream
 from geomirror.wan_protocol.frame import KIND_FRAME, KIND_MESSAGE, pack_header
 from geomirror.wan_protocol.messages import Hello, Message, SessionRefuse, encode_message
 from geomirror.wan_protocol.streams_io import PeerAddress, PeerLinks
@@ -66,7 +67,7 @@ class PlainDriver:
             await loop.sock_sendall(sock, self.node.encode().ljust(16))
             if await loop.sock_recv(sock, 1) != b"+":
                 raise LinkError(f"{endpoint} closed")
-            transport, protocol = await loop.create_connection(factory, sock=sock)
+            transport, protocol = await connect_stream(factory, sock)
         except OSError as error:
             sock.close()
             raise LinkError(str(error)) from error
