@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from geomirror.lab.ports_io import free_port
 from geomirror.limits import KIB, MIB
 from geomirror.nbd.client_io import NbdClient
 from tests.interop.libnbd_suite import Program, Suite, find_source
@@ -18,7 +19,6 @@ from tests.system.activation import listen_unix, start_with_socket
 from tests.system.support import (
     Site,
     create,
-    free_port,
     make_network,
     some_sites,
     until,

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from geomirror.lab.ports_io import free_port
 from tests.interop.clients import run
 from tests.nbd.certificates import Authority
-from tests.system.support import Site, create, free_port, some_sites, until
+from tests.system.support import Site, create, some_sites, until
 
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(240)]
 SIZE = 8 << 20

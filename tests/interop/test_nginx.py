@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from geomirror.lab.ports_io import free_port
 from tests.interop.clients import tool
-from tests.system.support import MIB, Site, create, free_port, some_sites, until, wait_applied
+from tests.system.support import MIB, Site, create, some_sites, until, wait_applied
 from tests.ways_out import Gate, self_signed
 
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(240)]

@@ -8,7 +8,6 @@ import io
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from typing import Any
 
 from geomirror.cli.main import run
 from geomirror.errors import UnreachableError
+from geomirror.lab.ports_io import free_port
 from geomirror.nbd.client_io import NbdClient
 from geomirror.node.control_client_io import ControlClient
 from geomirror.node.paths import DataDir
@@ -48,13 +48,6 @@ def has_loop() -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def free_port() -> int:
-    """A loopback port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Site:

@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 
+from geomirror.lab.ports_io import free_port
 from tests.system.private_mounts import MountSite, require_attach
 from tests.system.support import (
     Site,
     count_links,
     create,
-    free_port,
     is_running,
     make_network,
     some_sites,

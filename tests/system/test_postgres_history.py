@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from geomirror.lab.ports_io import free_port
 from tests.system.attach import Attached
 from tests.system.database import AS_USER, Cluster, require_postgres
 from tests.system.pgbench import (
@@ -25,7 +26,6 @@ from tests.system.power import run
 from tests.system.private_mounts import require_attach
 from tests.system.support import (
     Site,
-    free_port,
     until,
     wait_applied,
 )

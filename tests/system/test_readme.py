@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.support import MIB, free_port
+from geomirror.lab.ports_io import free_port
+from tests.system.support import MIB
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(120)]
 README = Path(__file__).parents[2] / "README.md"

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from geomirror.lab.ports_io import free_port
 from tests.system.support import (
     MIB,
     Site,
     count_links,
     create,
-    free_port,
     make_network,
     some_sites,
     until,

@@ -81,6 +81,7 @@ def test_a_secondary_that_is_away_is_given_up_said_so_and_taken_back(sites: tupl
     b.restart()
     until(lambda: in_sync(a) is True)
     until(lambda: a.status()["state"] == "ok", timeout_s=90)
+    a.run("wait", "pg", "--applied", "--timeout", "60")
     assert asyncio.run(b.read(0, 2 * CHUNK)) == b"x" * CHUNK + b"y" * CHUNK
     said = a.error("resource", "set", "pg", "ack=sometimes", expected=2, code="usage")
     assert "completed, received, durable, applied" in said

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from geomirror.lab.ports_io import free_port
 from tests.system.support import Site, create, some_sites, until, wait_applied
-from tests.ways_out import Gate, Inspector, Proxy, Server, free_port, self_signed
+from tests.ways_out import Gate, Inspector, Proxy, Server, self_signed
 
 pytestmark = pytest.mark.system
 BLOCK = 64 * 1024

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from geomirror.environment import SECOND, SeededEntropy, SystemClock
 from geomirror.errors import GeomirrorError
+from geomirror.lab.ports_io import free_port
 from geomirror.tunnel.network_io import NetworkState, create_network, create_token, join
 from geomirror.tunnel.tls_io import TlsDriver, TlsListener
 
@@ -128,11 +129,7 @@ class Site:
 
 
 def free_endpoint() -> str:
-    import socket
-
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{sock.getsockname()[1]}"
+    return f"127.0.0.1:{free_port()}"
 
 
 def found(root: Path, clock: ShiftedClock, *, network: str = "acme") -> Site:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 
 from geomirror.environment import SECOND, SeededEntropy, SystemClock
+from geomirror.lab.ports_io import free_port
 from geomirror.limits import PRODUCTION
 from geomirror.tunnel.network_io import NetworkState, create_network, create_token, join
 from geomirror.tunnel.tls_io import TlsDriver
@@ -21,9 +21,7 @@ CLOCK = SystemClock()
 
 
 def free_endpoint() -> str:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{sock.getsockname()[1]}"
+    return f"127.0.0.1:{free_port()}"
 
 
 class Node:
