@@ -71,8 +71,12 @@ def _pages(ask: Callable[[dict[str, Any]], dict[str, Any]], count: int | None) -
 def _text(result: dict[str, Any], *, everything: bool) -> str:
     points, undo, name = result["points"], result["undo"], result["resource"]
     head = f'"{name}" on {result["node"]}'
+    ahead = [
+        f'mark "{each["mark"]}" (epoch {each["epoch"]}) is not applied there yet'
+        for each in result["marks_ahead"]
+    ]
     if not result["points_total"]:
-        return f"{head}: no point in time can be looked at there"
+        return "\n".join([f"{head}: no point in time can be looked at there", *ahead])
     if everything:
         rows = [
             [str(p["epoch"]), local(p["time"]), ", ".join(p["marks"])] for p in reversed(points)
@@ -95,6 +99,7 @@ def _text(result: dict[str, Any], *, everything: bool) -> str:
             lines.append("\n" + table(["MARK", "TIME", "EPOCH"], marks))
     stored = f"{format_bytes(undo['stored_bytes'])} of {format_bytes(undo['budget_bytes'])}"
     lines.append(f"\nhistory: {stored}, {result['points_total']} points")
+    lines += ahead
     lines += [_unusable(each) for each in undo["unusable"]]
     lines += [
         f"the primary's clock was set back by {format_seconds(each['seconds'])} after epoch "

@@ -15,6 +15,7 @@ from geomirror.limits import Limits
 from geomirror.node.rfc3339 import rfc3339
 from geomirror.volume.arrays import run_heads, run_tails
 from geomirror.volume.engine import Engine
+from geomirror.volume.marks import MarkTable
 from geomirror.volume.points import CLOCK_SLACK_NS, Point, Points
 from geomirror.volume.undo_columns import Numbers
 from geomirror.volume.undo_faults import Stretch
@@ -115,6 +116,16 @@ def timeline_object(
         "marks": [each for at in points.marked if wanted[at] for each in _marks(points[at])],
         "clock_steps": clock_steps(points),
     }
+
+
+def marks_ahead(marks: MarkTable, state_epoch: int | None) -> list[dict[str, Any]]:
+    """Marks whose state this copy will have, once it is applied."""
+    reached = -1 if state_epoch is None else state_epoch
+    return [
+        {"mark": mark.name, "epoch": mark.epoch, "time": rfc3339(mark.wall_ns)}
+        for mark in marks.marks()
+        if mark.epoch > reached and marks.is_held(mark)
+    ]
 
 
 def _levels(points: Points, places: Numbers, steps: Numbers) -> list[dict[str, Any]]:

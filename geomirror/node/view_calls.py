@@ -96,8 +96,8 @@ class ViewCalls:
             before_epoch=request.before_epoch,
             count_max=request.count_max,
         )
-        undo = host.undo_state()
-        return {"resource": request.name, "node": self._self, **found, "undo": undo}
+        more = {"marks_ahead": host.marks_ahead(), "undo": host.undo_state()}
+        return {"resource": request.name, "node": self._self, **found, **more}
 
     async def create(self, caller: Caller, request: CreateView) -> Result:
         """Make a view."""

@@ -16,7 +16,7 @@ from geomirror.environment import SECOND
 from geomirror.errors import GeomirrorError, NotFoundError, RefusedError
 from geomirror.nbd.protocol import Export
 from geomirror.node.context import NodeContext
-from geomirror.node.history_report import undo_object
+from geomirror.node.history_report import marks_ahead, undo_object
 from geomirror.node.rfc3339 import rfc3339
 from geomirror.node.view_export import ViewExport, ViewQueue
 from geomirror.volume.branch_view import BranchView
@@ -85,6 +85,10 @@ class ViewHost:
             return Points.of([])
         history = engine.undo.history
         return points_of(history, epoch, engine.state_wall_ns, engine.marks.table)
+
+    def marks_ahead(self) -> list[dict[str, Any]]:
+        """Marks that can be looked at here as soon as their epochs are applied."""
+        return marks_ahead(self._engine.marks.table, self._engine.state_epoch)
 
     def undo_state(self) -> dict[str, Any]:
         """What history costs, and why it does not reach back further."""

@@ -14,7 +14,7 @@ from geomirror.cli.common import App
 from geomirror.cli.timeline import _pages, _text, timeline
 from geomirror.environment import SECOND
 from geomirror.limits import PRODUCTION
-from geomirror.node.history_report import history_object, timeline_object
+from geomirror.node.history_report import history_object, marks_ahead, timeline_object
 from geomirror.node.mark_desk import MarkDesk
 from geomirror.node.paths import DataDir
 from geomirror.volume.marks import Mark, MarkTable
@@ -23,6 +23,7 @@ from geomirror.volume.undo_history import History
 from tests.volume import full_history
 from tests.volume.rollback_rig import RollbackRig
 
+G = bytes(16)
 PASSES = full_history.passes()
 LAST = PASSES[-1]
 
@@ -53,7 +54,7 @@ class Node:
     def ask(self, wanted: dict[str, Any]) -> dict[str, Any]:
         undo = {"stored_bytes": 1, "budget_bytes": 2, "unusable": []}
         found = timeline_object(self.points, PRODUCTION, **wanted)
-        answer = {"resource": "pg", "node": "west-1", **found, "undo": undo}
+        answer = {"resource": "pg", "node": "west-1", **found, "marks_ahead": [], "undo": undo}
         self.largest = max(self.largest, len(json.dumps(answer, indent=1)))
         self.count += 1
         return json.loads(json.dumps(answer))  # type: ignore[no-any-return]
@@ -107,8 +108,21 @@ def test_a_range_is_by_epoch_or_by_the_clock() -> None:
     assert by_epoch["levels"][0]["to_epoch"] == high.to_epoch
     nothing = timeline_object(all_points, PRODUCTION, earliest=(LAST.to_epoch + 1, 0))
     assert (nothing["points"], nothing["levels"], nothing["points_total"]) == ([], [], 0)
-    answer = {"resource": "pg", "node": "w", **nothing, "undo": {}}
+    answer = {"resource": "pg", "node": "w", **nothing, "marks_ahead": [], "undo": {}}
     assert "no point in time" in _text(answer, everything=True)
+
+
+def test_a_mark_that_is_not_applied_yet_is_told_as_one() -> None:
+    """At the primary right after it was made, where the image is seconds behind."""
+    table = MarkTable([Mark("before", G, 7, 7 * SECOND), Mark("lost", G, 8, 0)], [7])
+    ahead = marks_ahead(table, 5)
+    assert [(each["mark"], each["epoch"]) for each in ahead] == [("before", 7)]
+    assert marks_ahead(table, 7) == []
+    assert marks_ahead(table, None) == ahead
+    nothing = timeline_object(Points.of([]), PRODUCTION)
+    answer = {"resource": "pg", "node": "w", **nothing, "marks_ahead": ahead, "undo": {}}
+    told = 'mark "before" (epoch 7) is not applied there yet'
+    assert _text(answer, everything=False).splitlines()[1] == told
 
 
 def test_levels_are_told_without_their_points() -> None:
