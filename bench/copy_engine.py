@@ -42,6 +42,8 @@ class CopyEngine:
         self.wall_ns = 1_000_000 * SECOND
         self.logical_bytes = 0
         """Contents of all epochs."""
+        self.marked: list[int] = []
+        """Epochs that thinning leaves as they are."""
         self._limits = limits
         self._hash = bytes(32)
         self.engine = Engine.create(
@@ -109,7 +111,7 @@ class CopyEngine:
         """Merge and drop what is due; bytes that this wrote."""
         before = self.store.written[UNDO]
         while True:
-            job = ThinJob(self.store, self.engine.undo, self._limits, [])
+            job = ThinJob(self.store, self.engine.undo, self._limits, self.marked)
             job.run()
             if not job.has_changed:
                 return self.store.written[UNDO] - before

@@ -46,6 +46,7 @@ def _play(options: Options, size: int, seconds: int, result: Result) -> None:
         copy.receive(dict(blocks[at : at + FILL_BLOCKS]), 1 / EPOCHS_PER_SECOND)
         _apply(copy)
     epoch, before, logical = copy.engine.applied_epoch, _digest(copy), copy.logical_bytes
+    copy.marked.append(epoch)  # An operator's "before"; without it thinning merges it away.
     changed: set[int] = set()
     for number in range(seconds * EPOCHS_PER_SECOND):
         content = trace.epoch()
