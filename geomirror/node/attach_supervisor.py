@@ -297,7 +297,7 @@ class Supervisor:
         """The attachment as `attach --list` shows it."""
         away_ns, reason = self._export.away_since_ns, self._export.reason
         state = "attached"
-        if self._is_leaving:
+        if self._is_leaving or (self._leaving is not None and not self._leaving.done()):
             state = "detaching"
         elif self._export.is_over or (self._errors and self.attachment.epoch is not None):
             state = "stale"

@@ -55,6 +55,7 @@ def test_a_timeline_tells_of_stretches_and_clock_steps() -> None:
             "points_total": 1,
             "levels": [{**level, "from_time": TIME, "to_time": TIME}],
             "marks": [],
+            "marks_ahead": [{"mark": "before-upgrade", "epoch": 9}],
             "clock_steps": [step],
             "undo": {
                 "stored_bytes": 1,
@@ -66,6 +67,7 @@ def test_a_timeline_tells_of_stretches_and_clock_steps() -> None:
     )
     assert "no point before epoch 6: epochs 5-6: undo file x is damaged" in text
     assert "no point before epoch 6: epochs 6: undo file x is damaged" in text
+    assert 'mark "before-upgrade" (epoch 9) is not applied there yet' in text
     assert "the primary's clock was set back by 1 h after epoch 6" in text
 
 

@@ -19,7 +19,7 @@ from tests.system.attach import Attached
 from tests.system.database import Cluster, require_postgres
 from tests.system.power import require_power, run
 from tests.system.private_mounts import own_mounts
-from tests.system.support import SEED, Site, create, make_network, some_sites
+from tests.system.support import SEED, Site, create, make_network, some_sites, until
 
 BALANCES = (
     "select (select sum(abalance) from pgbench_accounts) = (select sum(delta) from pgbench_history)"
@@ -27,6 +27,10 @@ BALANCES = (
     " and (select sum(bbalance) from pgbench_branches) = (select sum(delta) from pgbench_history)"
 )
 HISTORY = "select count(*) from pgbench_history"
+OTHERS = (
+    "select count(*) from pg_stat_activity"
+    " where backend_type = 'client backend' and pid != pg_backend_pid()"
+)
 AMCHECK = ("pg_amcheck", "--heapallindexed", "--parent-check", "postgres")
 
 
@@ -99,6 +103,12 @@ def pull_the_plug(site: Site, attached: Attached, cluster: Cluster, *clients: ob
         end(client)
     cluster.kill()
     attached.drop()
+
+
+def rows_at_rest(cluster: Cluster) -> int:
+    """The rows of its history, when the last transaction of killed clients has ended too."""
+    until(lambda: cluster.ask(OTHERS) == "0", what="nobody is connected any more")
+    return int(cluster.ask(HISTORY))
 
 
 def check(cluster: Cluster) -> int:

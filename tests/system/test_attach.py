@@ -244,7 +244,14 @@ def test_a_lazy_detach_ends_with_the_last_user(site: MountSite) -> None:
     reader = site.start_inside("sh", "-c", f"cd {path}; echo one >file; sleep 100 & wait")
     try:
         until(lambda: (site.seen(path) / "file").exists())
-        assert site.json("detach", "pg", "--lazy")["is_gone"] is False
+        # What it has to write before it ends waits for a daemon that does not answer.
+        assert site.process is not None
+        os.kill(site.process.pid, signal.SIGSTOP)
+        try:
+            assert site.json("detach", "pg", "--lazy")["is_gone"] is False
+            assert state(site) == "detaching"
+        finally:
+            os.kill(site.process.pid, signal.SIGCONT)
         assert state(site) == "detaching"
         assert not (site.seen(path) / "file").exists()
     finally:

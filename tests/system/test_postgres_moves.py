@@ -20,6 +20,7 @@ from tests.system.pgbench import (
     end,
     fill,
     restart,
+    rows_at_rest,
     start_load,
     ticks,
 )
@@ -83,7 +84,7 @@ def test_a_mistake_is_rewound_to_the_mark_before_and_the_copy_follows(
         load = start_load(cluster, more)
         until(lambda: confirmed_commits(more) > 20, what="commits after the rewind")
         end(load)
-        rows = int(cluster.ask(HISTORY))
+        rows = rows_at_rest(cluster)
         cluster.stop()
         attached.detach()
         wait_applied(a)

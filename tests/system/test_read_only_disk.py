@@ -13,7 +13,8 @@ import pytest
 
 from geomirror.errors import FencedError, GeomirrorError, StorageError
 from geomirror.nbd.client_io import NbdClient
-from tests.system.loop_disks import make_ext4, mount
+from tests.system.loop_disks import make_ext4, mount, need_loops
+from tests.system.private_mounts import own_mounts
 from tests.system.support import (
     MIB,
     Site,
@@ -72,9 +73,12 @@ class FragileDisk:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[FragileDisk]:
-    found = FragileDisk(tmp_path)
-    yield found
-    found.close()
+    need_loops()
+    # Another test's namespace that had a copy of the mount would keep the broken file system alive.
+    with own_mounts():
+        found = FragileDisk(tmp_path)
+        yield found
+        found.close()
 
 
 @pytest.fixture
