@@ -13,7 +13,7 @@ from geomirror.node.context import NodeContext
 from geomirror.node.refusals import RefusalAllowance
 from geomirror.node.service_directory import ServiceDirectory
 from geomirror.tunnel.service_rules import Forward, in_order
-from geomirror.tunnel.tcp_io import accept_each, bind_tcp
+from geomirror.tunnel.tcp_io import accept_each, bind_tcp, start_owner
 
 RETRY_S = 3.0
 """Between attempts to get a port that somebody else had when the daemon started."""
@@ -112,7 +112,7 @@ class ForwardListeners:
             reset_socket(sock)
             self._failed(item.forward, f"{len(self._carrying)} circuits are being opened")
             return
-        task = asyncio.get_running_loop().create_task(self._carry(item.forward, sock))
+        task = start_owner(sock, lambda: self._carry(item.forward, sock))
         self._carrying[task] = item.forward.listen
         task.add_done_callback(self._carried)
 

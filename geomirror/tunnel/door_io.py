@@ -10,7 +10,7 @@ from typing import Any
 from geomirror.errors import LinkError
 from geomirror.tunnel.join_server_io import Refused
 from geomirror.tunnel.names import join_endpoint
-from geomirror.tunnel.tcp_io import accept_each
+from geomirror.tunnel.tcp_io import accept_each, start_owner
 
 Handle = Callable[[socket.socket, str], Coroutine[Any, Any, None]]
 
@@ -57,7 +57,7 @@ class Door:
         if len(self._pending) >= self._pending_max:
             # The oldest is the likeliest to be a stranger that only holds the place.
             next(iter(self._pending)).cancel()
-        task = asyncio.get_running_loop().create_task(self._handle(connection, address))
+        task = start_owner(connection, lambda: self._handle(connection, address))
         self._pending[task] = None
         task.add_done_callback(self._done)
 

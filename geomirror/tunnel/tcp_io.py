@@ -12,7 +12,8 @@ import contextlib
 import errno
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from geomirror.errors import ConfigError, InUseError
 from geomirror.tunnel.names import join_endpoint
@@ -111,14 +112,47 @@ async def accept_each(
     :param take: gets a connection and its source address.
     :param failed: told when there are no descriptors or no memory for one more.
     """
-    loop = asyncio.get_running_loop()
     while True:
+        await _acceptable(listening)
         try:
-            connection, address = await loop.sock_accept(listening)
-        except ConnectionError:
+            connection, address = listening.accept()
+        except (BlockingIOError, ConnectionError):
             continue  # the client was gone before we looked
         except OSError as error:
             failed(error)
             await asyncio.sleep(RETRY_S)
         else:
+            connection.setblocking(False)
             take(connection, str(address[0]))
+
+
+async def _acceptable(listening: socket.socket) -> None:
+    """Wait for a connection, but do not take it: the loop's `sock_accept` loses the one that comes
+    while its task is cancelled."""
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(listening, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(listening)
+
+
+def start_owner(
+    sock: socket.socket, work: Callable[[], Coroutine[Any, Any, None]]
+) -> asyncio.Task[None]:
+    """A task that owns a socket: one that is cancelled before it has begun closes it."""
+    has_begun = False
+
+    async def run() -> None:
+        nonlocal has_begun
+        has_begun = True
+        await work()
+
+    def close_unused(_task: asyncio.Task[None]) -> None:
+        if not has_begun:
+            sock.close()
+
+    task = asyncio.get_running_loop().create_task(run())
+    task.add_done_callback(close_unused)
+    return task
