@@ -143,6 +143,9 @@ class ResyncIntake(StandingKeeper):
         is_copying = self.resync is not None and self.resync.is_begun
         if superblock.data_state != INCONSISTENT or is_copying or not is_caught_up:
             return
+        if not self.engine.marks.is_settled:
+            self._sync_wanted = True  # Who has the epoch knows its name.
+            return
         if self.engine.open_pass is None:
             superblock.data_state = CONSISTENT
             self._became_consistent()

@@ -267,5 +267,7 @@ class Marking:
 def _is_streamed(node: SimNode, epoch: int) -> bool:
     """It came to this copy after its last resync: of earlier ones some were left out."""
     superblock = node.engine.superblock
-    is_known = superblock.data_state == "consistent" or superblock.consistent_from >= 0
-    return is_known and superblock.consistent_from <= epoch
+    is_whole = superblock.data_state == "consistent"
+    if superblock.consistent_from == epoch:
+        return is_whole  # What a resync copied was named elsewhere, and is known by its end.
+    return (is_whole or superblock.consistent_from >= 0) and superblock.consistent_from < epoch

@@ -19,6 +19,9 @@ from tests.sim.world import SECOND
 
 FIXED, FIXED_SECONDS = range(1, 11), 250
 SUCCESSIONS = [range(first, first + 3) for first in (1, 4, 7, 10)]
+FOUND_SECONDS = 600
+FOUND = [2045808049]
+"""Seeds that found a fault: a copy was consistent before the name of its epoch was durable."""
 FRESH, FRESH_SECONDS = 4, 300
 FRESH_FIRST = int(os.environ.get("GEOMIRROR_SIM_SEED", "0")) or secrets.randbelow(1 << 31)
 REPLAY = f"replay with python -m tests.sim --length {FRESH_SECONDS}"
@@ -32,6 +35,11 @@ print(Simulation({seed}, {seconds}).run().fingerprint)
 @pytest.mark.parametrize("seed", FIXED)
 def test_a_fixed_seed_keeps_all_promises(seed: int) -> None:
     Simulation(seed, FIXED_SECONDS).run()
+
+
+@pytest.mark.parametrize("seed", FOUND)
+def test_a_seed_that_found_a_fault_finds_none_now(seed: int) -> None:
+    Simulation(seed, FOUND_SECONDS).run()
 
 
 @pytest.mark.parametrize("seeds", SUCCESSIONS, ids=str)
