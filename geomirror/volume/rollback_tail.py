@@ -129,6 +129,8 @@ def too_large(bytes_max: int) -> RefusedError:
 
 def fill_joint(writer: UndoWriter, parts: Iterable[OldPart], changed: Table) -> None:
     """Add, of old contents, those of the blocks that `changed` names. Blocking."""
+    if not len(changed):
+        return  # Of marks, for instance.
     keys = keys_of(changed)
     ends = keys + changed["count"].astype(np.int64)
     for part in parts:

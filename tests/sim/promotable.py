@@ -97,7 +97,9 @@ class CutCheck:
             elif engine.held is not None:
                 self.returns += 1
                 engine = self._returned(store, engine)
-            epoch = engine.state_epoch
+            # A fresh primary reads as the epoch that it was promoted at, wherever its images are.
+            promoted = engine.unapplied_promotion
+            epoch = engine.state_epoch if promoted is None else promoted
             if epoch is not None:
                 self._compare(engine, epoch, name, where)
             engine.close()

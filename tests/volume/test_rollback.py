@@ -8,7 +8,12 @@ from dataclasses import replace
 import pytest
 
 from geomirror.errors import NotFoundError, RefusedError
+from geomirror.volume.epoch_table import empty_table
+from geomirror.volume.rollback_tail import fill_joint
 from geomirror.volume.superblock import GenerationRecord
+from geomirror.volume.undo_contents import OldPart
+from geomirror.volume.undo_file import UndoWriter
+from tests.sim.disk import SimStore
 from tests.volume.engine_rig import BLOCK, Stop
 from tests.volume.rollback_rig import WALL_NS, RollbackRig, message_of
 
@@ -193,3 +198,10 @@ def test_writes_after_a_long_tail_was_cut_off_are_not_taken_for_applied(cuts: in
     rig.sync_all()
     rig.reopen()
     assert rig.engine.read(0, 0, 3) == b"new"
+
+
+def test_epochs_that_changed_nothing_need_nothing_on_the_way_back() -> None:
+    writer = UndoWriter(SimStore().create("undo/x", 0))
+    parts = [OldPart(0, [1, 2], 2, [bytes([1]) * BLOCK] * 2), OldPart(0, [5], 9, None)]
+    fill_joint(writer, parts, empty_table())
+    assert (writer.entry_count, writer.raw_bytes) == (0, 0)
